@@ -1,0 +1,100 @@
+// Argument checks of the operators. An error names the argument, what came and what is accepted; it
+// reaches Python as a ValueError, without a C++ file name. Check before any parallel region: an
+// exception inside one loses its text.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+namespace winnow {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <typename... Args>
+[[noreturn]] inline void fail(const Args&... args) {
+  std::ostringstream text;
+  (text << ... << args);
+  throw std::invalid_argument(text.str());
+}
+
+#define WINNOW_CHECK(condition, ...)              \
+  do {                                            \
+    if (!(condition)) ::winnow::fail(__VA_ARGS__); \
+  } while (0)
+
+// "(2, 8, 10, 64)"
+inline std::string shape_of(const Tensor& tensor) {
+  std::ostringstream text;
+  text << "(";
+  for (int64_t i = 0; i < tensor.dim(); ++i) text << (i ? ", " : "") << tensor.size(i);
+  text << (tensor.dim() == 1 ? ",)" : ")");
+  return text.str();
+}
+
+inline const char* name_of(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Short:
+      return "int16";
+    case ScalarType::Char:
+      return "int8";
+    case ScalarType::Byte:
+      return "uint8";
+    case ScalarType::Bool:
+      return "bool";
+    default:
+      return "an unsupported dtype";
+  }
+}
+
+inline bool is_floating(ScalarType dtype) {
+  return dtype == ScalarType::Float || dtype == ScalarType::Double ||
+         dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
+}
+
+inline void check_floating(const char* argument, const Tensor& tensor) {
+  WINNOW_CHECK(is_floating(tensor.scalar_type()), argument,
+               ": expected float32, bfloat16, float16 or float64, got ",
+               name_of(tensor.scalar_type()));
+}
+
+inline void check_dtype(const char* argument, const Tensor& tensor, ScalarType expected) {
+  WINNOW_CHECK(tensor.scalar_type() == expected, argument, ": expected ", name_of(expected),
+               ", got ", name_of(tensor.scalar_type()));
+}
+
+inline void check_dim(const char* argument, const Tensor& tensor, int64_t dim, const char* layout) {
+  WINNOW_CHECK(tensor.dim() == dim, argument, ": expected ", layout, ", got shape ",
+               shape_of(tensor));
+}
+
+// The dispatcher picks the CPU kernel if any argument is on the CPU, so each one is checked.
+inline void check_cpu(const char* argument, const Tensor& tensor) {
+  WINNOW_CHECK(tensor.is_cpu(), argument,
+               ": expected a CPU tensor like the other arguments, got one on another device");
+}
+
+inline void check_last_contiguous(const char* argument, const Tensor& tensor) {
+  const int64_t last = tensor.dim() - 1;
+  WINNOW_CHECK(last < 0 || tensor.size(last) <= 1 || tensor.stride(last) == 1, argument,
+               ": the last dimension must be contiguous (stride 1), got stride ",
+               last < 0 ? 1 : tensor.stride(last));
+}
+
+}  // namespace winnow

@@ -1,0 +1,218 @@
+// Sixteen float lanes whose results are bitwise equal on every instruction set: one AVX-512
+// register, two of AVX2, four of SSE or NEON, through the compiler's vector types; no fused
+// multiply-add, reductions in one fixed order. For what must not depend on the machine: draws,
+// prefix sums, decisions. Loops that may differ in the last bit use at::vec.
+//
+// Included by *_simd.cc only; internal linkage, because each unit has flags of its own. c10's scalar
+// conversions are avoided: they are inline functions that the linker may merge across instruction
+// sets.
+#pragma once
+
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+namespace winnow {
+namespace {
+
+constexpr int kLanes = 16;
+#if defined(__AVX512F__)
+constexpr int kParts = 1;
+#elif defined(__AVX2__)
+constexpr int kParts = 2;
+#else
+constexpr int kParts = 4;
+#endif
+// A vector wider than a register would be lowered to scalars in comparisons, hence the parts.
+typedef float FloatPart __attribute__((vector_size(64 / kParts)));
+typedef int32_t IntPart __attribute__((vector_size(64 / kParts)));
+typedef uint32_t BitsPart __attribute__((vector_size(64 / kParts)));
+typedef uint16_t ShortPart __attribute__((vector_size(32 / kParts)));
+
+// Integers, bit patterns and masks (all ones or zero). Shifts are arithmetic.
+struct i32x16 {
+  IntPart part[kParts];
+  i32x16() = default;
+  i32x16(int32_t x) {  // NOLINT: a number is a vector of it
+    for (int p = 0; p < kParts; ++p) part[p] = IntPart{} + x;
+  }
+};
+
+struct f32x16 {
+  FloatPart part[kParts];
+  f32x16() = default;
+  f32x16(float x) {  // NOLINT: a number is a vector of it
+    for (int p = 0; p < kParts; ++p) part[p] = FloatPart{} + x;
+  }
+};
+
+#define WINNOW_LANES_OPERATOR(op, Result, Operand, Part)     \
+  inline Result operator op(Operand a, Operand b) {          \
+    Result r;                                                \
+    for (int p = 0; p < kParts; ++p) {                       \
+      r.part[p] = (Part)(a.part[p] op b.part[p]);            \
+    }                                                        \
+    return r;                                                \
+  }
+WINNOW_LANES_OPERATOR(+, f32x16, f32x16, FloatPart)
+WINNOW_LANES_OPERATOR(-, f32x16, f32x16, FloatPart)
+WINNOW_LANES_OPERATOR(*, f32x16, f32x16, FloatPart)
+WINNOW_LANES_OPERATOR(/, f32x16, f32x16, FloatPart)
+WINNOW_LANES_OPERATOR(<, i32x16, f32x16, IntPart)
+WINNOW_LANES_OPERATOR(>, i32x16, f32x16, IntPart)
+WINNOW_LANES_OPERATOR(<=, i32x16, f32x16, IntPart)
+WINNOW_LANES_OPERATOR(>=, i32x16, f32x16, IntPart)
+WINNOW_LANES_OPERATOR(==, i32x16, f32x16, IntPart)
+WINNOW_LANES_OPERATOR(!=, i32x16, f32x16, IntPart)
+WINNOW_LANES_OPERATOR(+, i32x16, i32x16, IntPart)
+WINNOW_LANES_OPERATOR(-, i32x16, i32x16, IntPart)
+WINNOW_LANES_OPERATOR(*, i32x16, i32x16, IntPart)
+WINNOW_LANES_OPERATOR(&, i32x16, i32x16, IntPart)
+WINNOW_LANES_OPERATOR(|, i32x16, i32x16, IntPart)
+WINNOW_LANES_OPERATOR(^, i32x16, i32x16, IntPart)
+WINNOW_LANES_OPERATOR(<, i32x16, i32x16, IntPart)
+WINNOW_LANES_OPERATOR(>, i32x16, i32x16, IntPart)
+WINNOW_LANES_OPERATOR(==, i32x16, i32x16, IntPart)
+#undef WINNOW_LANES_OPERATOR
+
+inline i32x16 operator<<(i32x16 a, int count) {
+  for (int p = 0; p < kParts; ++p) a.part[p] = (IntPart)((BitsPart)a.part[p] << count);
+  return a;
+}
+
+inline i32x16 operator>>(i32x16 a, int count) {
+  for (int p = 0; p < kParts; ++p) a.part[p] = a.part[p] >> count;
+  return a;
+}
+
+inline f32x16 as_float(i32x16 a) {
+  f32x16 r;
+  std::memcpy(&r, &a, sizeof r);
+  return r;
+}
+
+inline i32x16 as_bits(f32x16 a) {
+  i32x16 r;
+  std::memcpy(&r, &a, sizeof r);
+  return r;
+}
+
+inline f32x16 to_float(i32x16 a) {
+  f32x16 r;
+  for (int p = 0; p < kParts; ++p) r.part[p] = __builtin_convertvector(a.part[p], FloatPart);
+  return r;
+}
+
+inline f32x16 select(i32x16 mask, f32x16 yes, f32x16 no) {
+  for (int p = 0; p < kParts; ++p) yes.part[p] = mask.part[p] ? yes.part[p] : no.part[p];
+  return yes;
+}
+
+inline i32x16 select(i32x16 mask, i32x16 yes, i32x16 no) {
+  for (int p = 0; p < kParts; ++p) yes.part[p] = mask.part[p] ? yes.part[p] : no.part[p];
+  return yes;
+}
+
+inline bool any(i32x16 mask) {
+  IntPart all = mask.part[0];
+  for (int p = 1; p < kParts; ++p) all |= mask.part[p];
+  constexpr int kWords = static_cast<int>(sizeof(IntPart) / 8);
+  uint64_t words[kWords];
+  std::memcpy(words, &all, sizeof all);
+  uint64_t found = 0;
+  for (int w = 0; w < kWords; ++w) found |= words[w];
+  return found != 0;
+}
+
+// The larger, or b where either is NaN (as the machine's max instruction).
+inline f32x16 max_lanes(f32x16 a, f32x16 b) { return select(a > b, a, b); }
+inline f32x16 min_lanes(f32x16 a, f32x16 b) { return select(a < b, a, b); }
+
+inline i32x16 lane_index() {
+  static constexpr int32_t kIndex[kLanes] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  i32x16 v;
+  std::memcpy(&v, kIndex, sizeof v);
+  return v;
+}
+
+inline f32x16 load_lanes(const float* p) {
+  f32x16 v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+inline i32x16 load_shorts(const void* p) {
+  ShortPart raw[kParts];
+  std::memcpy(raw, p, sizeof raw);
+  i32x16 v;
+  for (int i = 0; i < kParts; ++i) v.part[i] = (IntPart)__builtin_convertvector(raw[i], BitsPart);
+  return v;
+}
+
+inline f32x16 load_lanes(const c10::BFloat16* p) { return as_float(load_shorts(p) << 16); }
+
+// Exact for every half, subnormal, infinite and NaN: a multiplication re-biases the exponent.
+inline f32x16 load_lanes(const c10::Half* p) {
+  const i32x16 bits = load_shorts(p);
+  const i32x16 magnitude = (bits & 0x7fff) << 13;
+  const i32x16 finite = as_bits(as_float(magnitude) * 0x1p112f);
+  const i32x16 special = magnitude + (224 << 23);
+  return as_float(select(magnitude > ((0x7c00 << 13) - 1), special, finite) |
+                  ((bits & 0x8000) << 16));
+}
+
+// The first n < 16 elements, the others `fill`.
+template <typename T>
+inline f32x16 load_lanes(const T* p, int64_t n, float fill) {
+  alignas(64) unsigned char raw[kLanes * sizeof(T)] = {};
+  std::memcpy(raw, p, static_cast<size_t>(n) * sizeof(T));
+  return select(lane_index() < static_cast<int32_t>(n),
+                load_lanes(reinterpret_cast<const T*>(raw)), f32x16(fill));
+}
+
+inline void store_lanes(float* p, f32x16 v) { std::memcpy(p, &v, sizeof v); }
+
+// Halves, quarters, ...: one order for every instruction set.
+inline float sum_lanes(f32x16 v) {
+  float x[kLanes];
+  store_lanes(x, v);
+  for (int width = kLanes / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) x[i] += x[i + width];
+  }
+  return x[0];
+}
+
+inline float max_lane(f32x16 v) {
+  float x[kLanes];
+  store_lanes(x, v);
+  for (int i = 1; i < kLanes; ++i) x[0] = x[i] > x[0] ? x[i] : x[0];
+  return x[0];
+}
+
+// exp(x) within 2 ulp for -87.33 <= x <= 88.72, above that infinity, below it 0 (no subnormals), NaN
+// for NaN. x = n ln 2 + r with |r| <= ln 2 / 2, then Cephes' polynomial of degree 6 in r.
+inline f32x16 exp_lanes(f32x16 x) {
+  const f32x16 magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  const f32x16 clamped = max_lanes(min_lanes(x, 89.0f), -87.34f);
+  const f32x16 k = clamped * 1.44269504088896341f + magic;
+  const f32x16 n = k - magic;
+  const f32x16 r = (clamped - n * 0.693359375f) - n * -2.12194440e-4f;
+  f32x16 p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = (p * (r * r) + r) + 1.0f;
+  // Two factors of 2^(n/2): n = 128 would overflow one exponent field.
+  const i32x16 whole = as_bits(k) - as_bits(magic);
+  const i32x16 half = whole >> 1;
+  const f32x16 y = p * as_float((half + 127) << 23) * as_float((whole - half + 127) << 23);
+  return select(x != x, x, select(x < f32x16(-87.33f), f32x16(0.0f), y));
+}
+
+}  // namespace
+}  // namespace winnow

@@ -1,0 +1,1 @@
+# Sources of the kvcache family: list(APPEND WINNOW_CPU_SOURCES ...), list(APPEND WINNOW_SIMD_SOURCES ...)

@@ -1,0 +1,71 @@
+"""Fixtures that every family shares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from torch_winnow import _library
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16)
+
+# Against a float64 oracle on the same (rounded) inputs: the error of the result's own rounding.
+TOLERANCE = {
+    torch.float64: {"rtol": 1e-10, "atol": 1e-12},
+    torch.float32: {"rtol": 2e-5, "atol": 2e-6},
+    torch.bfloat16: {"rtol": 1.6e-2, "atol": 1e-2},
+    torch.float16: {"rtol": 2e-3, "atol": 1e-3},
+}
+
+
+@pytest.fixture(params=FLOATING, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture(params=_library.available_cpu_capabilities())
+def cpu_capability(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test once per instruction set that this machine has."""
+    before = _library.cpu_capability()
+    _library.set_cpu_capability(request.param)
+    yield request.param
+    _library.set_cpu_capability(before)
+
+
+@pytest.fixture
+def on_every_capability() -> Iterator[Callable[[Callable[[], object]], list[object]]]:
+    """Calls a function under each instruction set and returns the results, weakest first."""
+    before = _library.cpu_capability()
+
+    def run(function: Callable[[], object]) -> list[object]:
+        results = []
+        for name in _library.available_cpu_capabilities():
+            _library.set_cpu_capability(name)
+            results.append(function())
+        return results
+
+    yield run
+    _library.set_cpu_capability(before)
+
+
+@pytest.fixture
+def on_thread_counts() -> Iterator[Callable[[Callable[[], object]], list[object]]]:
+    """Calls a function with 1, 2, 3 and 7 threads and returns the results."""
+    before = torch.get_num_threads()
+
+    def run(function: Callable[[], object]) -> list[object]:
+        results = []
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            results.append(function())
+        return results
+
+    yield run
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
