@@ -3,6 +3,18 @@
 No cleverness and no speed: tests hold the kernels to these functions, benchmarks compare with them.
 """
 
-from torch_winnow.reference.resampling import effective_sample_size
+from torch_winnow.reference.resampling import (
+    effective_sample_size,
+    fk_potential,
+    gather_particles,
+    gather_particles_,
+    resample,
+)
 
-__all__ = ["effective_sample_size"]
+__all__ = [
+    "effective_sample_size",
+    "fk_potential",
+    "gather_particles",
+    "gather_particles_",
+    "resample",
+]
