@@ -111,7 +111,7 @@ inline u64x8 to_words(f64x8 x) {
   u64x8 r;
   for (int p = 0; p < kParts; ++p) {
 #if defined(__AVX512DQ__) || defined(__aarch64__)
-    r.part[p] = (WordPart)__builtin_convertvector(x.part[p], LongPart);
+    r.part[p] = (WordPart) __builtin_convertvector(x.part[p], LongPart);
 #else
     const DoublePart high = floor_part(x.part[p] * 0x1p-32);
     const DoublePart low = floor_part(x.part[p] - high * 0x1p32);
@@ -139,18 +139,30 @@ inline f64x8 to_double(u64x8 x) {
 
 // exp(x) for x <= 0 within 2 ulp of double, 0 below -708 (no subnormals) and for NaN.
 inline f64x8 exp_wide(f64x8 x) {
-  static constexpr double kInverseFactorial[] = {
-      1.0,       1.0,        1.0 / 2,      1.0 / 6,       1.0 / 24,       1.0 / 120,      1.0 / 720,
-      1.0 / 5040, 1.0 / 40320, 1.0 / 362880, 1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600,
-      1.0 / 6227020800.0};
+  static constexpr double kInverseFactorial[] = {1.0,
+                                                 1.0,
+                                                 1.0 / 2,
+                                                 1.0 / 6,
+                                                 1.0 / 24,
+                                                 1.0 / 120,
+                                                 1.0 / 720,
+                                                 1.0 / 5040,
+                                                 1.0 / 40320,
+                                                 1.0 / 362880,
+                                                 1.0 / 3628800,
+                                                 1.0 / 39916800,
+                                                 1.0 / 479001600,
+                                                 1.0 / 6227020800.0};
   f64x8 r;
   for (int p = 0; p < kParts; ++p) {
     const DoublePart bound = DoublePart{} - 708.0;
     const LongPart valid = (LongPart)(x.part[p] >= bound);
-    const DoublePart clamped = (DoublePart)((valid & (LongPart)x.part[p]) | (~valid & (LongPart)bound));
+    const DoublePart clamped =
+        (DoublePart)((valid & (LongPart)x.part[p]) | (~valid & (LongPart)bound));
     const DoublePart n = nearest(clamped * 1.44269504088896340736);
     // ln 2 in two parts; the first has 33 bits, so that n times it is exact.
-    const DoublePart t = (clamped - n * 6.93147180369123816490e-01) - n * 1.90821492927058770002e-10;
+    const DoublePart t =
+        (clamped - n * 6.93147180369123816490e-01) - n * 1.90821492927058770002e-10;
     DoublePart sum = DoublePart{} + kInverseFactorial[13];
     for (int degree = 12; degree >= 0; --degree) sum = sum * t + kInverseFactorial[degree];
     const DoublePart scale = (DoublePart)((small_to_long(n) + 1023) << 52);

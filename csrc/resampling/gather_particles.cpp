@@ -1,10 +1,12 @@
-// winnow::gather_particles and its in-place form on the CPU: slot j of a population takes the row of
-// particle ancestors[j]. No arithmetic, hence any dtype, and no loop of its own per instruction set.
+// winnow::gather_particles and its in-place form on the CPU: slot j of a population takes the row
+// of particle ancestors[j]. No arithmetic, hence any dtype, and no loop of its own per instruction
+// set.
 //
-// In place, a row may be overwritten once nobody waits for it any more; what is left then are cycles,
-// which one row of spare memory opens. Rows that stay are not touched: after `keep_slots` that is a
-// third to two thirds of them. The rows are cut in chunks, and every chunk makes all moves of its
-// population in the same order, so chunks are independent and the spare memory is one chunk.
+// In place, a row may be overwritten once nobody waits for it any more; what is left then are
+// cycles, which one row of spare memory opens. Rows that stay are not touched: after `keep_slots`
+// that is a third to two thirds of them. The rows are cut in chunks, and every chunk makes all
+// moves of its population in the same order, so chunks are independent and the spare memory is one
+// chunk.
 #include <torch/csrc/stable/library.h>
 
 #include <cstring>
@@ -103,8 +105,8 @@ Offset offset_of(const std::vector<Dimension>& dimensions, int64_t index) {
   return offset;
 }
 
-// Calls work(population, offset, bytes) for every population and chunk, spread over threads; a thread
-// visits the chunks of a population one after another.
+// Calls work(population, offset, bytes) for every population and chunk, spread over threads; a
+// thread visits the chunks of a population one after another.
 template <typename Work>
 void each_chunk(const Layout& layout, int64_t rows, const Work& make_work) {
   const int64_t chunks = (layout.bytes + kChunk - 1) / kChunk;
@@ -148,7 +150,7 @@ void copy_bytes(char* to, const char* from, int64_t bytes) {
 class MovePlan {
  public:
   struct Move {
-    int64_t to;    // kSpare: the spare row
+    int64_t to;  // kSpare: the spare row
     int64_t from;
   };
   static constexpr int64_t kSpare = -1;
@@ -231,7 +233,8 @@ void gather_particles_(Tensor state, const Tensor& ancestors, int64_t dim) {
   for (int64_t d = 0; d < state.dim(); ++d) {
     WINNOW_CHECK(state.size(d) <= 1 || state.stride(d) != 0,
                  "state: expected memory of its own to gather in place, got a tensor expanded in "
-                 "dimension ", d);
+                 "dimension ",
+                 d);
   }
   const std::vector<int64_t> index = check_ancestors(ancestors, particles);
   if (state.numel() == 0) return;
@@ -239,8 +242,8 @@ void gather_particles_(Tensor state, const Tensor& ancestors, int64_t dim) {
   auto* rows = static_cast<char*>(state.data_ptr());
   each_chunk(layout, particles, [&] {
     return [&, plan = MovePlan(), moves = static_cast<const std::vector<MovePlan::Move>*>(nullptr),
-            planned = int64_t{-1}, spare = std::vector<char>()](int64_t population, Offset offset,
-                                                                int64_t bytes) mutable {
+            planned = int64_t{-1},
+            spare = std::vector<char>()](int64_t population, Offset offset, int64_t bytes) mutable {
       if (planned != population) {
         moves = &plan.plan(index.data() + population * particles, particles);
         planned = population;

@@ -67,7 +67,8 @@ class ScratchMemory {
   }
   void* data() {
     if (!large_) return small_;
-    return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(large_.get()) + 63) & ~uintptr_t{63});
+    return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(large_.get()) + 63) &
+                                   ~uintptr_t{63});
   }
 
  private:
@@ -78,7 +79,8 @@ class ScratchMemory {
 void resample_whole_rows(const ResampleCall& call) {
   const auto loop = WINNOW_SIMD(resample_rows);
   const int64_t bytes = resample_scratch(call).bytes;
-  const int64_t grain = 1 + 8192 / (call.particles + call.samples + 16);  // about 20 µs for a thread
+  const int64_t grain =
+      1 + 8192 / (call.particles + call.samples + 16);  // about 20 µs for a thread
   torch::stable::parallel_for(0, call.rows, grain, [&](int64_t begin, int64_t end) {
     ScratchMemory scratch(bytes);
     loop(call, begin, end, scratch.data());
@@ -115,10 +117,12 @@ Resampled resample(const Tensor& log_weights, std::string scheme,
   const int64_t samples = num_samples.value_or(particles);
   WINNOW_CHECK(particles < kMostParticles, "log_weights: expected fewer than 2^31 particles, got ",
                particles);
-  WINNOW_CHECK(samples >= 0 && samples <= kMostSamples,
-               "num_samples: expected 0 to 2^40, got ", samples);
-  WINNOW_CHECK(particles > 0 || samples == 0, "num_samples: expected 0 for a population of no "
-               "particles, got ", samples);
+  WINNOW_CHECK(samples >= 0 && samples <= kMostSamples, "num_samples: expected 0 to 2^40, got ",
+               samples);
+  WINNOW_CHECK(particles > 0 || samples == 0,
+               "num_samples: expected 0 for a population of no "
+               "particles, got ",
+               samples);
 
   ResampleCall call = {};
   call.scheme = scheme_of(scheme);
@@ -126,9 +130,10 @@ Resampled resample(const Tensor& log_weights, std::string scheme,
   if (ess_threshold.has_value()) {
     WINNOW_CHECK(*ess_threshold > 0.0 && *ess_threshold <= 1.0,
                  "ess_threshold: expected a share in (0, 1], got ", *ess_threshold);
-    WINNOW_CHECK(samples == particles, "num_samples: expected K = ", particles,
-                 " with ess_threshold (a population that is not resampled keeps its particles), got ",
-                 samples);
+    WINNOW_CHECK(
+        samples == particles, "num_samples: expected K = ", particles,
+        " with ess_threshold (a population that is not resampled keeps its particles), got ",
+        samples);
   }
   WINNOW_CHECK(!keep_slots || samples == particles, "num_samples: expected K = ", particles,
                " with keep_slots, got ", samples);
@@ -139,8 +144,8 @@ Resampled resample(const Tensor& log_weights, std::string scheme,
     check_dtype("mask", *mask, ScalarType::Bool);
     WINNOW_CHECK(shape(*mask) == shape(log_weights), "mask: expected the shape of log_weights ",
                  shape_of(log_weights), ", got ", shape_of(*mask));
-    WINNOW_CHECK(samples == particles, "num_samples: expected K = ", particles,
-                 " with mask, got ", samples);
+    WINNOW_CHECK(samples == particles, "num_samples: expected K = ", particles, " with mask, got ",
+                 samples);
     mask_rows = as_rows(*mask);
     call.mask = mask_rows.tensor.data_ptr();
     call.mask_stride = mask_rows.stride;
@@ -194,4 +199,6 @@ Resampled resample(const Tensor& log_weights, std::string scheme,
 }  // namespace
 }  // namespace winnow
 
-STABLE_TORCH_LIBRARY_IMPL(winnow, CPU, m) { m.impl("resample", TORCH_BOX(&winnow::resample)); }
+STABLE_TORCH_LIBRARY_IMPL(winnow, CPU, m) {
+  m.impl("resample", TORCH_BOX(&winnow::resample));
+}

@@ -1,6 +1,7 @@
 // One population: maximum, weights with ESS and log Z, fixed-point total, then offspring by the
-// scheme and ancestors from them. Every step works on blocks of a fixed size; a population that fits
-// one block runs all steps on a thread, a huge one is split block by block with the same result.
+// scheme and ancestors from them. Every step works on blocks of a fixed size; a population that
+// fits one block runs all steps on a thread, a huge one is split block by block with the same
+// result.
 //
 // Memory of a float32 population of K: two reads of the log weights, one write and two reads of the
 // weights (scratch, 4 K bytes), and the outputs; beyond one block nothing else grows with K, except
@@ -106,8 +107,8 @@ void each_tile(const Work<T>& work, int64_t b, uint64_t* tile, const Take& take)
   const int64_t end = b * kBlock + work.length(b);
   for (int64_t i = b * kBlock; i < end; i += kTile) {
     const int64_t n = end - i < kTile ? end - i : kTile;
-    before = cumulate(work.weights + i, (n + kLanes - 1) / kLanes * kLanes,
-                      work.population.scale, before, tile);
+    before = cumulate(work.weights + i, (n + kLanes - 1) / kLanes * kLanes, work.population.scale,
+                      before, tile);
     take(i, n, tile);
   }
 }
@@ -218,7 +219,8 @@ void residual(const Work<T>& work, const Arrays<T>& arrays) {
     const uint64_t weight = work.cumulative[k] - before;
     before = work.cumulative[k];
     auto whole = static_cast<int64_t>(static_cast<double>(weight) * grid.ratio);
-    auto rest = static_cast<int64_t>(grid.samples * weight - static_cast<uint64_t>(whole) * p.total);
+    auto rest =
+        static_cast<int64_t>(grid.samples * weight - static_cast<uint64_t>(whole) * p.total);
     for (; rest >= total; rest -= total) ++whole;
     for (; rest < 0; rest += total) --whole;
     arrays.offspring[k] = whole;
@@ -264,15 +266,16 @@ void fill_freed_slots(const int64_t* offspring, int64_t particles, int64_t* ance
   }
 }
 
-// Slots [begin, end) of a population that is not resampled: the identity and the weights carried. Only
-// one without any weight comes here with another number of samples, and then in turns.
+// Slots [begin, end) of a population that is not resampled: the identity and the weights carried.
+// Only one without any weight comes here with another number of samples, and then in turns.
 template <typename T>
 void keep(const Arrays<T>& arrays, const Population& p, int64_t begin, int64_t end) {
   for (int64_t j = begin; j < end; ++j) {
     arrays.ancestors[j] = j < p.particles ? j : j % p.particles;
   }
   const int64_t known = end < p.particles ? end : p.particles;
-  if (begin < known) carry(arrays.log_weights + begin, known - begin, arrays.new_log_weights + begin);
+  if (begin < known)
+    carry(arrays.log_weights + begin, known - begin, arrays.new_log_weights + begin);
   for (int64_t j = begin > known ? begin : known; j < end; ++j) {
     arrays.new_log_weights[j] = -std::numeric_limits<WeightOf<T>>::infinity();
   }

@@ -46,7 +46,8 @@ struct ResampleCall {
   int32_t* status;
 };
 
-// One population while it is worked on; `items` is the number of independent pieces of its next step.
+// One population while it is worked on; `items` is the number of independent pieces of its next
+// step.
 struct Population {
   int64_t row;
   int64_t particles;

@@ -1,7 +1,7 @@
-// From cumulative fixed-point weights to offspring. The j-th of M points lies at (j + u_j) / M of the
-// total T, in integers at (j T + U_j) / M with U_j = floor(u_j T); the particles up to one whose
-// cumulative weight is c hold the points with j T + U_j < M c. That comparison is decided in double
-// where it is far from a tie and in integers where it is not, so the counts are exact.
+// From cumulative fixed-point weights to offspring. The j-th of M points lies at (j + u_j) / M of
+// the total T, in integers at (j T + U_j) / M with U_j = floor(u_j T); the particles up to one
+// whose cumulative weight is c hold the points with j T + U_j < M c. That comparison is decided in
+// double where it is far from a tie and in integers where it is not, so the counts are exact.
 #pragma once
 
 #include <cstdint>
@@ -75,8 +75,8 @@ inline int64_t systematic_exact(const Grid& grid, uint64_t cumulative, int64_t g
 
 inline int64_t stratified_exact(const ResampleCall& call, int64_t row, const Grid& grid,
                                 uint64_t cumulative, int64_t guess) {
-  auto rest = static_cast<int64_t>(grid.samples * cumulative -
-                                   static_cast<uint64_t>(guess) * grid.total);
+  auto rest =
+      static_cast<int64_t>(grid.samples * cumulative - static_cast<uint64_t>(guess) * grid.total);
   const auto total = static_cast<int64_t>(grid.total);
   for (; rest >= total; rest -= total) ++guess;
   for (; rest < 0; rest += total) --guess;
@@ -145,14 +145,15 @@ inline void stratified_counts(const ResampleCall& call, int64_t row, const Grid&
   }
   if (near != 0) {
     for (int l = 0; l < kLanes; ++l) {
-      counts[l] = stratified_exact(call, row, grid, cumulative[l], static_cast<int64_t>(stratum[l]));
+      counts[l] =
+          stratified_exact(call, row, grid, cumulative[l], static_cast<int64_t>(stratum[l]));
     }
   }
 }
 
-// Particles first, first + 1, ... end at counts[0], counts[1], ...: their offspring, and their index
-// in the slots between. Most particles have few offspring, so four slots are written without a
-// question and the next particle overwrites the surplus; never beyond `limit`.
+// Particles first, first + 1, ... end at counts[0], counts[1], ...: their offspring, and their
+// index in the slots between. Most particles have few offspring, so four slots are written without
+// a question and the next particle overwrites the surplus; never beyond `limit`.
 template <typename Index>
 inline int64_t scatter(const int64_t* counts, int64_t n, int64_t first, int64_t previous,
                        int64_t limit, int64_t* offspring, Index* ancestors) {

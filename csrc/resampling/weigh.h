@@ -63,13 +63,9 @@ inline void block_weights(const T* x, int64_t n, double top, float* w) {
     if (i < n) store_lanes(w + i, weight(load_lanes(x + i, n - i, none)));
   };
   if (highest == std::numeric_limits<float>::infinity()) {
-    each([&](f32x16 v) {
-      return as_float((v == f32x16(highest)) & as_bits(f32x16(1.0f)));
-    });
+    each([&](f32x16 v) { return as_float((v == f32x16(highest)) & as_bits(f32x16(1.0f))); });
   } else {
-    each([&](f32x16 v) {
-      return as_float((v == v) & as_bits(exp_lanes(v - f32x16(highest))));
-    });
+    each([&](f32x16 v) { return as_float((v == v) & as_bits(exp_lanes(v - f32x16(highest)))); });
   }
 }
 
@@ -143,7 +139,8 @@ inline void block_total(const W* w, int64_t n, double scale, Block* block) {
 
 // Cumulative weights of one tile (n padded to kWide), continued from `before`; returns the last.
 template <typename W>
-inline uint64_t cumulate(const W* w, int64_t n, double scale, uint64_t before, uint64_t* cumulative) {
+inline uint64_t cumulate(const W* w, int64_t n, double scale, uint64_t before,
+                         uint64_t* cumulative) {
   for (int64_t i = 0; i < n; i += kWide) {
     const u64x8 q = fixed_weights(w + i, scale);
     std::memcpy(cumulative + i, &q, sizeof q);

@@ -7,6 +7,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from torch_winnow._resampling.gather import gather_particles
 from torch_winnow._resampling.resample import Resampling, resample
@@ -26,6 +27,18 @@ class PotentialState(NamedTuple):
 
     reward: Tensor
     log_product: Tensor
+
+
+def _no_nan(x: Tensor) -> Tensor:
+    return x.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+
+
+def _check_lmbda(lmbda: float) -> None:
+    if not 0 <= lmbda < math.inf:
+        raise ValueError(
+            f"lmbda: expected a finite number of at least 0, got {lmbda} (to steer away from a "
+            "reward, negate the reward)"
+        )
 
 
 def fk_potential(
@@ -54,14 +67,15 @@ def fk_potential(
             -inf or NaN (a broken constraint) has weight zero from then on.
         state: what the previous step returned (gathered by the ancestors since), None at first.
         kind: see above.
-        lmbda: strength of the tilt.
+        lmbda: strength of the tilt, at least 0.
         terminal: whether this is the reward of the finished sample.
 
     Returns:
         ``(log_potential, state)``; the potential is ``(..., K)``, float32 (float64 for float64).
 
     Raises:
-        ValueError: an unknown ``kind``, or a reward that is not floating.
+        ValueError: an unknown ``kind``, a negative ``lmbda``, a reward that is not floating or has
+            another shape than the state.
 
     Example:
         >>> import torch
@@ -75,10 +89,11 @@ def fk_potential(
     """
     if kind not in _KINDS:
         raise ValueError(f"kind: expected one of {', '.join(_KINDS)}, got {kind!r}")
+    _check_lmbda(lmbda)
     if not reward.is_floating_point():
         raise ValueError(f"reward: expected a floating tensor, got {reward.dtype}")
     r = reward if reward.dtype == torch.float64 else reward.float()
-    r = r.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    r = _no_nan(r)
     if state is None:
         start = -torch.inf if kind == "max" else 0.0
         state = PotentialState(torch.full_like(r, start), torch.zeros_like(r))
@@ -101,9 +116,12 @@ def fk_potential(
         log_potential = lmbda * (r - state.reward)
     else:
         log_potential = lmbda * statistic
-    # Nothing can be divided by a product of zero; such a particle stays without weight.
-    log_potential = torch.where(state.log_product == -torch.inf, 0.0, log_potential)
-    return log_potential, PotentialState(statistic, state.log_product + log_potential)
+    # A product of zero or infinity cannot be divided out any more: it stays, but for a reward that
+    # ends the particle.
+    last = torch.where(r == -torch.inf, r, 0.0) if lmbda > 0 else 0.0
+    log_potential = torch.where(state.log_product.isinf(), last, log_potential)
+    log_product = state.log_product + log_potential
+    return log_potential, PotentialState(_no_nan(statistic), _no_nan(log_product))
 
 
 class FKSteering:
@@ -149,6 +167,7 @@ class FKSteering:
     ) -> None:
         if kind not in _KINDS:
             raise ValueError(f"kind: expected one of {', '.join(_KINDS)}, got {kind!r}")
+        _check_lmbda(lmbda)
         self.kind = kind
         self.lmbda = lmbda
         self.ess_threshold = ess_threshold
@@ -244,8 +263,7 @@ class FKSteering:
         """The rows of :meth:`best` from any tree of tensors ``(..., K, *rest)``: ``(..., *rest)``."""
         best = self.best()
         at = best.dim()
-
         chosen = gather_particles(tree, best.unsqueeze(-1))
-        return torch.utils._pytree.tree_map_only(  # type: ignore[no-any-return]
+        return tree_map_only(  # type: ignore[no-any-return]
             Tensor, lambda leaf: leaf.squeeze(at), chosen
         )

@@ -232,7 +232,9 @@ def fk_potential(
             potential = lmbda * value if lmbda else 0.0
         if terminal and lmbda:
             potential = lmbda * now - product
-        if product == -torch.inf:
-            potential = 0.0
+        if product in (torch.inf, -torch.inf):  # cannot be divided out any more
+            potential = now if lmbda and now == -torch.inf else 0.0
         log_potential.view(-1)[at], statistic.view(-1)[at] = potential, value
-    return log_potential, PotentialState(statistic, past + log_potential)
+    bounds = {"nan": -torch.inf, "posinf": torch.inf, "neginf": -torch.inf}
+    product_ = (past + log_potential).nan_to_num(**bounds)
+    return log_potential, PotentialState(statistic.nan_to_num(**bounds), product_)
