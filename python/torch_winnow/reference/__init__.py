@@ -3,7 +3,22 @@
 No cleverness and no speed: tests hold the kernels to these functions, benchmarks compare with them.
 """
 
-from torch_winnow.reference.kvcache import paged_attention
-from torch_winnow.reference.resampling import effective_sample_size
+from torch_winnow.reference.kvcache import (
+    paged_attention,
+)
+from torch_winnow.reference.resampling import (
+    effective_sample_size,
+    fk_potential,
+    gather_particles,
+    gather_particles_,
+    resample,
+)
 
-__all__ = ["effective_sample_size", "paged_attention"]
+__all__ = [
+    "effective_sample_size",
+    "fk_potential",
+    "gather_particles",
+    "gather_particles_",
+    "paged_attention",
+    "resample",
+]
