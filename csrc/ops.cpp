@@ -16,6 +16,11 @@ STABLE_TORCH_LIBRARY(winnow, m) {
   m.def("gather_particles_(Tensor(a!) state, Tensor ancestors, int dim) -> ()");
 
   // unmasking
+  m.def(
+      "logit_stats(Tensor logits, Tensor? mask, float temperature, Tensor? suppress_ids, "
+      "Tensor? target_ids, Tensor? unconditional_logits, float cfg_scale, Tensor? seed, bool raw) -> "
+      "(Tensor token, Tensor log_prob, Tensor argmax, Tensor max_prob, Tensor margin, "
+      "Tensor entropy, Tensor logsumexp, Tensor target_log_prob, Tensor kl)");
 
   // kvcache
   m.def(

@@ -1,7 +1,8 @@
 // Sixteen float lanes whose results are bitwise equal on every instruction set: one AVX-512
-// register, two of AVX2, four of SSE or NEON, through the compiler's vector types; no fused
-// multiply-add, reductions in one fixed order. For what must not depend on the machine: draws,
-// prefix sums, decisions. Loops that may differ in the last bit use at::vec.
+// register, two of AVX2, four of SSE or NEON, through the compiler's vector types; fused
+// multiply-adds where fma_lanes says so and nowhere else, reductions in one fixed order. For what
+// must not depend on the machine: draws, prefix sums, decisions. Loops that may differ in the last
+// bit use at::vec.
 //
 // Included by *_simd.cc only; internal linkage, because each unit has flags of its own. c10's
 // scalar conversions are avoided: they are inline functions that the linker may merge across
@@ -160,12 +161,83 @@ WINNOW_LANES bool any(i32x16 mask) {
 #endif
 }
 
-// The larger, or b where either is NaN (as the machine's max instruction).
+// a > b ? a : b and a < b ? a : b, so b where either is NaN: what x86 has an instruction for, which
+// GCC does not always find.
 WINNOW_LANES f32x16 max_lanes(f32x16 a, f32x16 b) {
+#if defined(__AVX512F__)
+  a.part[0] = _mm512_max_ps(a.part[0], b.part[0]);
+  return a;
+#elif defined(__AVX2__)
+  for (int p = 0; p < kParts; ++p) a.part[p] = _mm256_max_ps(a.part[p], b.part[p]);
+  return a;
+#elif defined(__x86_64__)
+  for (int p = 0; p < kParts; ++p) a.part[p] = _mm_max_ps(a.part[p], b.part[p]);
+  return a;
+#else
   return select(a > b, a, b);
+#endif
 }
+
 WINNOW_LANES f32x16 min_lanes(f32x16 a, f32x16 b) {
+#if defined(__AVX512F__)
+  a.part[0] = _mm512_min_ps(a.part[0], b.part[0]);
+  return a;
+#elif defined(__AVX2__)
+  for (int p = 0; p < kParts; ++p) a.part[p] = _mm256_min_ps(a.part[p], b.part[p]);
+  return a;
+#elif defined(__x86_64__)
+  for (int p = 0; p < kParts; ++p) a.part[p] = _mm_min_ps(a.part[p], b.part[p]);
+  return a;
+#else
   return select(a < b, a, b);
+#endif
+}
+
+#if defined(__x86_64__) && !defined(__FMA__)
+// a * b + c rounded once, for machines without the instruction: the product is exact in double, the
+// sum is rounded to odd (its last bit tells that something was cut off), and such a sum rounds to
+// float as the exact one does. For results in the normal range.
+WINNOW_LANES __m128d fused_to_odd(__m128d a, __m128d b, __m128d c) {
+  const __m128d product = _mm_mul_pd(a, b);
+  const __m128d sum = _mm_add_pd(product, c);
+  const __m128d of_c = _mm_sub_pd(sum, product);
+  const __m128d lost = _mm_add_pd(_mm_sub_pd(product, _mm_sub_pd(sum, of_c)), _mm_sub_pd(c, of_c));
+  const __m128i bits = _mm_castpd_si128(sum);
+  // Away from zero by one where what was lost has the sum's sign, else towards it; even sums only.
+  const __m128i inexact = _mm_castpd_si128(_mm_cmpneq_pd(lost, _mm_setzero_pd()));
+  const __m128i even = _mm_sub_epi64(_mm_and_si128(bits, _mm_set1_epi64x(1)), _mm_set1_epi64x(1));
+  const __m128i differs = _mm_xor_si128(bits, _mm_castpd_si128(lost));
+  const __m128i sign = _mm_shuffle_epi32(_mm_srai_epi32(differs, 31), 0xf5);
+  const __m128i step = _mm_or_si128(sign, _mm_set1_epi64x(1));
+  return _mm_castsi128_pd(_mm_add_epi64(bits, _mm_and_si128(step, _mm_and_si128(inexact, even))));
+}
+
+WINNOW_LANES __m128 fused(__m128 a, __m128 b, __m128 c) {
+  const auto low = fused_to_odd(_mm_cvtps_pd(a), _mm_cvtps_pd(b), _mm_cvtps_pd(c));
+  const auto high =
+      fused_to_odd(_mm_cvtps_pd(_mm_movehl_ps(a, a)), _mm_cvtps_pd(_mm_movehl_ps(b, b)),
+                   _mm_cvtps_pd(_mm_movehl_ps(c, c)));
+  return _mm_movelh_ps(_mm_cvtpd_ps(low), _mm_cvtpd_ps(high));
+}
+#endif
+
+// a * b + c with one rounding on every machine. One instruction where there is one, some forty
+// where there is none (x86 before 2013): for loops whose speed depends on it.
+WINNOW_LANES f32x16 fma_lanes(f32x16 a, f32x16 b, f32x16 c) {
+#if defined(__AVX512F__)
+  c.part[0] = _mm512_fmadd_ps(a.part[0], b.part[0], c.part[0]);
+#elif defined(__FMA__)
+  for (int p = 0; p < kParts; ++p) c.part[p] = _mm256_fmadd_ps(a.part[p], b.part[p], c.part[p]);
+#elif defined(__x86_64__)
+  for (int p = 0; p < kParts; ++p) c.part[p] = fused(a.part[p], b.part[p], c.part[p]);
+#else
+  for (int p = 0; p < kParts; ++p) {
+    for (int i = 0; i < kLanes / kParts; ++i) {
+      c.part[p][i] = __builtin_fmaf(a.part[p][i], b.part[p][i], c.part[p][i]);
+    }
+  }
+#endif
+  return c;
 }
 
 WINNOW_LANES i32x16 lane_index() {
