@@ -11,4 +11,14 @@ STABLE_TORCH_LIBRARY(winnow, m) {
   // unmasking
 
   // kvcache
+  m.def(
+      "paged_attention(Tensor query, Tensor key_pages, Tensor value_pages, Tensor block_table, "
+      "Tensor seq_lens, bool causal=True, Tensor? block_indices=None, int? window=None, "
+      "int sinks=0, Tensor? key_bias=None, float? scale=None) -> (Tensor out, Tensor lse)");
+  m.def(
+      "paged_write_(Tensor(a!) key_pages, Tensor(b!) value_pages, Tensor key, Tensor value, "
+      "Tensor block_table, Tensor positions) -> ()");
+  m.def(
+      "copy_blocks_(Tensor(a!) key_pages, Tensor(b!) value_pages, Tensor source, Tensor target) "
+      "-> ()");
 }
