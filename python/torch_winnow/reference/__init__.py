@@ -3,7 +3,18 @@
 No cleverness and no speed: tests hold the kernels to these functions, benchmarks compare with them.
 """
 
-from torch_winnow.reference.kvcache import paged_attention
+from torch_winnow.reference.kvcache import (
+    block_summaries,
+    paged_attention,
+    score_blocks,
+    select_blocks,
+)
 from torch_winnow.reference.resampling import effective_sample_size
 
-__all__ = ["effective_sample_size", "paged_attention"]
+__all__ = [
+    "block_summaries",
+    "effective_sample_size",
+    "paged_attention",
+    "score_blocks",
+    "select_blocks",
+]
