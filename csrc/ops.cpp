@@ -33,4 +33,11 @@ STABLE_TORCH_LIBRARY(winnow, m) {
   m.def(
       "copy_blocks_(Tensor(a!) key_pages, Tensor(b!) value_pages, Tensor source, Tensor target) "
       "-> ()");
+  m.def(
+      "block_summaries(Tensor key_pages, Tensor block_table, Tensor seq_lens, bool minmax=True) "
+      "-> Tensor");
+  m.def("score_blocks(Tensor query, Tensor summaries) -> Tensor");
+  m.def(
+      "select_blocks(Tensor scores, int k, Tensor seq_lens, int block_size, int sink_blocks=1, "
+      "int recent_blocks=1) -> Tensor");
 }

@@ -4,9 +4,11 @@ list(APPEND WINNOW_HOST_SOURCES
   csrc/kvcache/cache_table.cpp
 )
 list(APPEND WINNOW_CPU_SOURCES
+  csrc/kvcache/block_scores.cpp
   csrc/kvcache/paged_attention.cpp
   csrc/kvcache/paged_write.cpp
 )
 list(APPEND WINNOW_SIMD_SOURCES
+  csrc/kvcache/block_scores_simd.cc
   csrc/kvcache/paged_attention_simd.cc
 )

@@ -99,7 +99,7 @@ def paged_attention(
     return (out, lse) if return_lse else out
 
 
-@torch.library.register_fake("winnow::paged_attention")
+@torch.library.register_fake("winnow::paged_attention")  # type: ignore[untyped-decorator]
 def _(
     query: Tensor,
     key_pages: Tensor,

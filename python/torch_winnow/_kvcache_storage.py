@@ -25,12 +25,12 @@ def _integers(argument: str, values: Sequence[int] | Tensor) -> list[int]:
                 f"{argument}: expected a one-dimensional integer tensor or a list, got shape "
                 f"{tuple(values.shape)} of {values.dtype}"
             )
-        return values.tolist()  # type: ignore[no-untyped-call, no-any-return]
+        return values.tolist()
     return list(values)
 
 
 class BlockPool:
-    """Memory for keys and values in blocks of ``block_size`` tokens, shared by any number of caches.
+    """Memory for keys and values in blocks of ``block_size`` tokens, for any number of caches.
 
     A block has as many owners as rows of block tables name it, and returns to the pool with the
     last. Calls come from one thread at a time (the interpreter lock is enough).
@@ -339,7 +339,7 @@ class PagedKVCache:
                     f"{name}: expected {self.pool.dtype} on {self.pool.device} as in the pool, got "
                     f"{tensor.dtype} on {tensor.device}"
                 )
-            if dim > 1 and tensor.stride(3) != 1:
+            if dim > 1 and tensor.stride(3) != 1 and tensor.numel() > 0:
                 raise ValueError(
                     f"{name}: the last dimension must be contiguous (stride 1), got stride "
                     f"{tensor.stride(3)}"
@@ -350,7 +350,7 @@ class PagedKVCache:
         return f"PagedKVCache({self.pool!r}, batch_size={self.batch_size})"
 
 
-@torch.library.register_fake("winnow::paged_write_")
+@torch.library.register_fake("winnow::paged_write_")  # type: ignore[untyped-decorator]
 def _(
     key_pages: Tensor,
     value_pages: Tensor,
@@ -362,6 +362,6 @@ def _(
     return None
 
 
-@torch.library.register_fake("winnow::copy_blocks_")
+@torch.library.register_fake("winnow::copy_blocks_")  # type: ignore[untyped-decorator]
 def _(key_pages: Tensor, value_pages: Tensor, source: Tensor, target: Tensor) -> None:
     return None

@@ -2,11 +2,12 @@
 
 A :class:`BlockPool` owns the memory: pages of ``block_size`` tokens, for all layers. A
 :class:`PagedKVCache` owns blocks of a pool, one row of a block table per sequence; rows and caches
-that were forked share blocks, and a shared block is copied only when one of its owners writes to it.
-Particles, beams, compressed chunks and diffusion blocks can therefore live in one pool.
+that were forked share blocks, and a shared block is copied only when one of its owners writes to
+it. Particles, beams, compressed chunks and diffusion blocks can therefore live in one pool.
 
-:func:`paged_attention` reads the pages where they lie. Everything here serves inference: no gradient
-flows through a cache.
+:func:`paged_attention` reads the pages where they lie. :func:`block_summaries`,
+:func:`score_blocks` and :func:`select_blocks` choose the blocks that are worth reading. Everything
+here serves inference: no gradient flows through a cache.
 
 Example:
     >>> import torch
@@ -28,6 +29,15 @@ from __future__ import annotations
 
 from torch_winnow._core import BlockPoolExhausted
 from torch_winnow._kvcache_attention import paged_attention
+from torch_winnow._kvcache_selection import block_summaries, score_blocks, select_blocks
 from torch_winnow._kvcache_storage import BlockPool, PagedKVCache
 
-__all__ = ["BlockPool", "BlockPoolExhausted", "PagedKVCache", "paged_attention"]
+__all__ = [
+    "BlockPool",
+    "BlockPoolExhausted",
+    "PagedKVCache",
+    "block_summaries",
+    "paged_attention",
+    "score_blocks",
+    "select_blocks",
+]

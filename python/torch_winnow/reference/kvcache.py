@@ -57,3 +57,59 @@ def paged_attention(
                     out[b, head, t] = (score.softmax(0) @ value[seen][visible]).to(out.dtype)
                     lse[b, head, t] = score.logsumexp(0)
     return (out, lse) if return_lse else out
+
+
+def block_summaries(
+    key_pages: Tensor, block_table: Tensor, seq_lens: Tensor, kind: str = "minmax"
+) -> Tensor:
+    """Minimum and maximum, or mean, of the keys of each block; zeros where there are none."""
+    batch, width = block_table.shape
+    _, heads, block_size, dim = key_pages.shape
+    wide = torch.float64 if key_pages.dtype == torch.float64 else torch.float32
+    sizes = (batch, heads, width, 2, dim) if kind == "minmax" else (batch, heads, width, dim)
+    summaries = torch.zeros(sizes, dtype=wide, device=key_pages.device)
+    for b in range(batch):
+        for i in range(-(-int(seq_lens[b]) // block_size)):
+            count = min(block_size, int(seq_lens[b]) - i * block_size)
+            keys = key_pages[block_table[b, i], :, :count].to(wide)
+            if kind == "minmax":
+                summaries[b, :, i] = torch.stack([keys.amin(1), keys.amax(1)], 1)
+            else:
+                summaries[b, :, i] = keys.mean(1)
+    return summaries
+
+
+def score_blocks(query: Tensor, summaries: Tensor) -> Tensor:
+    """Per key head, the largest score of a block over query heads and positions."""
+    batch, heads, queries, dim = query.shape
+    key_heads = summaries.shape[1]
+    q = query.to(summaries.dtype).reshape(batch, key_heads, -1, 1, dim)  # heads and positions in one
+    if summaries.dim() == 5:
+        low, high = summaries[:, :, None, :, 0], summaries[:, :, None, :, 1]
+        products = torch.maximum(q * low, q * high)
+    else:
+        products = q * summaries[:, :, None]
+    return products.sum(-1).amax(2)
+
+
+def select_blocks(
+    scores: Tensor,
+    k: int,
+    *,
+    seq_lens: Tensor,
+    block_size: int,
+    sink_blocks: int = 1,
+    recent_blocks: int = 1,
+) -> Tensor:
+    """The first and last blocks and the best of the others; of equal scores the lowest block."""
+    batch, heads, _ = scores.shape
+    selected = torch.full((batch, heads, k), -1, dtype=torch.int32, device=scores.device)
+    for b in range(batch):
+        blocks = -(-int(seq_lens[b]) // block_size)
+        for h in range(heads):
+            row = [float("-inf") if x != x else x for x in scores[b, h, :blocks].tolist()]
+            kept = {i for i in range(blocks) if i < sink_blocks or i >= blocks - recent_blocks}
+            ranked = sorted((i for i in range(blocks) if i not in kept), key=lambda i: -row[i])
+            chosen = sorted(kept | set(ranked[: k - len(kept)]))
+            selected[b, h, : len(chosen)] = torch.tensor(chosen, dtype=torch.int32)
+    return selected
