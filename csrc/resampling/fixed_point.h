@@ -24,6 +24,7 @@ typedef double DoublePart __attribute__((vector_size(64 / kParts)));
 typedef int64_t LongPart __attribute__((vector_size(64 / kParts)));
 typedef uint64_t WordPart __attribute__((vector_size(64 / kParts)));
 typedef float FloatHalf __attribute__((vector_size(32 / kParts)));
+typedef int32_t IntHalf __attribute__((vector_size(32 / kParts)));
 
 struct f64x8 {
   DoublePart part[kParts];
@@ -126,18 +127,20 @@ inline u64x8 to_words(f64x8 x) {
 }
 
 // Correctly rounded.
+inline DoublePart to_double(WordPart x) {
+#if defined(__AVX512DQ__) || defined(__aarch64__)
+  return __builtin_convertvector(x, DoublePart);
+#else
+  // The halves as mantissas of 2^84 and 2^52: one addition rounds, the others are exact.
+  const DoublePart high = (DoublePart)((x >> 32) | (uint64_t{0x453} << 52));
+  const DoublePart low = (DoublePart)((x & 0xffffffffu) | (uint64_t{0x433} << 52));
+  return (high - (0x1p84 + 0x1p52)) + low;
+#endif
+}
+
 inline f64x8 to_double(u64x8 x) {
   f64x8 r;
-  for (int p = 0; p < kParts; ++p) {
-#if defined(__AVX512DQ__) || defined(__aarch64__)
-    r.part[p] = __builtin_convertvector(x.part[p], DoublePart);
-#else
-    // The halves as mantissas of 2^84 and 2^52: one addition rounds, the others are exact.
-    const DoublePart high = (DoublePart)((x.part[p] >> 32) | (uint64_t{0x453} << 52));
-    const DoublePart low = (DoublePart)((x.part[p] & 0xffffffffu) | (uint64_t{0x433} << 52));
-    r.part[p] = (high - (0x1p84 + 0x1p52)) + low;
-#endif
-  }
+  for (int p = 0; p < kParts; ++p) r.part[p] = to_double(x.part[p]);
   return r;
 }
 
@@ -179,6 +182,41 @@ inline uint64_t multiply_high(uint64_t a, uint64_t b) {
   return static_cast<uint64_t>((static_cast<unsigned __int128>(a) * b) >> 64);
 }
 
+// The product of the low halves of each 64-bit lane, whatever the high halves hold.
+inline WordPart multiply_halves(WordPart a, WordPart b) {
+#if defined(__AVX512F__)
+  return (WordPart)_mm512_mul_epu32((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+  return (WordPart)_mm256_mul_epu32((__m256i)a, (__m256i)b);
+#elif defined(__SSE2__)
+  return (WordPart)_mm_mul_epu32((__m128i)a, (__m128i)b);
+#else
+  return (a & 0xffffffffu) * (b & 0xffffffffu);
+#endif
+}
+
+// multiply_high of every lane.
+inline u64x8 multiply_high(u64x8 a, u64x8 b) {
+  u64x8 r;
+  for (int p = 0; p < kParts; ++p) {
+    const WordPart x = a.part[p];
+    const WordPart y = b.part[p];
+    const WordPart low = multiply_halves(x, y);
+    const WordPart middle = multiply_halves(x >> 32, y) + (low >> 32);
+    const WordPart other = multiply_halves(x, y >> 32) + (middle & 0xffffffffu);
+    r.part[p] = multiply_halves(x >> 32, y >> 32) + (middle >> 32) + (other >> 32);
+  }
+  return r;
+}
+
+// first, first + 1, ...
+inline u64x8 count_from(uint64_t first) {
+  static constexpr uint64_t kIndex[kWide] = {0, 1, 2, 3, 4, 5, 6, 7};
+  u64x8 r = load_wide(kIndex);
+  for (int p = 0; p < kParts; ++p) r.part[p] += first;
+  return r;
+}
+
 // 2^exponent.
 inline double power_of_two(int64_t exponent) {
   const int64_t bits = (exponent + 1023) << 52;
@@ -192,19 +230,6 @@ inline int64_t exponent_of(double x) {
   int64_t bits;
   std::memcpy(&bits, &x, sizeof bits);
   return (bits >> 52) - 1023;
-}
-
-// The product of the low halves of each 64-bit lane, whatever the high halves hold.
-inline WordPart multiply_halves(WordPart a, WordPart b) {
-#if defined(__AVX512F__)
-  return (WordPart)_mm512_mul_epu32((__m512i)a, (__m512i)b);
-#elif defined(__AVX2__)
-  return (WordPart)_mm256_mul_epu32((__m256i)a, (__m256i)b);
-#elif defined(__SSE2__)
-  return (WordPart)_mm_mul_epu32((__m128i)a, (__m128i)b);
-#else
-  return (a & 0xffffffffu) * (b & 0xffffffffu);
-#endif
 }
 
 // philox_bits for kWide pairs of row and element. Counters lie in the low half of their lane and

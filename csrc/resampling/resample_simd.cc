@@ -461,9 +461,13 @@ void resample_rows(const ResampleCall& call, int64_t begin, int64_t end, void* s
     using T = decltype(zero);
     if constexpr (!std::is_same_v<T, double>) {
       if (is_small(call)) {
-        const auto small = call.particles <= 4   ? &resample_small<4, T>
-                           : call.particles <= 8 ? &resample_small<8, T>
-                                                 : &resample_small<16, T>;
+        const int64_t k = call.particles;
+        const auto small = k == 4    ? &resample_small<4, true, T>
+                           : k < 4   ? &resample_small<4, false, T>
+                           : k == 8  ? &resample_small<8, true, T>
+                           : k < 8   ? &resample_small<8, false, T>
+                           : k == 16 ? &resample_small<16, true, T>
+                                     : &resample_small<16, false, T>;
         return small(call, begin, end);
       }
     }

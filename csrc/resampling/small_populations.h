@@ -41,28 +41,38 @@ struct SmallPopulations {
   alignas(64) int32_t dead[kLanes];
   alignas(64) int32_t nan[kLanes];
   alignas(64) int32_t resampled[kLanes];
-  alignas(64) double ess[kLanes];
-  alignas(64) double log_z[kLanes];
+  alignas(64) float ess[kLanes];
+  alignas(64) float log_z[kLanes];
+  alignas(64) double scale[kLanes];
   // [population][particle]
   alignas(64) float rows[kLanes * kSmallParticles + kLanes];
   alignas(64) int32_t packed_rows[kLanes * kSmallParticles];
 };
 
+inline i32x16 load_integers(const int32_t* from) {
+  i32x16 v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+
 // Reads n populations; the lanes beyond hold zeros.
-template <typename T>
-inline void load_small(const T* from, int64_t stride, int64_t k, int64_t n, SmallPopulations* s) {
+template <int kMost, bool kExact, typename T>
+inline void load_small(const T* from, int64_t stride, int64_t particles, int64_t n,
+                       SmallPopulations* s) {
+  const int64_t k = kExact ? kMost : particles;
   const int64_t size = n * k;
-  if (stride == k) {
-    int64_t i = 0;
-    for (; i + kLanes <= size; i += kLanes) store_lanes(s->rows + i, load_lanes(from + i));
-    if (i < size) store_lanes(s->rows + i, load_lanes(from + i, size - i, 0.0f));
+  if (stride == k && n == kLanes) {
+    for (int64_t i = 0; i < k; ++i) {
+      store_lanes(s->rows + i * kLanes, load_lanes(from + i * kLanes));
+    }
   } else {
     for (int64_t l = 0; l < n; ++l) {
       store_lanes(s->rows + l * k, load_lanes(from + l * stride, k, 0.0f));
     }
   }
+  for (int64_t i = size; i < kLanes * k; ++i) s->rows[i] = 0.0f;
   for (int64_t l = 0; l < kLanes; ++l) {
-    for (int64_t i = 0; i < k; ++i) s->x[i][l] = l < n ? s->rows[l * k + i] : 0.0f;
+    for (int64_t i = 0; i < k; ++i) s->x[i][l] = s->rows[l * k + i];
   }
 }
 
@@ -99,97 +109,105 @@ inline void weigh_small(int64_t k, SmallPopulations* s) {
   }
 }
 
-// ESS, the decision, and cumulative counts of populations [8 h, 8 h + 8).
-template <int kMost>
-inline bool count_small(const ResampleCall& call, int64_t row, int h, SmallPopulations* s) {
-  const int64_t k = call.particles;
-  const double particles = static_cast<double>(k);
-  f64x8 w[kMost];
-  f64x8 squares[kMost];
-  for (int i = 0; i < kMost; ++i) {
-    w[i] = load_wide(s->w[i] + h * kWide);
-    squares[i] = w[i] * w[i];
+// Every count again, in integers.
+inline void exact_small(const ResampleCall& call, int h, const u64x8* cumulative,
+                        const u64x8& total, const u64x8& offset, SmallPopulations* s) {
+  uint64_t totals[kWide];
+  uint64_t offsets[kWide];
+  std::memcpy(totals, &total, sizeof total);
+  std::memcpy(offsets, &offset, sizeof offset);
+  for (int64_t i = 0; i < call.particles; ++i) {
+    uint64_t weights[kWide];
+    std::memcpy(weights, &cumulative[i], sizeof weights);
+    for (int l = 0; l < kWide; ++l) {
+      int32_t* count = &s->counts[i][h * kWide + l];
+      *count = static_cast<int32_t>(
+          systematic_exact(make_grid(call.particles, totals[l], offsets[l]), weights[l], *count));
+    }
   }
-  const f64x8 sum = lanes_sum<kMost>(w);
-  const f64x8 square_sum = lanes_sum<kMost>(squares);
-  const double log_particles = log_of(particles);
-  f64x8 ess;
-  f64x8 scale;
-  for (int p = 0; p < kParts; ++p) {
-    ess.part[p] = sum.part[p] * sum.part[p] / square_sum.part[p];
-    const LongPart exponent = ((LongPart)sum.part[p] >> 52) - 1023;
-    scale.part[p] = (DoublePart)((59 - exponent + 1023) << 52);
-  }
-  const f64x8 log_z = log_wide(sum) - wide(log_particles) + load_wide(s->top + h * kWide);
-  std::memcpy(s->ess + h * kWide, &ess, sizeof ess);
-  std::memcpy(s->log_z + h * kWide, &log_z, sizeof log_z);
-  bool some = false;
-  for (int l = h * kWide; l < (h + 1) * kWide; ++l) {
-    const bool triggered =
-        !s->dead[l] && (call.ess_threshold < 0 || s->ess[l] < call.ess_threshold * particles);
-    s->resampled[l] = triggered ? -1 : 0;
-    some |= triggered;
-  }
-  if (!some) return false;
+}
 
+// ESS, log Z and the decision; whether any population is resampled.
+template <int kMost>
+inline bool decide_small(const ResampleCall& call, SmallPopulations* s) {
+  const auto particles = static_cast<double>(call.particles);
+  const double below = call.ess_threshold < 0 ? std::numeric_limits<double>::infinity()
+                                              : call.ess_threshold * particles;
+  const f64x8 log_particles = log_wide(wide(particles));
+  for (int h = 0; h < 2; ++h) {
+    f64x8 w[kMost];
+    f64x8 squares[kMost];
+    for (int i = 0; i < kMost; ++i) {
+      w[i] = load_wide(s->w[i] + h * kWide);
+      squares[i] = w[i] * w[i];
+    }
+    const f64x8 sum = lanes_sum<kMost>(w);
+    const f64x8 square_sum = lanes_sum<kMost>(squares);
+    const f64x8 log_z = log_wide(sum) - log_particles + load_wide(s->top + h * kWide);
+    for (int p = 0; p < kParts; ++p) {
+      const int at = h * kWide + p * (kWide / kParts);
+      const DoublePart ess = sum.part[p] * sum.part[p] / square_sum.part[p];
+      const LongPart exponent = ((LongPart)sum.part[p] >> 52) - 1023;
+      const DoublePart scale = (DoublePart)((59 - exponent + 1023) << 52);
+      const IntHalf triggered = __builtin_convertvector((LongPart)(ess < below), IntHalf);
+      const FloatHalf narrow_ess = __builtin_convertvector(ess, FloatHalf);
+      const FloatHalf narrow_log_z = __builtin_convertvector(log_z.part[p], FloatHalf);
+      std::memcpy(s->scale + at, &scale, sizeof scale);
+      std::memcpy(s->ess + at, &narrow_ess, sizeof narrow_ess);
+      std::memcpy(s->log_z + at, &narrow_log_z, sizeof narrow_log_z);
+      std::memcpy(s->resampled + at, &triggered, sizeof triggered);
+    }
+  }
+  const i32x16 live = load_integers(s->dead) ^ i32x16(-1);
+  const i32x16 resampled = load_integers(s->resampled) & live;
+  std::memcpy(s->resampled, &resampled, sizeof resampled);
+  store_lanes(s->ess, as_float(as_bits(load_lanes(s->ess)) & live));
+  store_lanes(s->log_z, as_float(as_bits(load_lanes(s->log_z)) & resampled));
+  return any(resampled);
+}
+
+// Cumulative counts of populations [8 h, 8 h + 8).
+template <int kMost>
+inline void count_small(const ResampleCall& call, int64_t row, int h, SmallPopulations* s) {
+  const int64_t k = call.particles;
+  const auto particles = static_cast<double>(k);
+  const f64x8 scale = load_wide(s->scale + h * kWide);
   u64x8 cumulative[kMost];
   u64x8 total = wide_word(0);
   for (int i = 0; i < kMost; ++i) {
     if (i >= k) break;
-    const u64x8 q = to_words(w[i] * scale);
+    const u64x8 q = to_words(load_wide(s->w[i] + h * kWide) * scale);
     for (int p = 0; p < kParts; ++p) total.part[p] += q.part[p];
     cumulative[i] = total;
   }
-  u64x8 rows;
-  for (int p = 0; p < kParts; ++p) {
-    LongPart lane;
-    int64_t index[kWide / kParts];
-    for (int l = 0; l < kWide / kParts; ++l) index[l] = row + h * kWide + p * (kWide / kParts) + l;
-    std::memcpy(&lane, index, sizeof lane);
-    rows.part[p] = (WordPart)lane;
-  }
-  const u64x8 drawn = philox_wide(call.seed, rows, wide_word(0));
-  uint64_t totals[kWide];
-  uint64_t bits[kWide];
-  uint64_t offsets[kWide];
-  std::memcpy(totals, &total, sizeof total);
-  std::memcpy(bits, &drawn, sizeof drawn);
-  for (int l = 0; l < kWide; ++l) offsets[l] = multiply_high(bits[l], totals[l]);
-  const f64x8 denominator = to_double(total);
-  const f64x8 offset = to_double(load_wide(offsets));
+  const u64x8 bits =
+      philox_wide(call.seed, count_from(static_cast<uint64_t>(row + h * kWide)), wide_word(0));
+  const u64x8 offset = multiply_high(bits, total);
+  const f64x8 all = to_double(total);
+  const f64x8 start = to_double(offset);
   const double near = near_tie(k);
-  for (int i = 0; i < kMost; ++i) {
-    if (i >= k) break;
-    const f64x8 c = to_double(cumulative[i]);
-    int64_t counts[kWide];
-    LongPart ties = {};
-    for (int p = 0; p < kParts; ++p) {
-      const DoublePart ratio = particles / denominator.part[p];
-      const DoublePart shift = offset.part[p] / denominator.part[p];
-      const LongPart count = count_part(c.part[p] * ratio - shift, near, &ties);
-      std::memcpy(counts + p * (kWide / kParts), &count, sizeof count);
+  LongPart ties = {};
+  for (int p = 0; p < kParts; ++p) {
+    const DoublePart inverse = 1.0 / all.part[p];
+    const DoublePart ratio = particles * inverse;
+    const DoublePart shift = start.part[p] * inverse;
+    for (int i = 0; i < kMost; ++i) {
+      if (i >= k) break;
+      const DoublePart c = to_double(cumulative[i].part[p]);
+      const LongPart count = count_part(c * ratio - shift, near, &ties);
+      const IntHalf narrow = __builtin_convertvector(count, IntHalf);
+      std::memcpy(s->counts[i] + h * kWide + p * (kWide / kParts), &narrow, sizeof narrow);
     }
-    if (any_long(ties)) {
-      uint64_t exact[kWide];
-      std::memcpy(exact, &cumulative[i], sizeof exact);
-      for (int l = 0; l < kWide; ++l) {
-        counts[l] = systematic_exact(make_grid(k, totals[l], offsets[l]), exact[l], counts[l]);
-      }
-    }
-    for (int l = 0; l < kWide; ++l) s->counts[i][h * kWide + l] = static_cast<int32_t>(counts[l]);
   }
-  return true;
-}
-
-inline i32x16 load_integers(const int32_t* from) {
-  i32x16 v;
-  std::memcpy(&v, from, sizeof v);
-  return v;
+  if (any_long(ties)) exact_small(call, h, cumulative, total, offset, s);
 }
 
 // Ancestors by counting: slot j takes the first particle whose cumulative count exceeds j, so its
 // index is the number of those that do not. Comparisons give -1 where they hold.
-inline void ancestors_small(int64_t k, bool keep_slots, SmallPopulations* s) {
+template <int kMost, bool kExact>
+inline void ancestors_small(const ResampleCall& call, SmallPopulations* s) {
+  const int64_t k = kExact ? kMost : call.particles;
+  const bool keep_slots = call.keep_slots;
   const i32x16 resampled = load_integers(s->resampled);
   i32x16 offspring[kSmallParticles];
   i32x16 ends[kSmallParticles];  // of the particles that slots are counted against
@@ -221,14 +239,15 @@ inline void ancestors_small(int64_t k, bool keep_slots, SmallPopulations* s) {
   }
 }
 
+template <int kMost, bool kExact>
 inline void store_small(const ResampleCall& call, int64_t row, int64_t n, bool any_resampled,
                         SmallPopulations* s) {
-  const int64_t k = call.particles;
+  const int64_t k = kExact ? kMost : call.particles;
   int64_t* ancestors = call.ancestors + row * k;
   int64_t* offspring = call.offspring + row * k;
   auto* log_weights = static_cast<float*>(call.new_log_weights) + row * k;
   if (any_resampled) {
-    for (int64_t l = 0; l < n; ++l) {
+    for (int64_t l = 0; l < kLanes; ++l) {
       for (int64_t i = 0; i < k; ++i) s->packed_rows[l * k + i] = s->packed[i][l];
     }
     for (int64_t i = 0; i < n * k; ++i) ancestors[i] = s->packed_rows[i] & 255;
@@ -239,31 +258,45 @@ inline void store_small(const ResampleCall& call, int64_t row, int64_t n, bool a
     }
     for (int64_t i = 0; i < n * k; ++i) offspring[i] = 1;
   }
-  std::memset(log_weights, 0, static_cast<size_t>(n * k) * sizeof(float));
-  for (int64_t l = 0; l < n; ++l) {
-    const bool resampled = s->resampled[l] != 0;
-    if (!resampled) carry(s->rows + l * k, k, log_weights + l * k);
-    static_cast<float*>(call.log_z)[row + l] = resampled ? static_cast<float>(s->log_z[l]) : 0.0f;
-    static_cast<float*>(call.ess)[row + l] = s->dead[l] ? 0.0f : static_cast<float>(s->ess[l]);
-    call.resampled[row + l] = resampled;
-    const bool infinite = s->top[l] == std::numeric_limits<float>::infinity();
-    call.status[row + l] = (s->dead[l] ? kStatusNoWeight : 0) | (s->nan[l] ? kStatusNan : 0) |
-                           (infinite ? kStatusInfinite : 0);
+  if (n == kLanes) {
+    for (int64_t i = 0; i < k; ++i) store_lanes(log_weights + i * kLanes, 0.0f);
+  } else {
+    std::memset(log_weights, 0, static_cast<size_t>(n * k) * sizeof(float));
   }
+  const i32x16 resampled = load_integers(s->resampled);
+  if (any(resampled ^ i32x16(-1))) {
+    for (int64_t l = 0; l < n; ++l) {
+      if (s->resampled[l] == 0) carry(s->rows + l * k, k, log_weights + l * k);
+    }
+  }
+  const i32x16 infinite = load_lanes(s->top) == f32x16(std::numeric_limits<float>::infinity());
+  const i32x16 status = (load_integers(s->dead) & i32x16(kStatusNoWeight)) |
+                        (load_integers(s->nan) & i32x16(kStatusNan)) |
+                        (infinite & i32x16(kStatusInfinite));
+  unsigned char flags[kLanes];
+  for (int l = 0; l < kLanes; ++l) flags[l] = s->resampled[l] != 0;
+  const auto count = static_cast<size_t>(n);
+  std::memcpy(call.resampled + row, flags, count);
+  std::memcpy(call.status + row, &status, count * sizeof(int32_t));
+  std::memcpy(static_cast<float*>(call.log_z) + row, s->log_z, count * sizeof(float));
+  std::memcpy(static_cast<float*>(call.ess) + row, s->ess, count * sizeof(float));
 }
 
-template <int kMost, typename T>
+// kExact: the number of particles is known to be kMost, and transposing them is unrolled.
+template <int kMost, bool kExact, typename T>
 void resample_small(const ResampleCall& call, int64_t begin, int64_t end) {
   SmallPopulations s;
   for (int64_t row = begin; row < end; row += kLanes) {
     const int64_t n = end - row < kLanes ? end - row : kLanes;
-    load_small(static_cast<const T*>(call.log_weights) + row * call.stride, call.stride,
-               call.particles, n, &s);
+    load_small<kMost, kExact>(static_cast<const T*>(call.log_weights) + row * call.stride,
+                              call.stride, call.particles, n, &s);
     weigh_small<kMost>(call.particles, &s);
-    bool any_resampled = false;
-    for (int h = 0; h < 2; ++h) any_resampled |= count_small<kMost>(call, row, h, &s);
-    if (any_resampled) ancestors_small(call.particles, call.keep_slots, &s);
-    store_small(call, row, n, any_resampled, &s);
+    const bool any_resampled = decide_small<kMost>(call, &s);
+    if (any_resampled) {
+      for (int h = 0; h < 2; ++h) count_small<kMost>(call, row, h, &s);
+      ancestors_small<kMost, kExact>(call, &s);
+    }
+    store_small<kMost, kExact>(call, row, n, any_resampled, &s);
   }
 }
 

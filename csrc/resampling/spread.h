@@ -65,8 +65,9 @@ inline Grid make_grid(int64_t samples, uint64_t total, uint64_t offset) {
   grid.samples = static_cast<uint64_t>(samples);
   grid.total = total;
   grid.offset = offset;
-  grid.ratio = static_cast<double>(samples) / static_cast<double>(total);
-  grid.shift = static_cast<double>(offset) / static_cast<double>(total);
+  const double inverse = 1.0 / static_cast<double>(total);
+  grid.ratio = static_cast<double>(samples) * inverse;
+  grid.shift = static_cast<double>(offset) * inverse;
   grid.near = near_tie(samples);
   return grid;
 }
