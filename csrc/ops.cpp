@@ -14,6 +14,9 @@ STABLE_TORCH_LIBRARY(winnow, m) {
       "Tensor? target_ids, Tensor? unconditional_logits, float cfg_scale, Tensor? seed, bool raw) -> "
       "(Tensor token, Tensor log_prob, Tensor argmax, Tensor max_prob, Tensor margin, "
       "Tensor entropy, Tensor logsumexp, Tensor target_log_prob, Tensor kl)");
+  m.def(
+      "select_positions(Tensor score, Tensor mask, int order, int criterion, float threshold, "
+      "int limit, Tensor? window, Tensor? at_least, Tensor? seed) -> (Tensor transfer, Tensor count)");
 
   // kvcache
 }

@@ -1,5 +1,6 @@
 list(APPEND WINNOW_CPU_SOURCES
   csrc/unmasking/logit_stats.cpp
+  csrc/unmasking/select_positions.cpp
 )
 list(APPEND WINNOW_SIMD_SOURCES
   csrc/unmasking/logit_stats_simd.cc
