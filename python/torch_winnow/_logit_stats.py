@@ -77,8 +77,11 @@ def logit_stats(
     temperature: float = 1.0,
     suppress_ids: Tensor | Sequence[int] | None = None,
     target_ids: Tensor | None = None,
+    previous_logits: Tensor | None = None,
     unconditional_logits: Tensor | None = None,
     cfg_scale: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
     statistics: str = "processed",
     seed: int | Tensor | None = None,
     generator: torch.Generator | None = None,
@@ -87,8 +90,8 @@ def logit_stats(
 
     All of them describe one distribution: the softmax of the logits after guidance
     (``unconditional + (cfg_scale + 1) * (logits - unconditional)``, Ho and Salimans 2022; equal
-    logits stay as they are, infinite ones included), suppression and division by the temperature.
-    Computed in float32 without a float32 copy of the logits; bitwise the same on every instruction
+    logits stay as they are, infinite ones included), suppression, division by the temperature, top-k and
+    top-p. Computed in float32 without a float32 copy of the logits; bitwise the same on every instruction
     set and for any number of threads.
 
     A draw is exact in the tail: 64-bit uniforms choose a slice of the vocabulary by its mass and a
@@ -102,10 +105,15 @@ def logit_stats(
         temperature: a number >= 0. 0 takes the argmax, with the statistics of temperature 1.
         suppress_ids: token ids that get no probability.
         target_ids: ``(...)`` int64, tokens whose log-probability is wanted.
+        previous_logits: like ``logits``, those of the step before, for ``kl``: KL(current || previous)
+            with the same ids suppressed and the same temperature; +inf where the previous has no
+            mass. Guidance and truncation are not applied to them.
         unconditional_logits: like ``logits``, for classifier-free guidance.
         cfg_scale: its strength; 0 leaves ``logits`` as they are.
-        statistics: ``"raw"`` measures at temperature 1, and still draws at ``temperature`` (LLaDA
-            ranks positions so, Dream by the processed distribution).
+        top_k: keeps so many of the largest logits; ties are kept from the lowest id on.
+        top_p: then keeps the smallest set of them whose mass is at least ``top_p`` of theirs.
+        statistics: ``"raw"`` measures at temperature 1 before top-k and top-p, and still draws from
+            the processed distribution. (LLaDA ranks positions by raw ones, Dream by processed.)
         seed: key of the draws, an int or a 0-dim int64 tensor; without it and ``generator`` the
             token is the argmax.
         generator: to take such a seed from.
@@ -132,8 +140,11 @@ def logit_stats(
             temperature,
             id_tensor(suppress_ids, logits),
             target_ids,
+            previous_logits,
             unconditional_logits if guided else None,
             cfg_scale,
+            top_k,
+            top_p,
             seed_tensor(seed, generator),
             is_raw(statistics),
         )
@@ -147,7 +158,7 @@ def logit_stats(
         entropy,
         logsumexp,
         target_log_prob if target_ids is not None else None,
-        None,
+        kl if previous_logits is not None else None,
     )
 
 
@@ -158,8 +169,11 @@ def _(
     temperature: float,
     suppress_ids: Tensor | None,
     target_ids: Tensor | None,
+    previous_logits: Tensor | None,
     unconditional_logits: Tensor | None,
     cfg_scale: float,
+    top_k: int | None,
+    top_p: float | None,
     seed: Tensor | None,
     raw: bool,
 ) -> tuple[Tensor, ...]:
@@ -181,5 +195,5 @@ def _(
         statistic(),
         statistic(),
         statistic(target_ids is not None),
-        statistic(False),
+        statistic(previous_logits is not None),
     )

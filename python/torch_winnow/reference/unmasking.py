@@ -31,7 +31,7 @@ def _truncated(logits: Tensor, temperature: float, top_k: int | None, top_p: flo
     ordered = logits.gather(-1, order)
     if top_k is not None:
         ordered[..., top_k:] = -INF
-    if top_p is not None:
+    if top_p is not None and top_p < 1:
         probability = (ordered / temperature).softmax(-1)
         before = probability.cumsum(-1) - probability
         beyond = before >= top_p
@@ -87,7 +87,8 @@ def logit_stats(
     kl = None
     if previous is not None:
         log_q = (previous / measure_temperature).log_softmax(-1)
-        kl = torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)
+        log_q = torch.where((previous == -INF).all(-1, keepdim=True), -INF, log_q)
+        kl = torch.where(p == 0, 0.0, p * (log_p - log_q)).sum(-1)
     stats = {
         "log_prob": log_p.gather(-1, token[..., None])[..., 0],
         "max_prob": largest[..., 0],
