@@ -276,7 +276,7 @@ class CATDecoding(Decoding):
     def _turn_chunk(self) -> Tensor:
         """Replaces the finished chunk's rows by the first rows of the next block."""
         model, done = self._model, self.length // self._size
-        self.cache.truncate_(torch.full_like(self.cache.seq_lens, done))
+        self.cache.truncate_([done] * self.cache.batch_size)
         rows = model.compressor(self._chunk.unsqueeze(1), first=done - 1)
         if model.separators is None:
             return rows
