@@ -33,6 +33,15 @@ def loud(model):
     return model.eval()
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Models this small would only wait for one another's threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module", params=[True, False], ids=["separator", "no separator"])
 def cat(request):
     config = CATConfig(GROUPED, SMALL, CHUNK_SIZES, separator=request.param, max_tokens=64)

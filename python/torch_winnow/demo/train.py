@@ -125,21 +125,26 @@ def prepare(folder: Path) -> Context:
 def obtain(job: Job, text: Text, folder: Path) -> nn.Module:
     """The job's model, from ``folder/<name>.pt`` where that can be trusted, else trained now."""
     path = folder / f"{job.name}.pt"
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = job.make()
-        wanted = fingerprint(job, model, text)
-        if path.exists():
-            distrust = _restore(model, path, wanted)
-            if distrust is None:
-                return model.eval()
-            print(f"{path}: {distrust}; training {job.name} again", file=sys.stderr, flush=True)
-            model = job.make()  # a failed restore may have touched the weights
-        _train(job, model, text)
+    model = _make(job)
+    wanted = fingerprint(job, model, text)
+    if path.exists():
+        distrust = _restore(model, path, wanted)
+        if distrust is None:
+            return model.eval()
+        print(f"{path}: {distrust}; training {job.name} again", file=sys.stderr, flush=True)
+        model = _make(job)  # a failed restore may have touched the weights
+    _train(job, model, text)
     state = model.state_dict()
     checkpoint = {"fingerprint": wanted, "digest": _digest(state), "state": state}
     write_whole(path, lambda target: torch.save(checkpoint, target))
     return model
+
+
+def _make(job: Job) -> nn.Module:
+    """The untrained model, the same at every call; the caller's random state is left alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return job.make()
 
 
 def _train(job: Job, model: nn.Module, text: Text) -> None:

@@ -83,8 +83,7 @@ class Compressor(nn.Module):
         self.position_rows = nn.Parameter(_waves(max_chunks, width))
         self.stack = Stack(config.compressor, _PREFIX + max(config.chunk_sizes))
         self.projections = nn.ModuleList(
-            nn.Linear(size * width, config.decoder.width, bias=False)
-            for size in config.chunk_sizes
+            nn.Linear(size * width, config.decoder.width, bias=False) for size in config.chunk_sizes
         )
         for projection in self.projections:
             nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
