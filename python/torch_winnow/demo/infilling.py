@@ -23,7 +23,7 @@ _MASKED_SHARE = 0.4
 _MEAN_SPAN = 8
 
 _ONE_AT_A_TIME = "one position per call"
-_RULES: dict[str, unmasking.Rule] = {
+_RULES: dict[str, unmasking.TopK | unmasking.EntropyThreshold] = {
     _ONE_AT_A_TIME: unmasking.TopK(1, score="entropy"),
     "entropy < 0.05 nats": unmasking.EntropyThreshold(0.05),
     "entropy < 0.2 nats": unmasking.EntropyThreshold(0.2),
