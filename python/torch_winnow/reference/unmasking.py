@@ -80,7 +80,7 @@ def logit_stats(
     token = argmax
     if temperature > 0 and (seed is not None or generator is not None):
         if generator is None:
-            generator = torch.Generator().manual_seed(int(seed))
+            generator = torch.Generator().manual_seed(int(torch.as_tensor(seed)))
         clock = torch.empty(x.shape, dtype=torch.float64).exponential_(generator=generator)
         arrival = clock.log() - drawn.double().log_softmax(-1)
         token = torch.where(top == INF, argmax, arrival.argmin(-1))
@@ -113,7 +113,7 @@ def logit_stats(
         }
         ids_of["token"] = ids_of["token"].masked_fill(~mask, -1)
         ids_of["argmax"] = ids_of["argmax"].masked_fill(~mask, 0)
-    return LogitStats(**ids_of, **stats)  # type: ignore[arg-type]
+    return LogitStats(**ids_of, **stats)
 
 
 def _prefix(scores: list[float], rule: Rule, step: int, dtype: torch.dtype) -> int:
