@@ -24,8 +24,12 @@ inline f32x16 higher(f32x16 a, f32x16 b) {
   return select(take, a, b);
 }
 
-inline double lower(double a, double b) { return a < b || a != a ? a : b; }
-inline double higher(double a, double b) { return a > b || a != a ? a : b; }
+inline double lower(double a, double b) {
+  return a < b || a != a ? a : b;
+}
+inline double higher(double a, double b) {
+  return a > b || a != a ? a : b;
+}
 
 template <typename T>
 f32x16 load(const T* p, int64_t n) {
@@ -116,10 +120,9 @@ void block_summary(const void* keys, ElementType type, int64_t stride, int64_t c
   });
 }
 
-void block_scores(const void* query, ElementType type, int64_t head_stride,
-                  int64_t position_stride, int64_t group, int64_t queries, int64_t dim,
-                  const void* summaries, int64_t block_stride, int64_t bounds_stride,
-                  int64_t blocks, void* scores) {
+void block_scores(const void* query, ElementType type, int64_t head_stride, int64_t position_stride,
+                  int64_t group, int64_t queries, int64_t dim, const void* summaries,
+                  int64_t block_stride, int64_t bounds_stride, int64_t blocks, void* scores) {
   dispatch_element(type, [&](auto zero) {
     using T = decltype(zero);
     using Result = std::conditional_t<std::is_same_v<T, double>, double, float>;
