@@ -130,7 +130,7 @@ def logit_stats(
         >>> from torch_winnow.unmasking import logit_stats
         >>> stats = logit_stats(torch.tensor([[0.0, 3.0, 1.0], [2.0, 2.0, 2.0]]))
         >>> stats.token, stats.entropy
-        (tensor([1, 0]), tensor([0.5275, 1.0986]))
+        (tensor([1, 0]), tensor([0.5243, 1.0986]))
     """
     guided = unconditional_logits is not None and cfg_scale != 0.0
     token, log_prob, argmax, max_prob, margin, entropy, logsumexp, target_log_prob, kl = (

@@ -263,14 +263,14 @@ def generate(
     Example:
         >>> import torch
         >>> from torch_winnow.unmasking import EntropyThreshold, generate
-        >>> table = 20.0 * torch.eye(4)
+        >>> table = 20.0 * torch.eye(5)[:4]
         >>> def model(tokens):  # the token at position i is i
-        ...     return table.expand(tokens.shape[0], 4, 4)
+        ...     return table.expand(tokens.shape[0], 4, 5)
         >>> result = generate(
-        ...     model, torch.full((1, 4), 3), mask_id=3, rule=EntropyThreshold(0.2), block_length=2
+        ...     model, torch.full((1, 4), 4), mask_id=4, rule=EntropyThreshold(0.2), block_length=2
         ... )
-        >>> result.tokens[:, :3], result.calls
-        (tensor([[0, 1, 2]]), 2)
+        >>> result.tokens, result.calls
+        (tensor([[0, 1, 2, 3]]), 2)
     """
     _check_tokens(tokens)
     check_rule(rule)
