@@ -95,9 +95,15 @@ def measure(benchmark, limits):
             limits=limits,
             threads=torch.get_num_threads(),
             cpu_capability=_library.cpu_capability(),
+            torch=torch.__version__,
         )
         # A round lasts at least 200 µs, so that the clock and this wrapper do not show.
         iterations = max(1, min(1000, int(2e-4 / call_s)))
         return benchmark.pedantic(call, rounds=rounds, iterations=iterations)
 
     return run
+
+
+def pytest_benchmark_update_machine_info(machine_info: dict) -> None:
+    """Results are published: the processor matters, the host's name does not."""
+    machine_info.pop("node", None)

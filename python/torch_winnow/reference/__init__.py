@@ -9,12 +9,42 @@ from torch_winnow.reference.attention import (
     chunk_attention,
     merge_attention,
 )
-from torch_winnow.reference.resampling import effective_sample_size
+from torch_winnow.reference.kvcache import (
+    block_summaries,
+    paged_attention,
+    score_blocks,
+    select_blocks,
+)
+from torch_winnow.reference.resampling import (
+    effective_sample_size,
+    fk_potential,
+    gather_particles,
+    gather_particles_,
+    resample,
+)
+from torch_winnow.reference.unmasking import (
+    generate,
+    logit_stats,
+    select_positions,
+    unmask_step_,
+)
 
 __all__ = [
     "block_diagonal_attention",
+    "block_summaries",
     "cat_attention",
     "chunk_attention",
     "effective_sample_size",
+    "fk_potential",
+    "gather_particles",
+    "gather_particles_",
+    "generate",
+    "logit_stats",
     "merge_attention",
+    "paged_attention",
+    "resample",
+    "score_blocks",
+    "select_blocks",
+    "select_positions",
+    "unmask_step_",
 ]

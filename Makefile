@@ -1,0 +1,43 @@
+# make demo    sets up an environment, trains small models on real text, prints one table
+# make test    sets up an environment and runs the tests
+# make bench   benchmarks against the rivals; writes bench/results/
+# make lint    ruff, mypy, clang-format
+#
+# PYTHON=python3.12 picks an interpreter, TORCH=torch==2.14.1 a release, VENV=folder the environment.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc cmake -type f)
+
+.PHONY: demo test bench lint clean
+
+# torch first: the operators are built against the release that they will run with.
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) '$(TORCH)' numpy
+	$(PIP) 'scikit-build-core>=0.11' 'pybind11>=2.13' cmake ninja
+	touch $@
+
+$(VENV)/.built-%: $(VENV)/.torch $(SOURCES)
+	$(PIP) --no-build-isolation --editable '.[$*]'
+	touch $@
+
+demo: $(VENV)/.built-demo
+	$(BIN)/python -m torch_winnow.demo
+
+test: $(VENV)/.built-test
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+bench: $(VENV)/.built-bench
+	$(BIN)/python bench/report.py --run
+
+lint: $(VENV)/.built-lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	git ls-files 'csrc/*.h' 'csrc/*.cc' 'csrc/*.cpp' | xargs $(BIN)/clang-format --dry-run --Werror
+
+clean:
+	rm -rf build $(VENV)

@@ -1,0 +1,146 @@
+"""Runs the benchmarks and turns pytest-benchmark's JSON into a table and a plot.
+
+    python bench/report.py --run              every benchmark, results under bench/results/
+    python bench/report.py --run -k cat       those whose name contains "cat"
+    python bench/report.py results.json       the table and the plot of an earlier run
+
+A row is one implementation of one shape. "vs ours" is its median over ours (above 1: ours is
+faster); "of limit" is the time that the machine's measured read bandwidth or multiply-add rate
+would need at least, over its median. Shapes where a rival wins stay in the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+from collections import defaultdict
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+RESULTS = Path(__file__).parent / "results"
+OURS = "winnow"
+
+
+def by_group(benchmarks: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
+    groups: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
+    for entry in benchmarks:
+        groups[entry["group"]][entry["extra_info"]["impl"]] = entry
+    return groups
+
+
+def human(seconds: float) -> str:
+    for unit, scale in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
+        if seconds * scale >= 1:
+            return f"{seconds * scale:.3g} {unit}"
+    return f"{seconds * 1e9:.3g} ns"
+
+
+def table(groups: dict[str, dict[str, dict[str, Any]]]) -> str:
+    lines = []
+    for group, impls in groups.items():
+        ours = impls[OURS]["stats"]["median"] if OURS in impls else None
+        order = sorted(impls, key=lambda name: (name != OURS, impls[name]["stats"]["median"]))
+        for position, name in enumerate(order):
+            median = impls[name]["stats"]["median"]
+            limit = impls[name]["extra_info"]["limit_s"]
+            lines.append(
+                (
+                    group if position == 0 else "",
+                    name,
+                    human(median),
+                    f"{median / ours:.2f}×" if ours else "",
+                    f"{limit / median:.0%}" if limit else "",
+                )
+            )
+    headers = ("op and shape", "implementation", "median", "vs ours", "of limit")
+    return tabulate(lines, headers=headers, tablefmt="github", disable_numparse=True)
+
+
+def strongest_rivals(groups: dict[str, dict[str, dict[str, Any]]]) -> list[tuple[str, str, float]]:
+    """For each shape the fastest implementation that is not ours, and its time over ours."""
+    rows = []
+    for group, impls in groups.items():
+        rivals = {name: entry["stats"]["median"] for name, entry in impls.items() if name != OURS}
+        if OURS in impls and rivals:
+            name = min(rivals, key=rivals.__getitem__)
+            rows.append((group, name, rivals[name] / impls[OURS]["stats"]["median"]))
+    return rows
+
+
+def plot(groups: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = strongest_rivals(groups)[::-1]
+    if not rows:
+        return
+    figure, axis = pyplot.subplots(figsize=(9, 1 + 0.28 * len(rows)), layout="constrained")
+    ratios = [ratio for _, _, ratio in rows]
+    axis.barh(range(len(rows)), ratios, color=["#2a7f62" if r >= 1 else "#b5483a" for r in ratios])
+    axis.set_yticks(range(len(rows)), [f"{group} (vs {name})" for group, name, _ in rows])
+    axis.tick_params(axis="y", labelsize=7)
+    axis.axvline(1, color="black", linewidth=0.8)
+    axis.set_xscale("log")
+    axis.set_xlabel("time of the strongest rival / time of torch-winnow (right of 1: ours is faster)")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def machine(data: dict[str, Any]) -> str:
+    info = data["machine_info"]
+    extra = data["benchmarks"][0]["extra_info"]
+    limits = extra["limits"]
+    cpu = info.get("cpu", {}).get("brand_raw", platform.processor())
+    return (
+        f"{cpu}, {extra['threads']} threads, {extra['cpu_capability']}, torch "
+        f"{extra['torch']}; measured in this run: read {limits['read_bytes_per_s'] / 1e9:.1f} GB/s, "
+        f"fp32 multiply-add {limits['fma_per_s'] / 1e9:.0f} GFLOP/s, "
+        f"bf16 {limits['bf16_fma_per_s'] / 1e9:.0f} GFLOP/s"
+    )
+
+
+def run(arguments: list[str]) -> Path:
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{date.today()}-{platform.machine()}.json"
+    command = [sys.executable, "-m", "pytest", str(Path(__file__).parent), "-q"]
+    command += ["-o", "python_files=bench_*.py", f"--benchmark-json={path}", *arguments]
+    status = subprocess.run([*command, "--benchmark-disable-gc", "--benchmark-columns=median,iqr"])
+    if status.returncode or not path.exists() or not path.stat().st_size:
+        raise SystemExit(f"the benchmarks failed (pytest exited with {status.returncode})")
+    return path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("json", nargs="?", type=Path, help="an earlier run's JSON")
+    parser.add_argument("--run", action="store_true", help="run the benchmarks first")
+    options, rest = parser.parse_known_args()
+    if options.run == (options.json is not None):
+        parser.error("expected either --run or the JSON of an earlier run")
+    path = run(rest) if options.run else options.json
+    try:
+        data = json.loads(path.read_text())
+        groups = by_group(data["benchmarks"])
+    except (OSError, ValueError, KeyError) as error:
+        raise SystemExit(f"{path}: expected pytest-benchmark's JSON, got {error!r}") from error
+    if not groups:
+        raise SystemExit(f"{path}: no benchmark ran")
+    text = f"{machine(data)}\n\n{table(groups)}\n"
+    path.with_suffix(".md").write_text(text)
+    plot(groups, path.with_suffix(".png"))
+    print(text)
+    print(f"written: {path.with_suffix('.md')}, {path.with_suffix('.png')}")
+
+
+if __name__ == "__main__":
+    main()

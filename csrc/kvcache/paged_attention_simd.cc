@@ -1,0 +1,306 @@
+// Attention over pages, with the online softmax of Milakov and Gimelshein (2018). A tile of up to
+// 64 keys is read once for all rows of a task, that is for all query heads of its key head: scores
+// of four rows at a time, their weights, and the weighted values. Sums stay in scratch memory. The
+// rows of the next tile are prefetched while this one is computed, because pages lie scattered and
+// the machine's own prefetcher stops at each end.
+//
+// Memory traffic: keys and values once, in 64-row tasks; scores never leave the L1 cache.
+#include "kvcache/paged_attention_simd.h"
+
+#include <limits>
+#include <type_traits>
+
+#include "common/dispatch_simd.h"
+#include "common/lanes.h"
+#include "kvcache/page_walk.h"
+#include "kvcache/tile_lanes.h"
+#include "kvcache/tile_math.h"
+
+namespace winnow::CPU_CAPABILITY {
+namespace {
+
+int64_t padded_dim(const PagedAttention& call) {
+  return round_up(call.head_dim, 2 * kLanes);
+}
+
+template <typename T>
+void load_queries(const PagedAttention& call, const PagedAttentionTask& task,
+                  QueryElement<T>* queries) {
+  const int64_t stride = padded_dim(call);
+  for (int64_t r = 0; r < task.rows; ++r) {
+    const int64_t row = task.first_row + r;
+    const T* from = static_cast<const T*>(call.query) + task.batch * call.query_stride[0] +
+                    (task.key_head * call.group + row % call.group) * call.query_stride[1] +
+                    row / call.group * call.query_stride[2];
+    QueryElement<T>* to = queries + r * stride;
+    std::memset(static_cast<void*>(to), 0, static_cast<size_t>(stride) * sizeof *to);
+    if constexpr (std::is_same_v<QueryElement<T>, T>) {
+      std::memcpy(static_cast<void*>(to), from, static_cast<size_t>(call.head_dim) * sizeof *to);
+    } else {
+      int64_t d = 0;
+      for (; d + kWide <= call.head_dim; d += kWide) store_part(to + d, load_part(from + d));
+      if (d < call.head_dim) store_part(to + d, load_part(from + d, call.head_dim - d));
+    }
+  }
+}
+
+struct RowState {
+  float* top;     // largest score so far
+  float* total;   // sum of exp(score - top)
+  float* shrink;  // by what this tile's larger top scales the earlier sums
+};
+
+void load_bias(const PagedAttention& call, const Tile& tile, int64_t head, float* bias) {
+  dispatch_element(call.bias_type, [&](auto zero) {
+    using T = decltype(zero);
+    if constexpr (!std::is_same_v<T, double>) {
+      const T* from = static_cast<const T*>(call.key_bias) + tile.block * call.bias_stride[0] +
+                      head * call.bias_stride[1] + tile.slot * call.bias_stride[2];
+      int64_t j = 0;
+      if (call.bias_stride[2] == 1) {
+        for (; j + kWide <= tile.keys; j += kWide) store_part(bias + j, load_part(from + j));
+      }
+      for (; j < tile.keys; ++j) bias[j] = load_part(from + j * call.bias_stride[2], 1)[0];
+    }
+  });
+}
+
+template <typename T>
+struct Scratch {
+  QueryElement<T>* queries;
+  float* scores;
+  float* sums;
+  float* bias;
+  RowState state;
+  int64_t sums_stride;
+
+  Scratch(const PagedAttention& call, int64_t rows, void* memory) {
+    float* p = static_cast<float*>(memory);
+    const auto take = [&](int64_t floats) {
+      float* taken = p;
+      p += round_up(floats, kLanes);
+      return taken;
+    };
+    sums_stride = round_up(call.value_dim, kLanes);
+    queries = reinterpret_cast<QueryElement<T>*>(take(rows * padded_dim(call)));
+    scores = take(4 * kKeys);
+    sums = take(rows * sums_stride);
+    bias = take(kKeys);
+    state = {take(rows), take(rows), take(rows)};
+  }
+};
+
+// The tile whose rows are fetched meanwhile; no keys for none.
+struct Upcoming {
+  Tile tile;
+  int64_t key_head;
+};
+
+template <int NR, typename T>
+void attend_rows(const PagedAttention& call, const PagedAttentionTask& task, const Tile& tile,
+                 const Upcoming& next, int64_t first, const Scratch<T>& scratch) {
+  const int64_t head = task.key_head;
+  float* scores = scratch.scores;
+  const RowState& state = scratch.state;
+  dot_rows<NR, T>(scratch.queries + first * padded_dim(call), padded_dim(call),
+                  key_row<T>(call, tile, head), call.key_stride[2], tile.keys, call.head_dim,
+                  scores,
+                  ahead_of(key_row<T>(call, next.tile, next.key_head), call.head_dim,
+                           call.key_stride[2], next.tile.keys));
+  const int64_t length = call.seq_lens[task.batch];
+  for (int r = 0; r < NR; ++r) {
+    const int64_t row = first + r;
+    weigh(scores + r * kKeys, tile, span_of(call, length, task.first_row + row),
+          static_cast<float>(call.scale), call.key_bias ? scratch.bias : nullptr, state.top + row,
+          state.total + row, state.shrink + row);
+  }
+  add_values<NR, T>(scores, value_row<T>(call, tile, head), call.value_stride[2], tile.keys,
+                    call.value_dim, scratch.sums + first * scratch.sums_stride, scratch.sums_stride,
+                    state.shrink + first,
+                    ahead_of(value_row<T>(call, next.tile, next.key_head), call.value_dim,
+                             call.value_stride[2], next.tile.keys));
+}
+
+// Divides by the normaliser and stores a row of the result and its lse.
+template <typename T>
+void finish_row(const PagedAttention& call, const PagedAttentionTask& task, int64_t row,
+                float* sums, float top, float total) {
+  const float factor = total == 0.0f ? 0.0f : 1.0f / total;
+  for (int64_t d = 0; d < call.value_dim; ++d) sums[d] *= factor;
+  const int64_t heads = call.key_heads * call.group;
+  const int64_t head = task.key_head * call.group + row % call.group;
+  const int64_t index = (task.batch * heads + head) * call.queries + row / call.group;
+  store_row(static_cast<T*>(call.out) + index * call.value_dim, sums, call.value_dim);
+  static_cast<float*>(call.lse)[index] = total == 0.0f ? kNone : top + __builtin_logf(total);
+}
+
+template <typename T>
+void run_task(const PagedAttention& call, const PagedAttentionTask& task,
+              const PagedAttentionTask* after, void* memory, float* partial) {
+  const Scratch<T> scratch(call, task.rows, memory);
+  const RowState& state = scratch.state;
+  load_queries<T>(call, task, scratch.queries);
+  std::memset(scratch.sums, 0,
+              static_cast<size_t>(task.rows * scratch.sums_stride) * sizeof(float));
+  for (int64_t r = 0; r < task.rows; ++r) {
+    state.top[r] = kNone;
+    state.total[r] = 0.0f;
+  }
+  const int64_t length = call.seq_lens[task.batch];
+  Walk walk(call, task);
+  Tile tile;
+  Tile next{};
+  bool more = walk.next(&tile);
+  while (more) {
+    more = walk.next(&next);
+    if (call.key_bias) load_bias(call, tile, task.key_head, scratch.bias);
+    Upcoming ahead{next, task.key_head};
+    if (!more) {
+      ahead = {Tile{}, 0};  // no keys
+      if (after && Walk(call, *after).next(&next)) ahead = {next, after->key_head};
+    }
+    for (int64_t r = 0; r < task.rows;) {
+      const int64_t step = task.rows - r >= 4 ? 4 : task.rows - r >= 2 ? 2 : 1;
+      // Rows ascend in position, so their spans do: the last one's end and the first one's start.
+      Span span = span_of(call, length, task.first_row + r);
+      const Span last = span_of(call, length, task.first_row + r + step - 1);
+      span.high = last.high;
+      span.sinks = last.sinks;
+      if (!span.misses(tile.position, tile.keys)) {
+        if (step == 4) {
+          attend_rows<4, T>(call, task, tile, ahead, r, scratch);
+        } else if (step == 2) {
+          attend_rows<2, T>(call, task, tile, ahead, r, scratch);
+        } else {
+          attend_rows<1, T>(call, task, tile, ahead, r, scratch);
+        }
+        ahead.tile.keys = 0;  // once is enough
+      }
+      r += step;
+    }
+    tile = next;
+  }
+  for (int64_t r = 0; r < task.rows; ++r) {
+    float* sums = scratch.sums + r * scratch.sums_stride;
+    if (task.partial < 0) {
+      finish_row<T>(call, task, task.first_row + r, sums, state.top[r], state.total[r]);
+    } else {
+      float* to = partial + (task.partial + r) * (call.value_dim + 2);
+      std::memcpy(to, sums, static_cast<size_t>(call.value_dim) * sizeof(float));
+      to[call.value_dim] = state.top[r];
+      to[call.value_dim + 1] = state.total[r];
+    }
+  }
+}
+
+template <typename T>
+void merge_task(const PagedAttention& call, const PagedAttentionTask& task, int64_t splits,
+                int64_t stride, float* sums, const float* partial) {
+  const int64_t dim = call.value_dim;
+  for (int64_t r = 0; r < task.rows; ++r) {
+    const float* rows = partial + (task.partial + r) * (dim + 2);
+    float top = kNone;
+    for (int64_t s = 0; s < splits; ++s) {
+      const float other = rows[s * stride * (dim + 2) + dim];
+      top = other > top ? other : top;
+    }
+    const float shift = top == kNone ? 0.0f : top;
+    float total = 0.0f;
+    for (int64_t d = 0; d < dim; ++d) sums[d] = 0.0f;
+    for (int64_t s = 0; s < splits; ++s) {
+      const float* row = rows + s * stride * (dim + 2);
+      float factors[kLanes];
+      store_lanes(factors, exp_lanes(f32x16(row[dim] - shift)));
+      const float factor = row[dim] == top ? 1.0f : factors[0];
+      for (int64_t d = 0; d < dim; ++d) sums[d] += row[d] * factor;
+      total += row[dim + 1] * factor;
+    }
+    finish_row<T>(call, task, task.first_row + r, sums, top, total);
+  }
+}
+
+// float64, for checking gradients and definitions: one row and one key at a time.
+void run_double(const PagedAttention& call, const PagedAttentionTask& task, double* sums) {
+  const double none = -std::numeric_limits<double>::infinity();
+  const int64_t heads = call.key_heads * call.group;
+  for (int64_t r = 0; r < task.rows; ++r) {
+    const int64_t row = task.first_row + r;
+    const int64_t head = task.key_head * call.group + row % call.group;
+    const int64_t t = row / call.group;
+    const double* q = static_cast<const double*>(call.query) + task.batch * call.query_stride[0] +
+                      head * call.query_stride[1] + t * call.query_stride[2];
+    const Span span = span_of(call, call.seq_lens[task.batch], row);
+    double top = none;
+    double total = 0.0;
+    for (int64_t d = 0; d < call.value_dim; ++d) sums[d] = 0.0;
+    Walk walk(call, task);
+    Tile tile;
+    while (walk.next(&tile)) {
+      float bias[kKeys];
+      const auto* wide_bias = static_cast<const double*>(call.key_bias);
+      const bool narrow = call.key_bias && call.bias_type != ElementType::kDouble;
+      if (narrow) load_bias(call, tile, task.key_head, bias);
+      for (int64_t j = 0; j < tile.keys; ++j) {
+        if (!span.has(tile.position + j)) continue;
+        const double* k = key_row<double>(call, tile, task.key_head) + j * call.key_stride[2];
+        double score = 0.0;
+        for (int64_t d = 0; d < call.head_dim; ++d) score += q[d] * k[d];
+        score *= call.scale;
+        double extra = 0.0;
+        if (narrow) {
+          extra = static_cast<double>(bias[j]);
+        } else if (wide_bias) {
+          extra = wide_bias[tile.block * call.bias_stride[0] + task.key_head * call.bias_stride[1] +
+                            (tile.slot + j) * call.bias_stride[2]];
+        }
+        score += extra;
+        if (extra == none || score == none) continue;
+        const double* v = value_row<double>(call, tile, task.key_head) + j * call.value_stride[2];
+        const double highest = score > top ? score : top;
+        const double shift = highest == none ? 0.0 : highest;  // a NaN score leaves no maximum
+        const double shrink = top == highest ? 1.0 : __builtin_exp(top - shift);
+        const double weight = __builtin_exp(score - shift);
+        for (int64_t d = 0; d < call.value_dim; ++d) sums[d] = sums[d] * shrink + weight * v[d];
+        total = total * shrink + weight;
+        top = highest;
+      }
+    }
+    const int64_t index = (task.batch * heads + head) * call.queries + t;
+    double* out = static_cast<double*>(call.out) + index * call.value_dim;
+    const double factor = total == 0.0 ? 0.0 : 1.0 / total;
+    for (int64_t d = 0; d < call.value_dim; ++d) out[d] = sums[d] * factor;
+    static_cast<double*>(call.lse)[index] = total == 0.0 ? none : top + __builtin_log(total);
+  }
+}
+
+}  // namespace
+
+void paged_attention_scratch(const PagedAttention& call, int64_t rows, int64_t* floats) {
+  *floats = rows * (padded_dim(call) + round_up(call.value_dim, kLanes)) + 5 * kKeys +
+            3 * round_up(rows, kLanes) + 8 * kLanes;
+}
+
+void paged_attention_task(const PagedAttention& call, const PagedAttentionTask& task,
+                          const PagedAttentionTask* after, void* scratch, void* partial) {
+  dispatch_element(call.type, [&](auto zero) {
+    using T = decltype(zero);
+    if constexpr (std::is_same_v<T, double>) {
+      run_double(call, task, static_cast<double*>(scratch));
+    } else {
+      run_task<T>(call, task, after, scratch, static_cast<float*>(partial));
+    }
+  });
+}
+
+void paged_attention_merge(const PagedAttention& call, const PagedAttentionTask& task,
+                           int64_t splits, int64_t stride, void* scratch, const void* partial) {
+  dispatch_element(call.type, [&](auto zero) {
+    using T = decltype(zero);
+    if constexpr (!std::is_same_v<T, double>) {
+      merge_task<T>(call, task, splits, stride, static_cast<float*>(scratch),
+                    static_cast<const float*>(partial));
+    }
+  });
+}
+
+}  // namespace winnow::CPU_CAPABILITY

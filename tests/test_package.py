@@ -1,0 +1,134 @@
+"""What a user meets first: import, build information, the environment variable, the docstrings."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import inspect
+import os
+import pkgutil
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import torch_winnow
+from torch_winnow import _library
+
+FAMILIES = ("attention", "kvcache", "resampling", "unmasking")
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_build_info_tells_what_runs():
+    info = torch_winnow.build_info()
+    assert info.version == torch_winnow.__version__
+    assert info.torch_running == torch.__version__
+    assert info.cpu_capability in info.capabilities
+    assert info.cuda_library is False
+    assert info.cuda_reason
+    text = str(info)
+    assert info.cpu_capability in text
+    assert "CUDA library: not loaded" in text
+
+
+def test_environment_forces_an_instruction_set():
+    result = python(
+        "import torch_winnow; print(torch_winnow.build_info().cpu_capability)",
+        WINNOW_CPU_CAPABILITY="default",
+    )
+    assert result.stdout.strip() == "default", result.stderr
+
+
+def test_an_unknown_instruction_set_is_refused():
+    result = python("import torch_winnow", WINNOW_CPU_CAPABILITY="avx1024")
+    assert result.returncode
+    assert "WINNOW_CPU_CAPABILITY: expected one of default" in result.stderr
+    assert "'avx1024'" in result.stderr
+    with pytest.raises(ValueError, match="name: expected one of default"):
+        _library.set_cpu_capability("avx1024")
+
+
+def test_an_old_torch_is_refused():
+    result = python("import torch; torch.__version__ = '2.10.1+cpu'; import torch_winnow")
+    assert result.returncode
+    assert "needs torch 2.11 or newer, found torch 2.10.1+cpu" in result.stderr
+    assert "pip install" in result.stderr
+
+
+def test_the_operator_library_needs_only_the_stable_abi():
+    path = _library._path_of("_cpu")
+    symbols = subprocess.run(["nm", "-DC", "--undefined-only", path], capture_output=True, text=True)
+    if symbols.returncode:
+        pytest.skip("nm is not installed")
+    foreign = [
+        line for line in symbols.stdout.splitlines() if " at::" in line or " c10::" in line
+    ]
+    assert not foreign
+
+
+OBJECTS = sorted(Path(__file__).parents[1].glob("build/*/CMakeFiles/_cpu_*.dir/**/*_simd.cc.o"))
+
+
+@pytest.mark.skipif(not OBJECTS or not shutil.which("nm"), reason="reads the object files with nm")
+@pytest.mark.parametrize("path", OBJECTS, ids=lambda path: f"{path.parents[2].name}-{path.stem}")
+def test_no_variant_leaks_into_another(path):
+    """A function with external linkage that a *_simd.cc compiled outside its instruction set's
+    namespace could be merged by the linker and run on a machine that lacks the instructions."""
+    symbols = subprocess.run(["nm", "-C", "--defined-only", path], capture_output=True, text=True)
+    capability = path.parents[2].name.removeprefix("_cpu_").removesuffix(".dir")
+    leaks = [
+        line
+        for line in symbols.stdout.splitlines()
+        if line.split(maxsplit=2)[1] in "TWVu" and f"{capability}::" not in line
+    ]
+    assert not leaks
+
+
+MODULES = sorted(
+    name
+    for _, name, _ in pkgutil.walk_packages(torch_winnow.__path__, "torch_winnow.")
+    if not name.endswith(("._cpu", "._core", "__main__"))
+)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples_run(name):
+    results = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)
+    assert results.failed == 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_public_name_teaches(family):
+    """Public docstrings say what comes in, what goes out, and show it."""
+    module = importlib.import_module(f"torch_winnow.{family}")
+    assert module.__all__
+    for name in module.__all__:
+        thing = getattr(module, name)
+        assert inspect.getdoc(thing), name
+        if inspect.isfunction(thing):
+            assert ">>>" in inspect.getdoc(thing), f"{family}.{name} has no example"
+            assert "Returns:" in inspect.getdoc(thing), f"{family}.{name} has no Returns"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_reference_mirrors_the_signatures(family):
+    """Every operator has a definition of the same name and parameters."""
+    module = importlib.import_module(f"torch_winnow.{family}")
+    definitions = importlib.import_module(f"torch_winnow.reference.{family}")
+    mirrored = [name for name in module.__all__ if hasattr(definitions, name)]
+    assert mirrored
+    for name in mirrored:
+        ours = inspect.signature(getattr(module, name)).parameters
+        theirs = inspect.signature(getattr(definitions, name)).parameters
+        assert list(ours) == list(theirs), name
