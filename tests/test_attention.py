@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import TOLERANCE
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from conftest import TOLERANCE
 from torch_winnow import reference
 from torch_winnow.attention import (
     block_diagonal_attention,
@@ -75,9 +76,9 @@ def test_block_diagonal_matches_definition(shape, causal, dtype, cpu_capability)
 
 @pytest.mark.parametrize(
     ("slots", "per_chunk", "initial", "lookback"),
-    [(0, 1, 0, 0), (3, 1, 1, 0), (200, 1, 1, 0), (70, 3, 0, 1), (5, 2, 2, 2), (9, 1, 4, 100)],
+    [(0, 1, 0, 0), (200, 1, 1, 0), (70, 3, 0, 1), (9, 2, 4, 100)],
 )
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES[1:6], ids=str)
 def test_chunk_matches_definition(
     shape, slots, per_chunk, initial, lookback, dtype, cpu_capability
 ):

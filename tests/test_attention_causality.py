@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from torch_winnow.attention import block_diagonal_attention, cat_attention, chunk_attention
 
 NAN = float("nan")

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from torch_winnow import reference
 from torch_winnow.attention import block_diagonal_attention, cat_attention, chunk_attention
 

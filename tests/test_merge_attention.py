@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from conftest import TOLERANCE
 from torch_winnow import reference
 from torch_winnow.attention import block_diagonal_attention, chunk_attention, merge_attention

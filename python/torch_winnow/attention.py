@@ -72,8 +72,8 @@ def cat_attention(
     blocks. The last block may be short. (arXiv 2511.05313, section 3.)
 
     Args:
-        query: ``(B, Hq, S, D)``, D from 1 to 256; float32, bfloat16, float16 or float64. Here and below
-            any strides with a contiguous last dimension, without a copy.
+        query: ``(B, Hq, S, D)``, D from 1 to 256; float32, bfloat16, float16 or float64. Here
+            and below any strides with a contiguous last dimension, without a copy.
         key: ``(B, Hkv, S, D)`` of the same dtype; ``Hkv`` divides ``Hq``.
         value: as ``key``.
         block_size: rows per block, one vector and its tokens.
@@ -155,8 +155,8 @@ def chunk_attention(
     from tokens before it.
 
     Args:
-        query: ``(B, Hq, N, D)``, D from 1 to 256; float32, bfloat16, float16 or float64. Here and below
-            any strides with a contiguous last dimension, without a copy.
+        query: ``(B, Hq, N, D)``, D from 1 to 256; float32, bfloat16, float16 or float64. Here
+            and below any strides with a contiguous last dimension, without a copy.
         key: ``(B, Hkv, N, D)`` of the same dtype; ``Hkv`` divides ``Hq``.
         value: as ``key``.
         slot_key: ``(B, Hkv, M, D)``; slots beyond those that are visible are never read.
@@ -241,8 +241,8 @@ def block_diagonal_attention(
     without reshaping and without padding.
 
     Args:
-        query: ``(B, Hq, N, D)``, D from 1 to 256; float32, bfloat16, float16 or float64. Here and below
-            any strides with a contiguous last dimension, without a copy.
+        query: ``(B, Hq, N, D)``, D from 1 to 256; float32, bfloat16, float16 or float64. Here
+            and below any strides with a contiguous last dimension, without a copy.
         key: ``(B, Hkv, N, D)`` of the same dtype; ``Hkv`` divides ``Hq``.
         value: as ``key``.
         block_size: rows per block.
@@ -316,30 +316,30 @@ def _contiguous_like(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor.new_empty(tensor.shape) for tensor in tensors)
 
 
-@torch.library.register_fake("winnow::cat_attention")
+@torch.library.register_fake("winnow::cat_attention")  # type: ignore[untyped-decorator]
 def _(
     query: Tensor, key: Tensor, value: Tensor, block_size: int, scale: float | None
 ) -> tuple[Tensor, Tensor]:
     return _fake_forward(query)
 
 
-@torch.library.register_fake("winnow::chunk_attention")
+@torch.library.register_fake("winnow::chunk_attention")  # type: ignore[untyped-decorator]
 def _(query: Tensor, *rest: Any, **options: Any) -> tuple[Tensor, Tensor]:
     return _fake_forward(query)
 
 
-@torch.library.register_fake("winnow::block_diagonal_attention")
+@torch.library.register_fake("winnow::block_diagonal_attention")  # type: ignore[untyped-decorator]
 def _(query: Tensor, *rest: Any, **options: Any) -> tuple[Tensor, Tensor]:
     return _fake_forward(query)
 
 
-@torch.library.register_fake("winnow::merge_attention")
+@torch.library.register_fake("winnow::merge_attention")  # type: ignore[untyped-decorator]
 def _(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return _fake_forward(outs[0])
 
 
-@torch.library.register_fake("winnow::cat_attention_backward")
-@torch.library.register_fake("winnow::block_diagonal_attention_backward")
+@torch.library.register_fake("winnow::cat_attention_backward")  # type: ignore[untyped-decorator]
+@torch.library.register_fake("winnow::block_diagonal_attention_backward")  # type: ignore[untyped-decorator]
 def _(
     grad_out: Tensor,
     grad_lse: Tensor,
@@ -352,7 +352,7 @@ def _(
     return _contiguous_like(query, key, value)
 
 
-@torch.library.register_fake("winnow::chunk_attention_backward")
+@torch.library.register_fake("winnow::chunk_attention_backward")  # type: ignore[untyped-decorator]
 def _(
     grad_out: Tensor,
     grad_lse: Tensor,
@@ -367,7 +367,7 @@ def _(
     return _contiguous_like(query, key, value, slot_key, slot_value)
 
 
-@torch.library.register_fake("winnow::merge_attention_backward")
+@torch.library.register_fake("winnow::merge_attention_backward")  # type: ignore[untyped-decorator]
 def _(
     grad_out: Tensor,
     grad_lse: Tensor,
