@@ -50,9 +50,7 @@ def blackjax(log_weights, scheme="systematic"):
     if "call" not in _compiled:
         _compiled["call"] = jax.jit(
             jax.vmap(
-                lambda key, log_w: resampling.systematic(
-                    key, jax.nn.softmax(log_w), log_w.shape[0]
-                )
+                lambda key, log_w: resampling.systematic(key, jax.nn.softmax(log_w), log_w.shape[0])
             )
         )
     keys = jax.random.split(jax.random.PRNGKey(0), log_weights.shape[0])
