@@ -137,7 +137,7 @@ class Compressor(nn.Module):
         weight = self.projection.weight
         # The root gives the vectors of all sizes one magnitude.
         scale = math.sqrt(weight.shape[1] / hidden.shape[-1])
-        return F.linear(hidden, scale * weight[:, -hidden.shape[-1] :])
+        return scale * F.linear(hidden, weight[:, -hidden.shape[-1] :])
 
 
 class CompressAttendTransformer(nn.Module):
