@@ -316,30 +316,30 @@ def _contiguous_like(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor.new_empty(tensor.shape) for tensor in tensors)
 
 
-@torch.library.register_fake("winnow::cat_attention")  # type: ignore[untyped-decorator]
+@torch.library.register_fake("winnow::cat_attention")
 def _(
     query: Tensor, key: Tensor, value: Tensor, block_size: int, scale: float | None
 ) -> tuple[Tensor, Tensor]:
     return _fake_forward(query)
 
 
-@torch.library.register_fake("winnow::chunk_attention")  # type: ignore[untyped-decorator]
+@torch.library.register_fake("winnow::chunk_attention")
 def _(query: Tensor, *rest: Any, **options: Any) -> tuple[Tensor, Tensor]:
     return _fake_forward(query)
 
 
-@torch.library.register_fake("winnow::block_diagonal_attention")  # type: ignore[untyped-decorator]
+@torch.library.register_fake("winnow::block_diagonal_attention")
 def _(query: Tensor, *rest: Any, **options: Any) -> tuple[Tensor, Tensor]:
     return _fake_forward(query)
 
 
-@torch.library.register_fake("winnow::merge_attention")  # type: ignore[untyped-decorator]
+@torch.library.register_fake("winnow::merge_attention")
 def _(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return _fake_forward(outs[0])
 
 
-@torch.library.register_fake("winnow::cat_attention_backward")  # type: ignore[untyped-decorator]
-@torch.library.register_fake("winnow::block_diagonal_attention_backward")  # type: ignore[untyped-decorator]
+@torch.library.register_fake("winnow::cat_attention_backward")
+@torch.library.register_fake("winnow::block_diagonal_attention_backward")
 def _(
     grad_out: Tensor,
     grad_lse: Tensor,
@@ -352,7 +352,7 @@ def _(
     return _contiguous_like(query, key, value)
 
 
-@torch.library.register_fake("winnow::chunk_attention_backward")  # type: ignore[untyped-decorator]
+@torch.library.register_fake("winnow::chunk_attention_backward")
 def _(
     grad_out: Tensor,
     grad_lse: Tensor,
@@ -367,7 +367,7 @@ def _(
     return _contiguous_like(query, key, value, slot_key, slot_value)
 
 
-@torch.library.register_fake("winnow::merge_attention_backward")  # type: ignore[untyped-decorator]
+@torch.library.register_fake("winnow::merge_attention_backward")
 def _(
     grad_out: Tensor,
     grad_lse: Tensor,

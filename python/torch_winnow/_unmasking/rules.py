@@ -263,7 +263,7 @@ def select_positions(
     return select(score, mask, rule, window=window, step=step)
 
 
-@torch.library.register_fake("winnow::select_positions")  # type: ignore[untyped-decorator]
+@torch.library.register_fake("winnow::select_positions")
 def _(
     score: Tensor,
     mask: Tensor,
