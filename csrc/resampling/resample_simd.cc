@@ -4,8 +4,8 @@
 // result.
 //
 // Memory of a float32 population of K: two reads of the log weights, one write and two reads of the
-// weights (scratch, 4 K bytes), and the outputs; the schemes that search have 8 K bytes of cumulative
-// weights and 4 K of a guide into them, keep_slots has 8 K bytes of slots to fill.
+// weights (scratch, 4 K bytes), and the outputs; the schemes that search have 8 K bytes of
+// cumulative weights and 4 K of a guide into them, keep_slots has 8 K bytes of slots to fill.
 #include "resampling/resample_simd.h"
 
 #include <cmath>
