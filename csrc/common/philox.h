@@ -1,6 +1,6 @@
-// Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): a draw is a
-// pure function of (seed, row, element), so it depends on neither threads nor batch nor instruction
-// set. Included by *_simd.cc too, hence internal linkage.
+// Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): a draw is
+// a pure function of (seed, row, element), so it depends on neither threads nor batch nor
+// instruction set. Included by *_simd.cc too, hence internal linkage.
 #pragma once
 
 #include <cstdint>
