@@ -66,17 +66,11 @@ def contenders_of(models: Models) -> list[Contender]:
     return [Contender("dense", start_dense, dense), *map(cat_at, cat.config.chunk_sizes)]
 
 
-def windows_of(text: Text, count: int, length: int) -> Tensor:
-    """``(count, length)`` pieces spread evenly over the held-out text."""
-    starts = torch.linspace(0, len(text.held_out) - length, count).long()[:, None]
-    return text.held_out[starts + torch.arange(length)].long()
-
-
 @torch.inference_mode()
 def measure(models: Models, text: Text) -> dict[str, Outcome]:
     """Speed and cache at the prompt's length and beyond; bits per byte of held-out windows."""
     contenders = contenders_of(models)
-    prompt = windows_of(text, _BATCH, _PROMPT)
+    prompt = text.held_out_windows(_BATCH, _PROMPT)
     new_tokens = (_ROUNDS + 1) * _ROUND_TOKENS
     decodings = {c.name: c.start(prompt, new_tokens) for c in contenders}
     seconds: dict[str, list[float]] = {c.name: [] for c in contenders}
@@ -90,7 +84,7 @@ def measure(models: Models, text: Text) -> dict[str, Outcome]:
             if turn:  # the first round warms up
                 seconds[name].append(time.perf_counter() - start)
 
-    windows = windows_of(text, _WINDOWS, _WINDOW)
+    windows = text.held_out_windows(_WINDOWS, _WINDOW)
     outcomes = {}
     for contender in tqdm(contenders, desc="bits per byte", unit="model"):
         nats = [

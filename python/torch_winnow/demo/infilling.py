@@ -33,12 +33,6 @@ _RULES: dict[str, unmasking.TopK | unmasking.EntropyThreshold] = {
 }
 
 
-def windows_of(text: Tensor, generator: torch.Generator) -> Tensor:
-    """``(windows, length)`` pieces of the text at random places."""
-    starts = torch.randint(len(text) - _LENGTH, (_WINDOWS, 1), generator=generator)
-    return text[starts + torch.arange(_LENGTH)].long()
-
-
 def span_mask(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
     """``(rows, length)`` bool: spans of geometric length that hide about the wanted share.
 
@@ -59,9 +53,8 @@ def span_mask(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
 
 def run(context: Context) -> Section:
     model, mask_id = context.models.diffusion, context.models.diffusion.mask_id
-    generator = torch.Generator().manual_seed(0)
-    truth = windows_of(context.text.held_out, generator)
-    hidden = span_mask((_WINDOWS, _LENGTH), generator)
+    truth = context.text.held_out_windows(_WINDOWS, _LENGTH)
+    hidden = span_mask((_WINDOWS, _LENGTH), torch.Generator().manual_seed(0))
     given = torch.where(hidden, mask_id, truth)
 
     right: dict[str, Tensor] = {}
