@@ -86,9 +86,9 @@ class MaskedDiffusion(nn.Module):
     ) -> Tensor:
         """Nats per token of the masked tokens, a share t ~ U(0, ``most``] of them masked.
 
-        With ``most=1`` and weights 1/t it estimates a bound on the negative log-likelihood. The plain
-        mean over masked tokens has far less variance, and a smaller ``most`` spends the budget on
-        texts of which much is given: both help where training is short.
+        With ``most=1`` and weights 1/t it estimates a bound on the negative log-likelihood. The
+        plain mean over masked tokens has far less variance, and a smaller ``most`` spends the
+        budget on texts of which much is given: both help where training is short.
 
         The shares t are spread evenly over the batch from one random offset (as in Sahoo et al.,
         2024): the same expectation as independent draws, at less variance.
