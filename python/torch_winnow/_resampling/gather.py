@@ -151,14 +151,17 @@ def _fits(leaf: Tensor, ancestors: Tensor, dim: int) -> bool:
 
 
 def _move(leaf: Tensor, ancestors: Tensor, dim: int) -> None:
-    if leaf.is_conj() or leaf.is_neg():  # lazily: the memory holds other numbers than the tensor
+    compiling = torch.compiler.is_compiling()
+    # Lazily conjugated or negated, the memory holds other numbers than the tensor; a compiler does
+    # not tell.
+    if leaf.is_complex() if compiling else leaf.is_conj() or leaf.is_neg():
         plain = leaf.resolve_conj().resolve_neg()
         _gather_particles_(plain, ancestors, dim)
         leaf.copy_(plain)
         return
     _gather_particles_(leaf, ancestors, dim)
     # Autograd has to see that what it saved for a backward pass has changed.
-    if not torch.compiler.is_compiling():
+    if not compiling:
         torch.autograd.graph.increment_version(leaf)
 
 

@@ -27,7 +27,7 @@ def overlaps_itself(view: Tensor) -> bool:
 
 def _extent(view: Tensor) -> tuple[int, int]:
     """The bytes of the storage from the first element's to the last one's."""
-    first = view.storage_offset() * view.element_size()
+    first = int(view.storage_offset()) * view.element_size()
     steps = sum(stride * (size - 1) for stride, size in _dimensions(view))
     return first, first + (steps + 1) * view.element_size()
 
@@ -35,7 +35,7 @@ def _extent(view: Tensor) -> tuple[int, int]:
 def _box(view: Tensor, origin: int, strides: list[int]) -> list[tuple[int, int]] | None:
     """The range of coordinates along each stride, None where coordinates are not unique."""
     sizes = dict(_dimensions(view))
-    rest = view.storage_offset() - origin
+    rest = int(view.storage_offset()) - origin
     box = []
     for stride in strides:
         start, rest = divmod(rest, stride)
@@ -57,7 +57,7 @@ def _disjoint(a: Tensor, b: Tensor) -> bool:
     if a.element_size() != b.element_size():
         return False
     strides = sorted({stride for view in (a, b) for stride, _ in _dimensions(view)}, reverse=True)
-    origin = min(a.storage_offset(), b.storage_offset())
+    origin = int(min(a.storage_offset(), b.storage_offset()))
     box, other = _box(a, origin, strides), _box(b, origin, strides)
     if box is None or other is None:
         return False

@@ -36,10 +36,14 @@ def _no_nan(x: Tensor) -> Tensor:
     return x.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, numbers.Real)
+
+
 def _check_potential(kind: str, lmbda: float) -> None:
     if kind not in _KINDS:
         raise ValueError(f"kind: expected one of {', '.join(_KINDS)}, got {kind!r}")
-    if not isinstance(lmbda, numbers.Real):
+    if not _is_number(lmbda):
         raise ValueError(f"lmbda: expected a number, got {type(lmbda).__name__}")
     if not 0 <= lmbda < math.inf:
         raise ValueError(
@@ -196,9 +200,7 @@ class FKSteering:
         _check_potential(kind, lmbda)
         if scheme not in _SCHEMES:
             raise ValueError(f"scheme: expected one of {', '.join(_SCHEMES)}, got {scheme!r}")
-        if ess_threshold is not None and not (
-            isinstance(ess_threshold, numbers.Real) and 0 < ess_threshold <= 1
-        ):
+        if ess_threshold is not None and not (_is_number(ess_threshold) and 0 < ess_threshold <= 1):
             raise ValueError(
                 f"ess_threshold: expected a share in (0, 1] or None, got {ess_threshold!r}"
             )
