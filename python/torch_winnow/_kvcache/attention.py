@@ -8,18 +8,10 @@ import torch
 from torch import Tensor
 
 from torch_winnow import _library  # noqa: F401  (registers the operators)
+from torch_winnow._kvcache.arguments import refuse_gradients
 
 # Bound once: a look-up through torch.ops costs as much as a small op.
 _paged_attention = torch.ops.winnow.paged_attention
-
-
-def refuse_gradients(argument: str, tensor: Tensor) -> None:
-    """Raise where autograd would expect a gradient that the cache cannot give."""
-    if tensor.requires_grad and torch.is_grad_enabled():
-        raise ValueError(
-            f"{argument}: requires a gradient, but paged caches serve inference only; call under "
-            f"torch.no_grad() or pass {argument}.detach()"
-        )
 
 
 @overload
@@ -93,6 +85,8 @@ def paged_attention(
         sinks: with a window, the first ``sinks`` positions are seen as well.
         key_bias: ``(num_blocks, Hkv, block_size)``, or broadcastable to it: added to the scaled
             scores of a key, for instance the log of how many tokens it stands for. -inf hides it.
+            float32, bfloat16 or float16, whatever the dtype of query; float64 with a float64 query
+            only.
         scale: of the scores; ``D**-0.5`` by default.
         return_lse: also return the natural log of the sum of exponentials.
 
@@ -102,7 +96,8 @@ def paged_attention(
 
     Raises:
         ValueError: on a wrong shape, dtype or option, on a block outside the pages, on a selection
-            that does not ascend, and for a query that requires a gradient.
+            that does not ascend, and for a query, pages or a bias that require a gradient (unless
+            gradients are switched off).
 
     Example:
         >>> import torch
@@ -116,7 +111,7 @@ def paged_attention(
         >>> out.shape, lse.shape
         (torch.Size([2, 4, 1, 8]), torch.Size([2, 4, 1]))
     """
-    refuse_gradients("query", query)
+    refuse_gradients(query=query, key_pages=key_pages, value_pages=value_pages, key_bias=key_bias)
     out, lse = _paged_attention(
         query,
         key_pages,

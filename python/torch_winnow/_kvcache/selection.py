@@ -7,7 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from torch_winnow._kvcache.attention import refuse_gradients
+from torch_winnow import _library  # noqa: F401  (registers the operators)
+from torch_winnow._kvcache.arguments import refuse_gradients
 
 # Bound once: a look-up through torch.ops costs as much as a small op.
 _block_summaries = torch.ops.winnow.block_summaries
@@ -38,7 +39,8 @@ def block_summaries(
         float64); zeros for blocks without tokens.
 
     Raises:
-        ValueError: on a wrong shape, dtype or kind, and for a block outside the pages.
+        ValueError: on a wrong shape, dtype or kind, for a block outside the pages, and for pages
+            that require a gradient (unless gradients are switched off).
 
     Example:
         >>> import torch
@@ -50,7 +52,7 @@ def block_summaries(
     """
     if kind not in ("minmax", "mean"):
         raise ValueError(f"kind: expected 'minmax' or 'mean', got {kind!r}")
-    refuse_gradients("key_pages", key_pages)
+    refuse_gradients(key_pages=key_pages)
     return _block_summaries(  # type: ignore[no-any-return]
         key_pages, block_table, seq_lens, kind == "minmax"
     )
@@ -73,7 +75,8 @@ def score_blocks(query: Tensor, summaries: Tensor) -> Tensor:
         (:func:`select_blocks` knows them by ``seq_lens``), -inf for T = 0.
 
     Raises:
-        ValueError: on a wrong shape or dtype.
+        ValueError: on a wrong shape or dtype, and for a query or summaries that require a gradient
+            (unless gradients are switched off).
 
     Example:
         >>> import torch
@@ -82,7 +85,7 @@ def score_blocks(query: Tensor, summaries: Tensor) -> Tensor:
         >>> score_blocks(torch.full((1, 1, 1, 1), -2.0), summaries)
         tensor([[[2., 6.]]])
     """
-    refuse_gradients("query", query)
+    refuse_gradients(query=query, summaries=summaries)
     return _score_blocks(query, summaries)  # type: ignore[no-any-return]
 
 
@@ -101,7 +104,8 @@ def select_blocks(
     keeps them all.
 
     Args:
-        scores: ``(B, Hkv, NB)`` float32 or float64, high is good.
+        scores: ``(B, Hkv, NB)`` float32 or float64, high is good. A choice has no gradient, so
+            scores may require one.
         k: blocks to select, at least ``sink_blocks + recent_blocks``.
         seq_lens: ``(B,)`` int32, from which a row's number of blocks follows.
         block_size: tokens in a block.

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NoReturn, SupportsIndex
 
 import torch
 from torch import Tensor
 
 from torch_winnow import _core
-from torch_winnow._kvcache.attention import refuse_gradients
+from torch_winnow._kvcache.arguments import integer, integers, refuse_gradients
 
 # Bound once: a look-up through torch.ops costs as much as a small op.
 _paged_write_ = torch.ops.winnow.paged_write_
@@ -18,15 +19,11 @@ _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _COPIES, _RESHAPED = 1, 2  # what CacheTable.append reports
 
 
-def _integers(argument: str, values: Sequence[int] | Tensor) -> list[int]:
-    if isinstance(values, Tensor):
-        if values.dim() != 1 or values.dtype.is_floating_point or values.dtype == torch.bool:
-            raise ValueError(
-                f"{argument}: expected a one-dimensional integer tensor or a list, got shape "
-                f"{tuple(values.shape)} of {values.dtype}"
-            )
-        return values.tolist()
-    return list(values)
+def _size(argument: str, value: int) -> int:
+    value = integer(argument, value)
+    if value < 1:
+        raise ValueError(f"{argument}: expected at least 1, got {value}")
+    return value
 
 
 class BlockPool:
@@ -50,7 +47,8 @@ class BlockPool:
         value_pages: likewise with ``value_head_dim``.
 
     Raises:
-        ValueError: on a size below 1 (``num_blocks`` may be 0), another dtype or device.
+        ValueError: on a size below 1 (``num_blocks`` may be 0) or that is no integer, on another
+            dtype or device.
 
     Example:
         >>> import torch
@@ -72,17 +70,14 @@ class BlockPool:
         device: torch.device | str = "cpu",
         value_head_dim: int | None = None,
     ) -> None:
-        value_head_dim = head_dim if value_head_dim is None else value_head_dim
-        sizes = {
-            "num_layers": num_layers,
-            "num_kv_heads": num_kv_heads,
-            "head_dim": head_dim,
-            "block_size": block_size,
-            "value_head_dim": value_head_dim,
-        }
-        for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{name}: expected at least 1, got {size}")
+        num_blocks = integer("num_blocks", num_blocks)
+        num_layers = _size("num_layers", num_layers)
+        num_kv_heads = _size("num_kv_heads", num_kv_heads)
+        head_dim = _size("head_dim", head_dim)
+        block_size = _size("block_size", block_size)
+        value_head_dim = (
+            head_dim if value_head_dim is None else _size("value_head_dim", value_head_dim)
+        )
         if dtype not in _FLOATING:
             raise ValueError(f"dtype: expected float32, bfloat16, float16 or float64, got {dtype}")
         if torch.device(device).type != "cpu":
@@ -119,7 +114,7 @@ class BlockPool:
 
     def num_owners(self, block: int) -> int:
         """How many rows of block tables name ``block``; 0 for a free one."""
-        return self._native.owners(block)
+        return self._native.owners(integer("block", block))
 
     def __repr__(self) -> str:
         return (
@@ -143,7 +138,12 @@ class PagedKVCache:
     writes to a block with several owners, that block is copied, for all layers; the last owner
     keeps the original, so K owners cost K - 1 copies.
 
-    **Errors.** An operation that raises, for want of blocks too, has changed nothing.
+    **Errors.** An operation that raises, for want of blocks too, has changed nothing. Rows,
+    parents, ancestors and lengths are lists of integers or one-dimensional integer tensors, for one
+    row as well: ``free([0])``. A bare integer is refused; an empty tensor may have any dtype.
+
+    **Copies.** ``copy.copy``, ``copy.deepcopy`` and pickling are refused, since a copy would share
+    the table and not know it: ``cache.fork(range(cache.batch_size))`` continues every row.
 
     Attributes:
         pool: the :class:`BlockPool`.
@@ -165,6 +165,9 @@ class PagedKVCache:
     """
 
     def __init__(self, pool: BlockPool, batch_size: int) -> None:
+        if not isinstance(pool, BlockPool):
+            raise ValueError(f"pool: expected a BlockPool, got {pool!r} ({type(pool).__name__})")
+        batch_size = integer("batch_size", batch_size)
         native = _core.CacheTable(pool._native, batch_size, pool.num_layers, pool.block_size)
         self._adopt(pool, batch_size, native)
 
@@ -228,14 +231,15 @@ class PagedKVCache:
             ValueError: on a wrong layer, shape, dtype or length, or a tensor that requires a
                 gradient.
         """
-        self._check("key", key, value)
+        layer = integer("layer", layer)
+        self._check(key, value)
         tokens = key.shape[2]
         if tokens == self._positions.shape[1]:
             positions, address = self._positions, self._positions_address
         else:
             positions = torch.empty(self.batch_size, tokens, dtype=torch.int64)
             address = positions.data_ptr()
-        counts = None if lengths is None else _integers("lengths", lengths)
+        counts = None if lengths is None else integers("lengths", lengths)
         changes = self._native.append(layer, tokens, counts, address)
         if changes:
             if changes & _RESHAPED:
@@ -260,8 +264,14 @@ class PagedKVCache:
             ValueError: on a wrong layer, shape, dtype or position, or a tensor that requires a
                 gradient.
         """
-        self._check("key", key, value)
+        layer = integer("layer", layer)
+        self._check(key, value)
         tokens = key.shape[2]
+        if not isinstance(positions, Tensor):
+            raise ValueError(
+                f"positions: expected a ({self.batch_size}, {tokens}) int32 or int64 tensor, got "
+                f"{positions!r} ({type(positions).__name__})"
+            )
         if positions.shape != (self.batch_size, tokens) or positions.dtype not in (
             torch.int32,
             torch.int64,
@@ -284,7 +294,7 @@ class PagedKVCache:
         Raises:
             ValueError: on a parent outside ``[0, batch_size)``.
         """
-        rows = _integers("parents", parents)
+        rows = integers("parents", parents)
         child = PagedKVCache.__new__(PagedKVCache)
         child._adopt(self.pool, len(rows), self._native.fork(rows))
         return child
@@ -297,7 +307,7 @@ class PagedKVCache:
         Raises:
             ValueError: unless there are ``batch_size`` ancestors in ``[0, batch_size)``.
         """
-        self._native.permute(_integers("ancestors", ancestors))
+        self._native.permute(integers("ancestors", ancestors))
         self._reshape()
 
     def truncate_(self, lengths: Sequence[int] | Tensor) -> None:
@@ -306,7 +316,7 @@ class PagedKVCache:
         Raises:
             ValueError: unless there are ``batch_size`` lengths with ``0 <= length <= seq_lens[b]``.
         """
-        self._native.truncate(_integers("lengths", lengths))
+        self._native.truncate(integers("lengths", lengths))
         self._reshape()
 
     def free(self, rows: Sequence[int] | Tensor) -> None:
@@ -315,8 +325,15 @@ class PagedKVCache:
         Raises:
             ValueError: on a row outside ``[0, batch_size)`` or one that is already free.
         """
-        self._native.free(_integers("rows", rows))
+        self._native.free(integers("rows", rows))
         self._reshape()
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        # What copy.copy, copy.deepcopy and pickle ask for.
+        raise TypeError(
+            "PagedKVCache: a cache owns blocks of its pool and is neither copied nor pickled; "
+            "fork(range(batch_size)) gives a cache that continues every row"
+        )
 
     def _copy(self) -> None:
         sources, targets = self._native.copies()
@@ -325,8 +342,11 @@ class PagedKVCache:
             pool.key_pages, pool.value_pages, torch.tensor(sources), torch.tensor(targets)
         )
 
-    def _check(self, argument: str, key: Tensor, value: Tensor) -> None:
+    def _check(self, key: Tensor, value: Tensor) -> None:
         """Everything that the store could refuse, before anything is changed."""
+        if not (isinstance(key, Tensor) and isinstance(value, Tensor)):
+            name, other = ("value", value) if isinstance(key, Tensor) else ("key", key)
+            raise ValueError(f"{name}: expected a tensor, got {other!r} ({type(other).__name__})")
         tokens = key.shape[2] if key.dim() == 4 else 0
         for name, tensor, dim in (("key", key, self._dims[0]), ("value", value, self._dims[1])):
             if tensor.shape != (self.batch_size, self._heads, tokens, dim):
@@ -344,7 +364,7 @@ class PagedKVCache:
                     f"{name}: the last dimension must be contiguous (stride 1), got stride "
                     f"{tensor.stride(3)}"
                 )
-            refuse_gradients(name, tensor)
+        refuse_gradients(key=key, value=value)
 
     def __repr__(self) -> str:
         return f"PagedKVCache({self.pool!r}, batch_size={self.batch_size})"

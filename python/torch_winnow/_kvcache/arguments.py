@@ -1,0 +1,66 @@
+"""What callers may hand to a cache: tensors without gradients, integers, lists of integers."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+_LARGEST = 2**63 - 1  # of the native table
+
+
+def refuse_gradients(**tensors: Tensor | None) -> None:
+    """Raise where autograd would expect a gradient that the cache cannot give."""
+    if not torch.is_grad_enabled():
+        return
+    for argument, tensor in tensors.items():
+        # What is no tensor is for the operator to refuse.
+        if isinstance(tensor, Tensor) and tensor.requires_grad:
+            raise ValueError(
+                f"{argument}: requires a gradient, but paged caches serve inference only; call "
+                f"under torch.no_grad() or pass {argument}.detach()"
+            )
+
+
+def integer(argument: str, value: Any) -> int:
+    """``value`` as an int of 64 bits: an int, or a scalar of another library that is one."""
+    if type(value) is not int:
+        try:
+            if isinstance(value, bool):  # an index that is a mask is a mistake
+                raise TypeError
+            value = operator.index(value)
+        except TypeError:
+            raise ValueError(
+                f"{argument}: expected an integer, got {value!r} ({type(value).__name__})"
+            ) from None
+    if not -_LARGEST <= value <= _LARGEST:
+        raise ValueError(f"{argument}: expected an integer of 64 bits, got {value}")
+    return value
+
+
+def integers(argument: str, values: Sequence[int] | Tensor) -> list[int]:
+    """A list of ints of 64 bits; an empty tensor of any dtype is an empty list."""
+    if isinstance(values, Tensor):
+        if values.dim() != 1 or (values.dtype not in _INTEGERS and values.numel() > 0):
+            raise ValueError(
+                f"{argument}: expected a one-dimensional integer tensor or a list of integers, got "
+                f"shape {tuple(values.shape)} of {values.dtype}"
+            )
+        return values.tolist() if values.numel() > 0 else []
+    try:
+        listed = list(values)
+    except TypeError:
+        raise ValueError(
+            f"{argument}: expected a list of integers or a one-dimensional integer tensor, got "
+            f"{values!r} ({type(values).__name__})"
+        ) from None
+    if not listed:
+        return listed
+    # The usual list is checked at the speed of C.
+    if set(map(type, listed)) == {int} and max(listed) <= _LARGEST and min(listed) >= -_LARGEST:
+        return listed
+    return [integer(f"{argument}[{i}]", value) for i, value in enumerate(listed)]
