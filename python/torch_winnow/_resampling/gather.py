@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from torch_winnow import _library  # noqa: F401  (registers the operators)
+from torch_winnow._fake import check_same_device
 
 _gather_particles = torch.ops.winnow.gather_particles
 _gather_particles_ = torch.ops.winnow.gather_particles_
@@ -107,6 +108,7 @@ def gather_particles_(tree: Tree, ancestors: Tensor, dim: int | None = None) -> 
 
 @torch.library.register_fake("winnow::gather_particles")
 def _(state: Tensor, ancestors: Tensor, dim: int) -> Tensor:
+    check_same_device(state=state, ancestors=ancestors)
     shape = list(state.shape)
     shape[dim] = ancestors.shape[-1]
     return state.new_empty(shape)
@@ -114,4 +116,4 @@ def _(state: Tensor, ancestors: Tensor, dim: int) -> Tensor:
 
 @torch.library.register_fake("winnow::gather_particles_")
 def _(state: Tensor, ancestors: Tensor, dim: int) -> None:
-    return None
+    check_same_device(state=state, ancestors=ancestors)
