@@ -42,11 +42,14 @@ Sequences read_sequences(const Tensor& cu_seqlens, const Tensor& query, int64_t 
     WINNOW_CHECK(end >= begin && end <= rows,
                  "cu_seqlens: expected ascending values up to N=", rows, ", got ", end, " after ",
                  begin, " at index ", i);
-    // Each factor is at most the number of rows or was compared with the number of slots.
     const int64_t chunks = (end - begin + options.chunk_size - 1) / options.chunk_size;
     const int64_t seen = larger(chunks - 1, 0);
+    // Up to the number of slots the products below are in range; beyond it the check says what
+    // the sequence needs.
     WINNOW_CHECK(options.initial_slots <= slots && (seen == 0 || options.slots_per_chunk <= slots),
-                 "slot_key: too few slots for cu_seqlens, got M=", slots);
+                 "slot_key: expected initial_slots + (chunks - 1) * slots_per_chunk = ",
+                 options.initial_slots, " + ", seen, " * ", options.slots_per_chunk,
+                 " slots for the sequence that ends at index ", i, " of cu_seqlens, got M=", slots);
     sequences.row_begin.push_back(end);
     sequences.slot_begin.push_back(sequences.slot_begin.back() + options.initial_slots +
                                    seen * options.slots_per_chunk);

@@ -58,6 +58,28 @@ inline const char* name_of(ScalarType dtype) {
       return "uint8";
     case ScalarType::Bool:
       return "bool";
+    case ScalarType::UInt16:
+      return "uint16";
+    case ScalarType::UInt32:
+      return "uint32";
+    case ScalarType::UInt64:
+      return "uint64";
+    case ScalarType::ComplexHalf:
+      return "complex32";
+    case ScalarType::ComplexFloat:
+      return "complex64";
+    case ScalarType::ComplexDouble:
+      return "complex128";
+    case ScalarType::Float8_e5m2:
+      return "float8_e5m2";
+    case ScalarType::Float8_e4m3fn:
+      return "float8_e4m3fn";
+    case ScalarType::Float8_e5m2fnuz:
+      return "float8_e5m2fnuz";
+    case ScalarType::Float8_e4m3fnuz:
+      return "float8_e4m3fnuz";
+    case ScalarType::Float8_e8m0fnu:
+      return "float8_e8m0fnu";
     default:
       return "an unsupported dtype";
   }
@@ -84,7 +106,9 @@ inline void check_dim(const char* argument, const Tensor& tensor, int64_t dim, c
                shape_of(tensor));
 }
 
-// The dispatcher picks the CPU kernel if any argument is on the CPU, so each one is checked.
+// A kernel is picked by all arguments' devices together, and the one picked need not be that of the
+// first argument, so each one is checked. (With a meta tensor among them it is the fake kernel,
+// which checks by itself: torch_winnow/_fake.py.)
 inline void check_cpu(const char* argument, const Tensor& tensor) {
   WINNOW_CHECK(tensor.is_cpu(), argument,
                ": expected a CPU tensor like the other arguments, got one on another device");
@@ -95,7 +119,7 @@ inline void check_last_contiguous(const char* argument, const Tensor& tensor) {
   WINNOW_CHECK(
       last < 0 || tensor.size(last) <= 1 || tensor.stride(last) == 1 || tensor.numel() == 0,
       argument, ": the last dimension must be contiguous (stride 1), got stride ",
-      last < 0 ? 1 : tensor.stride(last));
+      last < 0 ? 1 : tensor.stride(last), " with shape ", shape_of(tensor));
 }
 
 }  // namespace winnow

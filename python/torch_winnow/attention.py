@@ -13,18 +13,20 @@ Which function for what:
 - :func:`merge_attention`: one softmax out of partial results over disjoint keys.
 
 Positions (RoPE) are applied by the caller, before. All functions are differentiable once, through
-the returned ``lse`` too, and give the same bits for any number of threads.
+the returned ``lse`` too, in reverse mode only (forward mode is refused), and give the same bits for
+any number of threads.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
-from torch_winnow import _library  # noqa: F401  (registers the operators)
+from torch_winnow._attention import fakes  # noqa: F401  (registers the fake kernels)
+from torch_winnow._attention.autograd import check_operands
 
 __all__ = ["block_diagonal_attention", "cat_attention", "chunk_attention", "merge_attention"]
 
@@ -94,6 +96,7 @@ def cat_attention(
         >>> cat_attention(q, k, v, block_size=33).shape
         torch.Size([1, 4, 99, 16])
     """
+    check_operands("cat_attention", query=query, key=key, value=value)
     out, lse = _cat_attention(query, key, value, block_size, scale)
     return (out, lse) if return_lse else out
 
@@ -187,6 +190,15 @@ def chunk_attention(
         >>> chunk_attention(q, k, v, slot_k, slot_v, chunk_size=32).shape
         torch.Size([1, 4, 100, 16])
     """
+    check_operands(
+        "chunk_attention",
+        query=query,
+        key=key,
+        value=value,
+        slot_key=slot_key,
+        slot_value=slot_value,
+        **({} if cu_seqlens is None else {"cu_seqlens": cu_seqlens}),
+    )
     out, lse = _chunk_attention(
         query,
         key,
@@ -266,6 +278,7 @@ def block_diagonal_attention(
         >>> torch.equal(block_diagonal_attention(x, x, x, block_size=17)[:, :, :17], first)
         True
     """
+    check_operands("block_diagonal_attention", query=query, key=key, value=value)
     out, lse = _block_diagonal_attention(query, key, value, block_size, causal, scale)
     return (out, lse) if return_lse else out
 
@@ -297,139 +310,24 @@ def merge_attention(
         >>> out
         tensor([[0.5000, 0.5000]])
     """
-    outs = outs.unbind(0) if isinstance(outs, Tensor) else outs
-    lses = lses.unbind(0) if isinstance(lses, Tensor) else lses
+    outs, lses = _parts("outs", outs), _parts("lses", lses)
     if len(outs) == 0:  # an operator without a tensor has no device to be dispatched to
         raise ValueError("outs: expected at least one partial result, got none")
     return _merge_attention(outs, lses)  # type: ignore[no-any-return]
 
 
-# Fake kernels: shapes and dtypes only; the kernels check the arguments.
-
-
-def _fake_forward(query: Tensor) -> tuple[Tensor, Tensor]:
-    statistics = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return query.new_empty(query.shape), query.new_empty(query.shape[:-1], dtype=statistics)
-
-
-def _contiguous_like(*tensors: Tensor) -> tuple[Tensor, ...]:
-    return tuple(tensor.new_empty(tensor.shape) for tensor in tensors)
-
-
-@torch.library.register_fake("winnow::cat_attention")
-def _(
-    query: Tensor, key: Tensor, value: Tensor, block_size: int, scale: float | None
-) -> tuple[Tensor, Tensor]:
-    return _fake_forward(query)
-
-
-@torch.library.register_fake("winnow::chunk_attention")
-def _(query: Tensor, *rest: Any, **options: Any) -> tuple[Tensor, Tensor]:
-    return _fake_forward(query)
-
-
-@torch.library.register_fake("winnow::block_diagonal_attention")
-def _(query: Tensor, *rest: Any, **options: Any) -> tuple[Tensor, Tensor]:
-    return _fake_forward(query)
-
-
-@torch.library.register_fake("winnow::merge_attention")
-def _(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    return _fake_forward(outs[0])
-
-
-@torch.library.register_fake("winnow::cat_attention_backward")
-@torch.library.register_fake("winnow::block_diagonal_attention_backward")
-def _(
-    grad_out: Tensor,
-    grad_lse: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *rest: Any,
-    **options: Any,
-) -> tuple[Tensor, ...]:
-    return _contiguous_like(query, key, value)
-
-
-@torch.library.register_fake("winnow::chunk_attention_backward")
-def _(
-    grad_out: Tensor,
-    grad_lse: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    slot_key: Tensor,
-    slot_value: Tensor,
-    *rest: Any,
-    **options: Any,
-) -> tuple[Tensor, ...]:
-    return _contiguous_like(query, key, value, slot_key, slot_value)
-
-
-@torch.library.register_fake("winnow::merge_attention_backward")
-def _(
-    grad_out: Tensor,
-    grad_lse: Tensor,
-    outs: Sequence[Tensor],
-    lses: Sequence[Tensor],
-    out: Tensor,
-    lse: Tensor,
-) -> tuple[Tensor, Tensor]:
-    return out.new_empty((len(outs), *out.shape)), lse.new_empty((len(outs), *lse.shape))
-
-
-# Autograd: each backward is one operator on the forward's inputs, results and options.
-
-
-def _differentiable(name: str, tensors: int) -> None:
-    """Registers ``<name>_backward`` as the gradient of ``name``, whose first inputs are tensors."""
-    backward_op = getattr(torch.ops.winnow, f"{name}_backward")
-
-    def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.save_for_backward(*inputs[:tensors], *output)
-        ctx.options = inputs[tensors:]
-
-    def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
-        grads = backward_op(grad_out, grad_lse, *ctx.saved_tensors, *ctx.options)
-        return (*grads, *(None for _ in ctx.options))
-
-    torch.library.register_autograd(f"winnow::{name}", backward, setup_context=save)
-    _not_differentiable(name)
-
-
-def _not_differentiable(name: str) -> None:
-    """Without this, autograd would treat ``<name>_backward`` as a constant after a mere warning."""
-
-    def refuse(ctx: Any, *grads: Tensor) -> None:
-        raise RuntimeError(
-            f"{name} is differentiable once: its second derivative is not implemented "
-            "(was create_graph=True intended?)"
+def _parts(argument: str, parts: Sequence[Tensor] | Tensor) -> Sequence[Tensor]:
+    if isinstance(parts, Tensor) and parts.dim() > 0:
+        check_operands("merge_attention", **{argument: parts})
+        return parts.unbind(0)
+    if not isinstance(parts, list | tuple):
+        raise ValueError(
+            f"{argument}: expected a list or tuple of tensors, or a tensor with the parts along "
+            f"its first dimension, got {_came(parts)}"
         )
-
-    torch.library.register_autograd(f"winnow::{name}_backward", refuse)
-
-
-def _save_merge(
-    ctx: Any, inputs: tuple[Sequence[Tensor], Sequence[Tensor]], output: tuple[Tensor, Tensor]
-) -> None:
-    outs, lses = inputs
-    ctx.save_for_backward(*outs, *lses, *output)
+    check_operands("merge_attention", **{f"{argument}[{i}]": part for i, part in enumerate(parts)})
+    return parts
 
 
-def _merge_backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, Any]:
-    *parts, out, lse = ctx.saved_tensors
-    half = len(parts) // 2
-    grad_outs, grad_lses = torch.ops.winnow.merge_attention_backward(
-        grad_out, grad_lse, parts[:half], parts[half:], out, lse
-    )
-    return list(grad_outs.unbind(0)), list(grad_lses.unbind(0))
-
-
-_differentiable("cat_attention", tensors=3)
-_differentiable("block_diagonal_attention", tensors=3)
-_differentiable("chunk_attention", tensors=5)
-torch.library.register_autograd(
-    "winnow::merge_attention", _merge_backward, setup_context=_save_merge
-)
-_not_differentiable("merge_attention")
+def _came(value: object) -> str:
+    return "a tensor without dimensions" if isinstance(value, Tensor) else type(value).__name__

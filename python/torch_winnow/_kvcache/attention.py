@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from torch_winnow import _library  # noqa: F401  (registers the operators)
+from torch_winnow._fake import check_same_device
 from torch_winnow._kvcache.arguments import refuse_gradients
 
 # Bound once: a look-up through torch.ops costs as much as a small op.
@@ -142,6 +143,9 @@ def _(
     key_bias: Tensor | None = None,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
+    check_same_device(query=query, key_pages=key_pages, value_pages=value_pages)
+    check_same_device(query=query, block_table=block_table, seq_lens=seq_lens)
+    check_same_device(query=query, block_indices=block_indices, key_bias=key_bias)
     batch, heads, queries, _ = query.shape
     lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     return (

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from torch_winnow import _library  # noqa: F401  (registers the operators)
+from torch_winnow._fake import check_same_device
 from torch_winnow._kvcache.arguments import refuse_gradients
 
 # Bound once: a look-up through torch.ops costs as much as a small op.
@@ -136,6 +137,7 @@ def _wide(tensor: Tensor) -> torch.dtype:
 
 @torch.library.register_fake("winnow::block_summaries")
 def _(key_pages: Tensor, block_table: Tensor, seq_lens: Tensor, minmax: bool = True) -> Tensor:
+    check_same_device(key_pages=key_pages, block_table=block_table, seq_lens=seq_lens)
     batch, width = block_table.shape
     _, heads, _, dim = key_pages.shape
     sizes = (batch, heads, width, 2, dim) if minmax else (batch, heads, width, dim)
@@ -144,6 +146,7 @@ def _(key_pages: Tensor, block_table: Tensor, seq_lens: Tensor, minmax: bool = T
 
 @torch.library.register_fake("winnow::score_blocks")
 def _(query: Tensor, summaries: Tensor) -> Tensor:
+    check_same_device(query=query, summaries=summaries)
     return summaries.new_empty(summaries.shape[:3])
 
 
@@ -156,4 +159,5 @@ def _(
     sink_blocks: int = 1,
     recent_blocks: int = 1,
 ) -> Tensor:
+    check_same_device(scores=scores, seq_lens=seq_lens)
     return scores.new_empty((*scores.shape[:2], k), dtype=torch.int32)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from torch_winnow import _core
+from torch_winnow._fake import check_same_device
 from torch_winnow._kvcache.arguments import integer, integers, refuse_gradients
 
 # Bound once: a look-up through torch.ops costs as much as a small op.
@@ -379,9 +380,10 @@ def _(
     block_table: Tensor,
     positions: Tensor,
 ) -> None:
-    return None
+    check_same_device(key_pages=key_pages, value_pages=value_pages, key=key, value=value)
+    check_same_device(key_pages=key_pages, block_table=block_table, positions=positions)
 
 
 @torch.library.register_fake("winnow::copy_blocks_")
 def _(key_pages: Tensor, value_pages: Tensor, source: Tensor, target: Tensor) -> None:
-    return None
+    check_same_device(key_pages=key_pages, value_pages=value_pages, source=source, target=target)

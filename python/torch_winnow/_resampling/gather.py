@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from torch_winnow import _library  # noqa: F401  (registers the operators)
+from torch_winnow._fake import check_same_device
 from torch_winnow._resampling.memory import first_overlap, overlaps_itself
 from torch_winnow._resampling.weights import require_tensor
 
@@ -195,6 +197,7 @@ torch.library.register_autograd(
 
 @torch.library.register_fake("winnow::gather_particles")
 def _(state: Tensor, ancestors: Tensor, dim: int) -> Tensor:
+    check_same_device(state=state, ancestors=ancestors)
     shape = list(state.shape)
     shape[dim] = ancestors.shape[-1]
     return state.new_empty(shape)
@@ -202,4 +205,4 @@ def _(state: Tensor, ancestors: Tensor, dim: int) -> Tensor:
 
 @torch.library.register_fake("winnow::gather_particles_")
 def _(state: Tensor, ancestors: Tensor, dim: int) -> None:
-    return None
+    check_same_device(state=state, ancestors=ancestors)

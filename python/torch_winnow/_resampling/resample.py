@@ -9,6 +9,7 @@ from typing import NamedTuple, SupportsIndex
 import torch
 from torch import Tensor
 
+from torch_winnow._fake import check_same_device
 from torch_winnow._resampling.weights import detached_weights, require_tensor, statistics_dtype
 
 _resample = torch.ops.winnow.resample
@@ -197,6 +198,7 @@ def _(
     seed: int,
     seed_tensor: Tensor | None,
 ) -> tuple[Tensor, ...]:
+    check_same_device(log_weights=log_weights, mask=mask, uniforms=uniforms, seed=seed_tensor)
     population = log_weights.shape[:-1]
     samples = log_weights.shape[-1] if num_samples is None else num_samples
     dtype = statistics_dtype(log_weights.dtype)

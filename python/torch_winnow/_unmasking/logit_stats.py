@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from torch_winnow import _library  # noqa: F401  (registers the operators)
+from torch_winnow._fake import check_same_device
 
 _logit_stats = torch.ops.winnow.logit_stats
 
@@ -177,6 +178,9 @@ def _(
     seed: Tensor | None,
     raw: bool,
 ) -> tuple[Tensor, ...]:
+    check_same_device(logits=logits, mask=mask, suppress_ids=suppress_ids, target_ids=target_ids)
+    check_same_device(logits=logits, previous_logits=previous_logits, seed=seed)
+    check_same_device(logits=logits, unconditional_logits=unconditional_logits)
     rows = logits.shape[:-1]
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
 

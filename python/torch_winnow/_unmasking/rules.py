@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from torch_winnow import _library  # noqa: F401  (registers the operators)
+from torch_winnow._fake import check_same_device
 
 _select_positions = torch.ops.winnow.select_positions
 
@@ -275,5 +276,6 @@ def _(
     at_least: Tensor | None,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
+    check_same_device(score=score, mask=mask, window=window, at_least=at_least, seed=seed)
     transfer = torch.empty(score.shape, dtype=torch.bool, device=score.device)
     return transfer, score.new_empty(score.shape[:1], dtype=torch.int64)

@@ -1,0 +1,1 @@
+"""What lies behind torch_winnow.attention: fake kernels and gradients."""

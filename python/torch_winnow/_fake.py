@@ -1,0 +1,24 @@
+"""What all fake kernels check."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def check_same_device(**tensors: Tensor | None) -> None:
+    """Refuses tensors on different devices; the first one says which is expected.
+
+    A single meta tensor makes the dispatcher pick the fake kernel. Beside tensors with data, its
+    result would be memory that nothing fills.
+    """
+    first, expected = None, None
+    for argument, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if expected is None:
+            first, expected = argument, tensor.device
+        elif tensor.device != expected:
+            raise ValueError(
+                f"{argument}: expected a tensor on {expected} like {first}, got one on "
+                f"{tensor.device}"
+            )

@@ -1,0 +1,83 @@
+"""A meta tensor among CPU tensors is refused by every operator: its result would stay unfilled."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from torch_winnow._fake import check_same_device
+from torch_winnow.attention import (
+    block_diagonal_attention,
+    cat_attention,
+    chunk_attention,
+    merge_attention,
+)
+
+X = torch.zeros(1, 2, 4, 8)
+META = X.to("meta")
+SCORES = torch.zeros(2, 3)
+INDICES = torch.zeros(2, 3, dtype=torch.int64)
+PAGES = torch.zeros(4, 2, 4, 8)
+TABLE = torch.zeros(2, 1, dtype=torch.int32)
+LENGTHS = torch.ones(2, dtype=torch.int32)
+ops = torch.ops.winnow
+
+# Argument that is moved to meta: call with it.
+CALLS = {
+    "attention key": lambda: cat_attention(X, META, X, block_size=2),
+    "attention value": lambda: block_diagonal_attention(X, X, META, block_size=2),
+    "attention slot_key": lambda: chunk_attention(X, X, X, META, X, chunk_size=2),
+    "attention cu_seqlens": lambda: chunk_attention(
+        X, X, X, X, X, chunk_size=4, cu_seqlens=torch.tensor([0, 4], device="meta")
+    ),
+    "attention outs[1]": lambda: merge_attention([X, META], [X[..., 0], X[..., 0]]),
+    "attention lses[0]": lambda: merge_attention([X, X], [META[..., 0], X[..., 0]]),
+    "resampling mask": lambda: ops.resample(
+        SCORES, "systematic", None, None, False, SCORES.bool().to("meta"), None, 0, None
+    ),
+    "resampling ancestors": lambda: ops.gather_particles(SCORES, INDICES.to("meta"), 1),
+    "in-place ancestors": lambda: ops.gather_particles_(SCORES, INDICES.to("meta"), 1),
+    "unmasking mask": lambda: ops.select_positions(
+        SCORES, SCORES.bool().to("meta"), 0, 0, 0.5, 1, None, None, None
+    ),
+    "unmasking target_ids": lambda: ops.logit_stats(
+        SCORES, None, 1.0, None, INDICES[:, 0].to("meta"), None, None, 0.0, None, None, None, True
+    ),
+    "kvcache seq_lens": lambda: ops.paged_attention(
+        torch.zeros(2, 2, 1, 8), PAGES, PAGES, TABLE, LENGTHS.to("meta")
+    ),
+    "kvcache block_table": lambda: ops.block_summaries(PAGES, TABLE.to("meta"), LENGTHS),
+    "kvcache summaries": lambda: ops.score_blocks(
+        torch.zeros(2, 2, 1, 8), torch.zeros(2, 2, 1, 8, device="meta")
+    ),
+    "select seq_lens": lambda: ops.select_blocks(torch.zeros(2, 2, 3), 1, LENGTHS.to("meta"), 4),
+    "write positions": lambda: ops.paged_write_(
+        PAGES, PAGES.clone(), PAGES[:2, :, :1], PAGES[:2, :, :1], TABLE, LENGTHS.to("meta")
+    ),
+    "copy target": lambda: ops.copy_blocks_(
+        PAGES, PAGES.clone(), INDICES[0], INDICES[0].to("meta")
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_meta_among_cpu_tensors(name):
+    argument = name.split()[-1].replace("[", r"\[").replace("]", r"\]")
+    with pytest.raises(ValueError, match=rf"{argument}: expected .* on cpu.* got .* meta"):
+        CALLS[name]()
+
+
+def test_the_first_argument_on_meta_names_the_second():
+    with pytest.raises(ValueError, match="key: expected a tensor on meta like query, got one on"):
+        cat_attention(META, X, X, block_size=2)
+
+
+def test_all_on_meta_gives_shapes():
+    assert cat_attention(META, META, META, block_size=2).device.type == "meta"
+    lengths = torch.tensor([0, 4])  # stays on the CPU for any device of the query
+    out = chunk_attention(META, META, META, META, META, chunk_size=4, cu_seqlens=lengths)
+    assert out.shape == X.shape
+
+
+def test_absent_tensors_are_skipped():
+    check_same_device(first=None, second=X, third=None)
