@@ -39,7 +39,7 @@ def integer(argument: str, value: Any) -> int:
             ) from None
     if not -_LARGEST <= value <= _LARGEST:
         raise ValueError(f"{argument}: expected an integer of 64 bits, got {value}")
-    return value
+    return int(value)
 
 
 def integers(argument: str, values: Sequence[int] | Tensor) -> list[int]:

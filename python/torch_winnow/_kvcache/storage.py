@@ -345,9 +345,9 @@ class PagedKVCache:
 
     def _check(self, key: Tensor, value: Tensor) -> None:
         """Everything that the store could refuse, before anything is changed."""
-        if not (isinstance(key, Tensor) and isinstance(value, Tensor)):
-            name, other = ("value", value) if isinstance(key, Tensor) else ("key", key)
-            raise ValueError(f"{name}: expected a tensor, got {other!r} ({type(other).__name__})")
+        for name, tensor in (("key", key), ("value", value)):
+            if not isinstance(tensor, Tensor):
+                raise ValueError(f"{name}: expected a tensor, got {tensor!r}")
         tokens = key.shape[2] if key.dim() == 4 else 0
         for name, tensor, dim in (("key", key, self._dims[0]), ("value", value, self._dims[1])):
             if tensor.shape != (self.batch_size, self._heads, tokens, dim):
