@@ -4,3 +4,6 @@ list(APPEND WINNOW_CPU_SOURCES
 list(APPEND WINNOW_SIMD_SOURCES
   csrc/resampling/effective_sample_size_simd.cc
 )
+list(APPEND WINNOW_CUDA_SOURCES
+  csrc/resampling/effective_sample_size.cu
+)
