@@ -4,11 +4,67 @@
 
 STABLE_TORCH_LIBRARY(winnow, m) {
   // attention
+  m.def(
+      "cat_attention(Tensor query, Tensor key, Tensor value, int block_size, float? scale)"
+      " -> (Tensor out, Tensor lse)");
+  m.def(
+      "cat_attention_backward(Tensor grad_out, Tensor grad_lse, Tensor query, Tensor key,"
+      " Tensor value, Tensor out, Tensor lse, int block_size, float? scale)"
+      " -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "chunk_attention(Tensor query, Tensor key, Tensor value, Tensor slot_key, Tensor slot_value,"
+      " int chunk_size, int slots_per_chunk, int initial_slots, int lookback, float? scale,"
+      " Tensor? cu_seqlens=None) -> (Tensor out, Tensor lse)");
+  m.def(
+      "chunk_attention_backward(Tensor grad_out, Tensor grad_lse, Tensor query, Tensor key,"
+      " Tensor value, Tensor slot_key, Tensor slot_value, Tensor out, Tensor lse, int chunk_size,"
+      " int slots_per_chunk, int initial_slots, int lookback, float? scale, Tensor? cu_seqlens=None)"
+      " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "block_diagonal_attention(Tensor query, Tensor key, Tensor value, int block_size, bool causal,"
+      " float? scale) -> (Tensor out, Tensor lse)");
+  m.def(
+      "block_diagonal_attention_backward(Tensor grad_out, Tensor grad_lse, Tensor query, Tensor key,"
+      " Tensor value, Tensor out, Tensor lse, int block_size, bool causal, float? scale)"
+      " -> (Tensor, Tensor, Tensor)");
+  m.def("merge_attention(Tensor[] outs, Tensor[] lses) -> (Tensor out, Tensor lse)");
+  m.def(
+      "merge_attention_backward(Tensor grad_out, Tensor grad_lse, Tensor[] outs, Tensor[] lses,"
+      " Tensor out, Tensor lse) -> (Tensor, Tensor)");
 
   // resampling
   m.def("effective_sample_size(Tensor log_weights) -> Tensor");
+  m.def(
+      "resample(Tensor log_weights, str scheme, int? num_samples, float? ess_threshold, "
+      "bool keep_slots, Tensor? mask, Tensor? uniforms, int seed, Tensor? seed_tensor) -> "
+      "(Tensor ancestors, Tensor offspring, Tensor log_weights, Tensor log_z, Tensor ess, "
+      "Tensor resampled, Tensor status)");
+  m.def("gather_particles(Tensor state, Tensor ancestors, int dim) -> Tensor");
+  m.def("gather_particles_(Tensor(a!) state, Tensor ancestors, int dim) -> ()");
 
   // unmasking
+  m.def(
+      "logit_stats(Tensor logits, Tensor? mask, float temperature, Tensor? suppress_ids, "
+      "Tensor? target_ids, Tensor? unconditional_logits, float cfg_scale, Tensor? seed, bool raw) -> "
+      "(Tensor token, Tensor log_prob, Tensor argmax, Tensor max_prob, Tensor margin, "
+      "Tensor entropy, Tensor logsumexp, Tensor target_log_prob, Tensor kl)");
 
   // kvcache
+  m.def(
+      "paged_attention(Tensor query, Tensor key_pages, Tensor value_pages, Tensor block_table, "
+      "Tensor seq_lens, bool causal=True, Tensor? block_indices=None, int? window=None, "
+      "int sinks=0, Tensor? key_bias=None, float? scale=None) -> (Tensor out, Tensor lse)");
+  m.def(
+      "paged_write_(Tensor(a!) key_pages, Tensor(b!) value_pages, Tensor key, Tensor value, "
+      "Tensor block_table, Tensor positions) -> ()");
+  m.def(
+      "copy_blocks_(Tensor(a!) key_pages, Tensor(b!) value_pages, Tensor source, Tensor target) "
+      "-> ()");
+  m.def(
+      "block_summaries(Tensor key_pages, Tensor block_table, Tensor seq_lens, bool minmax=True) "
+      "-> Tensor");
+  m.def("score_blocks(Tensor query, Tensor summaries) -> Tensor");
+  m.def(
+      "select_blocks(Tensor scores, int k, Tensor seq_lens, int block_size, int sink_blocks=1, "
+      "int recent_blocks=1) -> Tensor");
 }

@@ -92,7 +92,8 @@ inline void check_cpu(const char* argument, const Tensor& tensor) {
 
 inline void check_last_contiguous(const char* argument, const Tensor& tensor) {
   const int64_t last = tensor.dim() - 1;
-  WINNOW_CHECK(last < 0 || tensor.size(last) <= 1 || tensor.stride(last) == 1, argument,
+  WINNOW_CHECK(last < 0 || tensor.size(last) <= 1 || tensor.stride(last) == 1 ||
+                   tensor.numel() == 0, argument,
                ": the last dimension must be contiguous (stride 1), got stride ",
                last < 0 ? 1 : tensor.stride(last));
 }

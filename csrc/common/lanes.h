@@ -1,11 +1,12 @@
 // Sixteen float lanes whose results are bitwise equal on every instruction set: one AVX-512
-// register, two of AVX2, four of SSE or NEON, through the compiler's vector types; no fused
-// multiply-add, reductions in one fixed order. For what must not depend on the machine: draws,
-// prefix sums, decisions. Loops that may differ in the last bit use at::vec.
+// register, two of AVX2, four of SSE or NEON, through the compiler's vector types; fused
+// multiply-adds where fma_lanes says so and nowhere else, reductions in one fixed order. For what
+// must not depend on the machine: draws, prefix sums, decisions. Loops that may differ in the last
+// bit use at::vec.
 //
-// Included by *_simd.cc only; internal linkage, because each unit has flags of its own. c10's scalar
-// conversions are avoided: they are inline functions that the linker may merge across instruction
-// sets.
+// Included by *_simd.cc only; internal linkage, because each unit has flags of its own. c10's
+// scalar conversions are avoided: they are inline functions that the linker may merge across
+// instruction sets.
 #pragma once
 
 #include <c10/util/BFloat16.h>
@@ -14,6 +15,13 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
+
+// GCC leaves exp_lanes and its like out of line for AVX2 and passes sixteen lanes through memory.
+#define WINNOW_LANES [[maybe_unused]] inline __attribute__((always_inline))
 
 namespace winnow {
 namespace {
@@ -31,11 +39,27 @@ typedef float FloatPart __attribute__((vector_size(64 / kParts)));
 typedef int32_t IntPart __attribute__((vector_size(64 / kParts)));
 typedef uint32_t BitsPart __attribute__((vector_size(64 / kParts)));
 typedef uint16_t ShortPart __attribute__((vector_size(32 / kParts)));
+// Memory and registers exchange whole registers, here and in the copies below: GCC copies a 64-byte
+// structure in 16-byte pieces, and a 32-byte load of two such pieces waits until both stores have
+// reached the cache (AVX2 ran at half the speed of SSE). Name these types where they are used:
+// deduction (auto) drops their alignment.
+typedef float LooseFloats __attribute__((vector_size(64 / kParts), aligned(4), may_alias));
+typedef int32_t LooseInts __attribute__((vector_size(64 / kParts), aligned(4), may_alias));
+typedef uint16_t LooseShorts __attribute__((vector_size(32 / kParts), aligned(2), may_alias));
+typedef float LooseQuad __attribute__((vector_size(16), aligned(4), may_alias));
+typedef float Quad __attribute__((vector_size(16)));
 
 // Integers, bit patterns and masks (all ones or zero). Shifts are arithmetic.
 struct i32x16 {
   IntPart part[kParts];
   i32x16() = default;
+  i32x16(const i32x16& x) {
+    for (int p = 0; p < kParts; ++p) part[p] = x.part[p];
+  }
+  i32x16& operator=(const i32x16& x) {
+    for (int p = 0; p < kParts; ++p) part[p] = x.part[p];
+    return *this;
+  }
   i32x16(int32_t x) {  // NOLINT: a number is a vector of it
     for (int p = 0; p < kParts; ++p) part[p] = IntPart{} + x;
   }
@@ -44,18 +68,25 @@ struct i32x16 {
 struct f32x16 {
   FloatPart part[kParts];
   f32x16() = default;
+  f32x16(const f32x16& x) {
+    for (int p = 0; p < kParts; ++p) part[p] = x.part[p];
+  }
+  f32x16& operator=(const f32x16& x) {
+    for (int p = 0; p < kParts; ++p) part[p] = x.part[p];
+    return *this;
+  }
   f32x16(float x) {  // NOLINT: a number is a vector of it
     for (int p = 0; p < kParts; ++p) part[p] = FloatPart{} + x;
   }
 };
 
-#define WINNOW_LANES_OPERATOR(op, Result, Operand, Part)     \
-  inline Result operator op(Operand a, Operand b) {          \
-    Result r;                                                \
-    for (int p = 0; p < kParts; ++p) {                       \
-      r.part[p] = (Part)(a.part[p] op b.part[p]);            \
-    }                                                        \
-    return r;                                                \
+#define WINNOW_LANES_OPERATOR(op, Result, Operand, Part)  \
+  WINNOW_LANES Result operator op(Operand a, Operand b) { \
+    Result r;                                             \
+    for (int p = 0; p < kParts; ++p) {                    \
+      r.part[p] = (Part)(a.part[p] op b.part[p]);         \
+    }                                                     \
+    return r;                                             \
   }
 WINNOW_LANES_OPERATOR(+, f32x16, f32x16, FloatPart)
 WINNOW_LANES_OPERATOR(-, f32x16, f32x16, FloatPart)
@@ -78,84 +109,170 @@ WINNOW_LANES_OPERATOR(>, i32x16, i32x16, IntPart)
 WINNOW_LANES_OPERATOR(==, i32x16, i32x16, IntPart)
 #undef WINNOW_LANES_OPERATOR
 
-inline i32x16 operator<<(i32x16 a, int count) {
+WINNOW_LANES i32x16 operator<<(i32x16 a, int count) {
   for (int p = 0; p < kParts; ++p) a.part[p] = (IntPart)((BitsPart)a.part[p] << count);
   return a;
 }
 
-inline i32x16 operator>>(i32x16 a, int count) {
+WINNOW_LANES i32x16 operator>>(i32x16 a, int count) {
   for (int p = 0; p < kParts; ++p) a.part[p] = a.part[p] >> count;
   return a;
 }
 
-inline f32x16 as_float(i32x16 a) {
+WINNOW_LANES f32x16 as_float(i32x16 a) {
   f32x16 r;
-  std::memcpy(&r, &a, sizeof r);
+  for (int p = 0; p < kParts; ++p) r.part[p] = (FloatPart)a.part[p];
   return r;
 }
 
-inline i32x16 as_bits(f32x16 a) {
+WINNOW_LANES i32x16 as_bits(f32x16 a) {
   i32x16 r;
-  std::memcpy(&r, &a, sizeof r);
+  for (int p = 0; p < kParts; ++p) r.part[p] = (IntPart)a.part[p];
   return r;
 }
 
-inline f32x16 to_float(i32x16 a) {
+WINNOW_LANES f32x16 to_float(i32x16 a) {
   f32x16 r;
   for (int p = 0; p < kParts; ++p) r.part[p] = __builtin_convertvector(a.part[p], FloatPart);
   return r;
 }
 
-inline f32x16 select(i32x16 mask, f32x16 yes, f32x16 no) {
+WINNOW_LANES f32x16 select(i32x16 mask, f32x16 yes, f32x16 no) {
   for (int p = 0; p < kParts; ++p) yes.part[p] = mask.part[p] ? yes.part[p] : no.part[p];
   return yes;
 }
 
-inline i32x16 select(i32x16 mask, i32x16 yes, i32x16 no) {
+WINNOW_LANES i32x16 select(i32x16 mask, i32x16 yes, i32x16 no) {
   for (int p = 0; p < kParts; ++p) yes.part[p] = mask.part[p] ? yes.part[p] : no.part[p];
   return yes;
 }
 
-inline bool any(i32x16 mask) {
+WINNOW_LANES bool any(i32x16 mask) {
   IntPart all = mask.part[0];
   for (int p = 1; p < kParts; ++p) all |= mask.part[p];
-  constexpr int kWords = static_cast<int>(sizeof(IntPart) / 8);
-  uint64_t words[kWords];
-  std::memcpy(words, &all, sizeof all);
-  uint64_t found = 0;
-  for (int w = 0; w < kWords; ++w) found |= words[w];
-  return found != 0;
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)all, (__m512i)all) != 0;
+#elif defined(__AVX2__)
+  return !_mm256_testz_si256((__m256i)all, (__m256i)all);
+#elif defined(__x86_64__)
+  return _mm_movemask_epi8((__m128i)all) != 0;  // lanes are all ones or zero
+#else
+  return (all[0] | all[1] | all[2] | all[3]) != 0;
+#endif
 }
 
-// The larger, or b where either is NaN (as the machine's max instruction).
-inline f32x16 max_lanes(f32x16 a, f32x16 b) { return select(a > b, a, b); }
-inline f32x16 min_lanes(f32x16 a, f32x16 b) { return select(a < b, a, b); }
+// a > b ? a : b and a < b ? a : b, so b where either is NaN: what x86 has an instruction for, which
+// GCC does not always find.
+WINNOW_LANES f32x16 max_lanes(f32x16 a, f32x16 b) {
+#if defined(__AVX512F__)
+  a.part[0] = _mm512_max_ps(a.part[0], b.part[0]);
+  return a;
+#elif defined(__AVX2__)
+  for (int p = 0; p < kParts; ++p) a.part[p] = _mm256_max_ps(a.part[p], b.part[p]);
+  return a;
+#elif defined(__x86_64__)
+  for (int p = 0; p < kParts; ++p) a.part[p] = _mm_max_ps(a.part[p], b.part[p]);
+  return a;
+#else
+  return select(a > b, a, b);
+#endif
+}
 
-inline i32x16 lane_index() {
+WINNOW_LANES f32x16 min_lanes(f32x16 a, f32x16 b) {
+#if defined(__AVX512F__)
+  a.part[0] = _mm512_min_ps(a.part[0], b.part[0]);
+  return a;
+#elif defined(__AVX2__)
+  for (int p = 0; p < kParts; ++p) a.part[p] = _mm256_min_ps(a.part[p], b.part[p]);
+  return a;
+#elif defined(__x86_64__)
+  for (int p = 0; p < kParts; ++p) a.part[p] = _mm_min_ps(a.part[p], b.part[p]);
+  return a;
+#else
+  return select(a < b, a, b);
+#endif
+}
+
+#if defined(__x86_64__) && !defined(__FMA__)
+// a * b + c rounded once, for machines without the instruction: the product is exact in double, the
+// sum is rounded to odd (its last bit tells that something was cut off), and such a sum rounds to
+// float as the exact one does. For results in the normal range.
+WINNOW_LANES __m128d fused_to_odd(__m128d a, __m128d b, __m128d c) {
+  const __m128d product = _mm_mul_pd(a, b);
+  const __m128d sum = _mm_add_pd(product, c);
+  const __m128d of_c = _mm_sub_pd(sum, product);
+  const __m128d lost = _mm_add_pd(_mm_sub_pd(product, _mm_sub_pd(sum, of_c)), _mm_sub_pd(c, of_c));
+  const __m128i bits = _mm_castpd_si128(sum);
+  // Away from zero by one where what was lost has the sum's sign, else towards it; even sums only.
+  const __m128i inexact = _mm_castpd_si128(_mm_cmpneq_pd(lost, _mm_setzero_pd()));
+  const __m128i even = _mm_sub_epi64(_mm_and_si128(bits, _mm_set1_epi64x(1)), _mm_set1_epi64x(1));
+  const __m128i differs = _mm_xor_si128(bits, _mm_castpd_si128(lost));
+  const __m128i sign = _mm_shuffle_epi32(_mm_srai_epi32(differs, 31), 0xf5);
+  const __m128i step = _mm_or_si128(sign, _mm_set1_epi64x(1));
+  return _mm_castsi128_pd(_mm_add_epi64(bits, _mm_and_si128(step, _mm_and_si128(inexact, even))));
+}
+
+WINNOW_LANES __m128 fused(__m128 a, __m128 b, __m128 c) {
+  const auto low = fused_to_odd(_mm_cvtps_pd(a), _mm_cvtps_pd(b), _mm_cvtps_pd(c));
+  const auto high =
+      fused_to_odd(_mm_cvtps_pd(_mm_movehl_ps(a, a)), _mm_cvtps_pd(_mm_movehl_ps(b, b)),
+                   _mm_cvtps_pd(_mm_movehl_ps(c, c)));
+  return _mm_movelh_ps(_mm_cvtpd_ps(low), _mm_cvtpd_ps(high));
+}
+#endif
+
+// a * b + c with one rounding on every machine. One instruction where there is one, some forty
+// where there is none (x86 before 2013): for loops whose speed depends on it.
+WINNOW_LANES f32x16 fma_lanes(f32x16 a, f32x16 b, f32x16 c) {
+#if defined(__AVX512F__)
+  c.part[0] = _mm512_fmadd_ps(a.part[0], b.part[0], c.part[0]);
+#elif defined(__FMA__)
+  for (int p = 0; p < kParts; ++p) c.part[p] = _mm256_fmadd_ps(a.part[p], b.part[p], c.part[p]);
+#elif defined(__x86_64__)
+  for (int p = 0; p < kParts; ++p) c.part[p] = fused(a.part[p], b.part[p], c.part[p]);
+#else
+  for (int p = 0; p < kParts; ++p) {
+    for (int i = 0; i < kLanes / kParts; ++i) {
+      c.part[p][i] = __builtin_fmaf(a.part[p][i], b.part[p][i], c.part[p][i]);
+    }
+  }
+#endif
+  return c;
+}
+
+WINNOW_LANES i32x16 lane_index() {
   static constexpr int32_t kIndex[kLanes] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   i32x16 v;
-  std::memcpy(&v, kIndex, sizeof v);
+  for (int p = 0; p < kParts; ++p) {
+    v.part[p] = (IntPart) * reinterpret_cast<const LooseInts*>(kIndex + p * kLanes / kParts);
+  }
   return v;
 }
 
-inline f32x16 load_lanes(const float* p) {
+WINNOW_LANES f32x16 load_lanes(const float* p) {
   f32x16 v;
-  std::memcpy(&v, p, sizeof v);
+  for (int i = 0; i < kParts; ++i) {
+    v.part[i] = (FloatPart) * reinterpret_cast<const LooseFloats*>(p + i * kLanes / kParts);
+  }
   return v;
 }
 
-inline i32x16 load_shorts(const void* p) {
-  ShortPart raw[kParts];
-  std::memcpy(raw, p, sizeof raw);
+WINNOW_LANES i32x16 load_shorts(const void* p) {
+  const auto* shorts = static_cast<const uint16_t*>(p);
   i32x16 v;
-  for (int i = 0; i < kParts; ++i) v.part[i] = (IntPart)__builtin_convertvector(raw[i], BitsPart);
+  for (int i = 0; i < kParts; ++i) {
+    const LooseShorts* raw = reinterpret_cast<const LooseShorts*>(shorts + i * kLanes / kParts);
+    v.part[i] = (IntPart) __builtin_convertvector((ShortPart)*raw, BitsPart);
+  }
   return v;
 }
 
-inline f32x16 load_lanes(const c10::BFloat16* p) { return as_float(load_shorts(p) << 16); }
+WINNOW_LANES f32x16 load_lanes(const c10::BFloat16* p) {
+  return as_float(load_shorts(p) << 16);
+}
 
 // Exact for every half, subnormal, infinite and NaN: a multiplication re-biases the exponent.
-inline f32x16 load_lanes(const c10::Half* p) {
+WINNOW_LANES f32x16 load_lanes(const c10::Half* p) {
   const i32x16 bits = load_shorts(p);
   const i32x16 magnitude = (bits & 0x7fff) << 13;
   const i32x16 finite = as_bits(as_float(magnitude) * 0x1p112f);
@@ -166,35 +283,46 @@ inline f32x16 load_lanes(const c10::Half* p) {
 
 // The first n < 16 elements, the others `fill`.
 template <typename T>
-inline f32x16 load_lanes(const T* p, int64_t n, float fill) {
+WINNOW_LANES f32x16 load_lanes(const T* p, int64_t n, float fill) {
   alignas(64) unsigned char raw[kLanes * sizeof(T)] = {};
   std::memcpy(raw, p, static_cast<size_t>(n) * sizeof(T));
-  return select(lane_index() < static_cast<int32_t>(n),
-                load_lanes(reinterpret_cast<const T*>(raw)), f32x16(fill));
+  return select(lane_index() < static_cast<int32_t>(n), load_lanes(reinterpret_cast<const T*>(raw)),
+                f32x16(fill));
 }
 
-inline void store_lanes(float* p, f32x16 v) { std::memcpy(p, &v, sizeof v); }
+WINNOW_LANES void store_lanes(float* p, f32x16 v) {
+  for (int i = 0; i < kParts; ++i) {
+    *reinterpret_cast<LooseFloats*>(p + i * kLanes / kParts) = (LooseFloats)v.part[i];
+  }
+}
+
+// Lanes 4 q to 4 q + 3 of a vector that was stored.
+WINNOW_LANES Quad quad(const float* x, int q) {
+  return (Quad) * reinterpret_cast<const LooseQuad*>(x + 4 * q);
+}
 
 // Halves, quarters, ...: one order for every instruction set.
-inline float sum_lanes(f32x16 v) {
-  float x[kLanes];
+WINNOW_LANES float sum_lanes(f32x16 v) {
+  alignas(64) float x[kLanes];
   store_lanes(x, v);
-  for (int width = kLanes / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) x[i] += x[i + width];
-  }
-  return x[0];
+  const Quad y = (quad(x, 0) + quad(x, 2)) + (quad(x, 1) + quad(x, 3));
+  return (y[0] + y[2]) + (y[1] + y[3]);
 }
 
-inline float max_lane(f32x16 v) {
-  float x[kLanes];
+// The largest lane, NaN lanes aside; -infinity where all are NaN.
+WINNOW_LANES float max_lane(f32x16 v) {
+  alignas(64) float x[kLanes];
   store_lanes(x, v);
-  for (int i = 1; i < kLanes; ++i) x[0] = x[i] > x[0] ? x[i] : x[0];
-  return x[0];
+  Quad y = Quad{} - std::numeric_limits<float>::infinity();
+  for (int q = 0; q < 4; ++q) y = quad(x, q) > y ? quad(x, q) : y;
+  const float low = y[0] > y[1] ? y[0] : y[1];
+  const float high = y[2] > y[3] ? y[2] : y[3];
+  return low > high ? low : high;
 }
 
-// exp(x) within 2 ulp for -87.33 <= x <= 88.72, above that infinity, below it 0 (no subnormals), NaN
-// for NaN. x = n ln 2 + r with |r| <= ln 2 / 2, then Cephes' polynomial of degree 6 in r.
-inline f32x16 exp_lanes(f32x16 x) {
+// exp(x) within 2 ulp for -87.33 <= x <= 88.72, above that infinity, below it 0 (no subnormals),
+// NaN for NaN. x = n ln 2 + r with |r| <= ln 2 / 2, then Cephes' polynomial of degree 6 in r.
+WINNOW_LANES f32x16 exp_lanes(f32x16 x) {
   const f32x16 magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   const f32x16 clamped = max_lanes(min_lanes(x, 89.0f), -87.34f);
   const f32x16 k = clamped * 1.44269504088896341f + magic;

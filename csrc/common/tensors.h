@@ -90,10 +90,10 @@ inline Rows as_rows(const Tensor& tensor) {
   const int64_t count = length == 0 ? product(leading_shape(tensor)) : tensor.numel() / length;
   bool regular = length <= 1 || tensor.stride(last) == 1;
   int64_t stride = 0;  // distance of neighbouring rows, once a dimension of more than one fixes it
-  int64_t expected = 0;
+  int64_t expected = -1;   // stride of the next dimension outwards; an expanded one may have 0
   for (int64_t d = last - 1; d >= 0 && regular; --d) {
     if (tensor.size(d) == 1) continue;
-    if (stride == 0 && expected == 0) {
+    if (expected < 0) {
       stride = tensor.stride(d);
       regular = stride >= 0;
     } else {

@@ -1,1 +1,14 @@
-# Sources of the kvcache family: list(APPEND WINNOW_CPU_SOURCES ...), list(APPEND WINNOW_SIMD_SOURCES ...)
+# Bookkeeping without torch, bound by csrc/python/bindings.cpp.
+list(APPEND WINNOW_HOST_SOURCES
+  csrc/kvcache/block_pool.cpp
+  csrc/kvcache/cache_table.cpp
+)
+list(APPEND WINNOW_CPU_SOURCES
+  csrc/kvcache/block_scores.cpp
+  csrc/kvcache/paged_attention.cpp
+  csrc/kvcache/paged_write.cpp
+)
+list(APPEND WINNOW_SIMD_SOURCES
+  csrc/kvcache/block_scores_simd.cc
+  csrc/kvcache/paged_attention_simd.cc
+)

@@ -1,1 +1,6 @@
-# Sources of the unmasking family: list(APPEND WINNOW_CPU_SOURCES ...), list(APPEND WINNOW_SIMD_SOURCES ...)
+list(APPEND WINNOW_CPU_SOURCES
+  csrc/unmasking/logit_stats.cpp
+)
+list(APPEND WINNOW_SIMD_SOURCES
+  csrc/unmasking/logit_stats_simd.cc
+)

@@ -1,44 +1,25 @@
-"""Particles: weights, resampling and steering."""
+"""Particles: weights, resampling, moving and steering.
 
-from __future__ import annotations
+A weighted population of K particles stands for a distribution. Resampling replaces it by one of
+equal weights: particles of large weight are copied, those of small weight disappear. Resample only
+when the weights have become uneven (``ess_threshold``), and use ``"systematic"`` unless you have a
+reason not to: it adds the least noise. Introductions: Chopin and Papaspiliopoulos, *An introduction
+to sequential Monte Carlo* (2020), chapters 8 and 9; Doucet and Johansen (2009).
+"""
 
-import torch
-from torch import Tensor
+from torch_winnow._resampling.gather import gather_particles, gather_particles_
+from torch_winnow._resampling.resample import Resampling, Status, resample
+from torch_winnow._resampling.steering import FKSteering, PotentialState, fk_potential
+from torch_winnow._resampling.weights import effective_sample_size
 
-from torch_winnow import _library  # noqa: F401  (registers the operators)
-
-__all__ = ["effective_sample_size"]
-
-# Bound once: a look-up through torch.ops costs as much as a small op.
-_effective_sample_size = torch.ops.winnow.effective_sample_size
-
-
-def effective_sample_size(log_weights: Tensor) -> Tensor:
-    """Effective sample size of each population, ``(sum w)^2 / sum w^2``.
-
-    Kong, Liu and Wong (1994). Between 1 (one particle holds all mass) and K (equal weights); 0 where
-    no particle has any weight. A NaN counts as no weight; infinite weights share the mass.
-
-    Args:
-        log_weights: ``(..., K)`` natural-log weights of any magnitude, not necessarily normalised;
-            float32, bfloat16, float16 or float64.
-
-    Returns:
-        ``(...)`` float32 (float64 for float64 weights).
-
-    Raises:
-        ValueError: if ``log_weights`` is a scalar or not floating.
-
-    Example:
-        >>> import torch
-        >>> from torch_winnow.resampling import effective_sample_size
-        >>> effective_sample_size(torch.tensor([0.0, 0.0, -float("inf"), -float("inf")]))
-        tensor(2.)
-    """
-    return _effective_sample_size(log_weights)  # type: ignore[no-any-return]
-
-
-@torch.library.register_fake("winnow::effective_sample_size")
-def _(log_weights: Tensor) -> Tensor:
-    dtype = torch.float64 if log_weights.dtype == torch.float64 else torch.float32
-    return log_weights.new_empty(log_weights.shape[:-1], dtype=dtype)
+__all__ = [
+    "FKSteering",
+    "PotentialState",
+    "Resampling",
+    "Status",
+    "effective_sample_size",
+    "fk_potential",
+    "gather_particles",
+    "gather_particles_",
+    "resample",
+]

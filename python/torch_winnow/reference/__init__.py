@@ -3,6 +3,38 @@
 No cleverness and no speed: tests hold the kernels to these functions, benchmarks compare with them.
 """
 
-from torch_winnow.reference.resampling import effective_sample_size
+from torch_winnow.reference.attention import (
+    block_diagonal_attention,
+    cat_attention,
+    chunk_attention,
+    merge_attention,
+)
+from torch_winnow.reference.kvcache import (
+    block_summaries,
+    paged_attention,
+    score_blocks,
+    select_blocks,
+)
+from torch_winnow.reference.resampling import (
+    effective_sample_size,
+    fk_potential,
+    gather_particles,
+    gather_particles_,
+    resample,
+)
 
-__all__ = ["effective_sample_size"]
+__all__ = [
+    "block_diagonal_attention",
+    "block_summaries",
+    "cat_attention",
+    "chunk_attention",
+    "effective_sample_size",
+    "fk_potential",
+    "gather_particles",
+    "gather_particles_",
+    "merge_attention",
+    "paged_attention",
+    "resample",
+    "score_blocks",
+    "select_blocks",
+]

@@ -1,0 +1,144 @@
+// winnow::merge_attention on the CPU: rows of the partial results, spread over threads.
+#include "attention/merge_attention_simd.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <tuple>
+#include <vector>
+
+#include "common/checks.h"
+#include "common/tensors.h"
+
+namespace winnow {
+namespace {
+
+// A tensor's rows kept alive next to the plain description of them.
+struct Operand {
+  Rows out;
+  Rows lse;
+  MergeRows rows;
+};
+
+// lse is a column: rows of one element.
+Rows as_column(const Tensor& lse) {
+  return as_rows(torch::stable::unsqueeze(lse, -1));
+}
+
+Operand operand_of(const Tensor& out, const Tensor& lse) {
+  Operand operand{as_rows(out), as_column(lse), {}};
+  operand.rows = {operand.out.tensor.data_ptr(), operand.lse.tensor.data_ptr(), operand.out.stride,
+                  operand.lse.stride};
+  return operand;
+}
+
+void check_parts(const std::vector<Tensor>& outs, const std::vector<Tensor>& lses) {
+  WINNOW_CHECK(!outs.empty(), "outs: expected at least one partial result, got none");
+  WINNOW_CHECK(lses.size() == outs.size(), "lses: expected ", outs.size(),
+               " tensors, one for each of outs, got ", lses.size());
+  const Tensor& first = outs[0];
+  check_floating("outs[0]", first);
+  WINNOW_CHECK(first.dim() >= 2, "outs[0]: expected (..., N, D), got shape ", shape_of(first));
+  for (size_t i = 0; i < outs.size(); ++i) {
+    const std::string out_name = "outs[" + std::to_string(i) + "]";
+    const std::string lse_name = "lses[" + std::to_string(i) + "]";
+    check_cpu(out_name.c_str(), outs[i]);
+    check_cpu(lse_name.c_str(), lses[i]);
+    check_dtype(out_name.c_str(), outs[i], first.scalar_type());
+    check_dtype(lse_name.c_str(), lses[i], statistics_dtype(first));
+    WINNOW_CHECK(shape(outs[i]) == shape(first), out_name, ": expected the shape of outs[0], ",
+                 shape_of(first), ", got ", shape_of(outs[i]));
+    WINNOW_CHECK(shape(lses[i]) == leading_shape(first), lse_name,
+                 ": expected the shape of outs[0] without its last dimension, ", shape_of(first),
+                 ", got ", shape_of(lses[i]));
+  }
+}
+
+template <typename Loop>
+void over_rows(const MergeProblem& problem, int64_t rows, Loop loop) {
+  const int64_t grain = 1 + 32768 / (problem.parts * problem.dim + 1);
+  torch::stable::parallel_for(0, rows, grain,
+                              [&](int64_t begin, int64_t end) { loop(problem, begin, end); });
+}
+
+std::tuple<Tensor, Tensor> merge_attention(const std::vector<Tensor>& outs,
+                                           const std::vector<Tensor>& lses) {
+  check_parts(outs, lses);
+  Tensor out = empty(shape(outs[0]), outs[0].scalar_type(), outs[0]);
+  Tensor lse = empty(leading_shape(outs[0]), statistics_dtype(outs[0]), outs[0]);
+  std::vector<Operand> operands;
+  std::vector<MergeRows> parts;
+  for (size_t i = 0; i < outs.size(); ++i) {
+    operands.push_back(operand_of(outs[i], lses[i]));
+    parts.push_back(operands.back().rows);
+  }
+  MergeProblem problem;
+  problem.type = element_type(outs[0]);
+  problem.dim = out.size(out.dim() - 1);
+  problem.parts = static_cast<int64_t>(parts.size());
+  problem.part = parts.data();
+  problem.merged = {out.data_ptr(), lse.data_ptr(), problem.dim, 1};
+  over_rows(problem, product(shape(lse)), WINNOW_SIMD(merge_attention_rows));
+  return {out, lse};
+}
+
+// Gradients stacked along a new first dimension: (P, ..., N, D) and (P, ..., N).
+std::tuple<Tensor, Tensor> merge_attention_backward(const Tensor& grad_out, const Tensor& grad_lse,
+                                                    const std::vector<Tensor>& outs,
+                                                    const std::vector<Tensor>& lses,
+                                                    const Tensor& out, const Tensor& lse) {
+  check_parts(outs, lses);
+  check_dtype("grad_out", grad_out, outs[0].scalar_type());
+  check_dtype("grad_lse", grad_lse, statistics_dtype(outs[0]));
+  check_dtype("out", out, outs[0].scalar_type());
+  check_dtype("lse", lse, statistics_dtype(outs[0]));
+  for (const auto& [name, tensor, like] :
+       {std::tuple{"grad_out", &grad_out, &outs[0]}, {"grad_lse", &grad_lse, &lses[0]},
+        {"out", &out, &outs[0]}, {"lse", &lse, &lses[0]}}) {
+    WINNOW_CHECK(shape(*tensor) == shape(*like), name, ": expected shape ", shape_of(*like),
+                 ", got ", shape_of(*tensor));
+  }
+  Shape out_shape = shape(out);
+  Shape lse_shape = shape(lse);
+  const int64_t rows = product(lse_shape);
+  const int64_t dim = out_shape.back();
+  out_shape.insert(out_shape.begin(), static_cast<int64_t>(outs.size()));
+  lse_shape.insert(lse_shape.begin(), static_cast<int64_t>(outs.size()));
+  Tensor grad_outs = empty(out_shape, out.scalar_type(), out);
+  Tensor grad_lses = empty(lse_shape, lse.scalar_type(), out);
+
+  std::vector<Operand> operands;
+  std::vector<MergeRows> parts;
+  std::vector<MergeRows> part_grads;
+  for (size_t i = 0; i < outs.size(); ++i) {
+    operands.push_back(operand_of(outs[i], lses[i]));
+    parts.push_back(operands.back().rows);
+    const auto offset = static_cast<int64_t>(i) * rows;
+    part_grads.push_back(
+        {static_cast<char*>(grad_outs.data_ptr()) +
+             offset * dim * static_cast<int64_t>(grad_outs.element_size()),
+         static_cast<char*>(grad_lses.data_ptr()) +
+             offset * static_cast<int64_t>(grad_lses.element_size()),
+         dim, 1});
+  }
+  const Operand merged = operand_of(out, lse);
+  const Operand grad = operand_of(grad_out, grad_lse);
+  MergeProblem problem;
+  problem.type = element_type(out);
+  problem.dim = dim;
+  problem.parts = static_cast<int64_t>(parts.size());
+  problem.part = parts.data();
+  problem.merged = merged.rows;
+  problem.grad = grad.rows;
+  problem.part_grad = part_grads.data();
+  over_rows(problem, rows, WINNOW_SIMD(merge_attention_backward_rows));
+  return {grad_outs, grad_lses};
+}
+
+}  // namespace
+}  // namespace winnow
+
+STABLE_TORCH_LIBRARY_IMPL(winnow, CPU, m) {
+  m.impl("merge_attention", TORCH_BOX(&winnow::merge_attention));
+  m.impl("merge_attention_backward", TORCH_BOX(&winnow::merge_attention_backward));
+}

@@ -1,0 +1,38 @@
+// What the loops of this family are told: raw pointers, strides and the pattern.
+#pragma once
+
+#include <cstdint>
+
+#include "attention/pattern.h"
+#include "common/element_type.h"
+
+namespace winnow {
+
+// (batch, heads, rows, dim) with a contiguous last dimension; strides in elements.
+struct Source {
+  const void* data = nullptr;
+  int64_t batch = 0;
+  int64_t head = 0;
+  int64_t row = 0;
+};
+
+struct AttentionProblem {
+  ElementType type = ElementType::kFloat;
+  int64_t batch = 0;
+  int64_t query_heads = 0;
+  int64_t kv_heads = 0;
+  int64_t dim = 0;
+  double scale = 1.0;
+  Pattern pattern;
+  Source query, key, value, slot_key, slot_value;
+};
+
+// A tile is this many query rows by at most this many keys. With 64 by 64 the packed operands of a
+// tile fit the second-level cache at D = 256 and the scores the first level.
+constexpr int64_t kTile = 64;
+
+constexpr int64_t padded_dim(int64_t dim) { return (dim + 15) / 16 * 16; }
+
+constexpr int64_t row_tiles(int64_t rows) { return (rows + kTile - 1) / kTile; }
+
+}  // namespace winnow

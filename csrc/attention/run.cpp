@@ -1,0 +1,118 @@
+// Allocation and threads of the attention operators: one parallel region forward, two backward.
+#include "attention/run.h"
+
+#include <memory>
+
+#include "attention/arguments.h"
+#include "attention/attention_backward_simd.h"
+#include "attention/attention_forward_simd.h"
+
+namespace winnow {
+namespace {
+
+// Memory that a loop of one thread works in, not initialised.
+std::unique_ptr<char[]> scratch_memory(int64_t bytes) {
+  return std::unique_ptr<char[]>(new char[static_cast<size_t>(bytes)]);
+}
+
+// Units per thread at least: a thread is worth waking for about 20 µs, 10^6 multiply-adds.
+int64_t grain_of(const AttentionProblem& problem, int64_t rows_per_unit) {
+  const Pattern& pattern = problem.pattern;
+  const int64_t keys = pattern.slots / 2 + pattern.chunk_size * (1 + pattern.lookback);
+  const int64_t per_row = 2 * problem.dim * (keys < pattern.rows ? keys : pattern.rows) + 1;
+  return 1 + 1'000'000 / (per_row * rows_per_unit + 1);
+}
+
+// Enough splits that batch, heads and splits occupy a large machine, of at least 256 rows each.
+int64_t splits_of(const AttentionProblem& problem) {
+  const int64_t heads = problem.batch * problem.kv_heads;
+  const int64_t wanted = heads > 0 ? 64 / heads : 1;
+  const int64_t by_rows = problem.pattern.rows / 256;
+  const int64_t splits = wanted < by_rows ? wanted : by_rows;
+  return splits < 1 ? 1 : splits > 8 ? 8 : splits;
+}
+
+Tensor contiguous_rows(const Tensor& tensor) {
+  const bool regular = tensor.size(3) <= 1 || tensor.stride(3) == 1;
+  return regular ? tensor : torch::stable::contiguous(tensor);
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> run_forward(const AttentionProblem& problem, const Tensor& query) {
+  Tensor out = empty(shape(query), query.scalar_type(), query);
+  Tensor lse = empty(leading_shape(query), statistics_dtype(query), query);
+  void* out_data = out.data_ptr();
+  void* lse_data = lse.data_ptr();
+  const auto loop = WINNOW_SIMD(attention_forward);
+  torch::stable::parallel_for(
+      0, forward_units(problem), grain_of(problem, kTile), [&](int64_t begin, int64_t end) {
+        const auto memory = scratch_memory(forward_scratch_bytes(problem.dim));
+        loop(problem, begin, end, memory.get(), out_data, lse_data);
+      });
+  return {out, lse};
+}
+
+InputGradients run_backward(const AttentionProblem& problem, const Gradients& gradients,
+                            const Tensor& query, const Tensor& key,
+                            const std::optional<Tensor>& slot_key) {
+  check_dtype("grad_out", gradients.grad_out, query.scalar_type());
+  check_same_shape("grad_out", gradients.grad_out, "query", query);
+  check_dtype("out", gradients.out, query.scalar_type());
+  check_same_shape("out", gradients.out, "query", query);
+  check_dtype("lse", gradients.lse, statistics_dtype(query));
+  check_dtype("grad_lse", gradients.grad_lse, statistics_dtype(query));
+  for (const auto& [name, tensor] : {std::pair{"lse", &gradients.lse}, {"grad_lse", &gradients.grad_lse}}) {
+    WINNOW_CHECK(shape(*tensor) == leading_shape(query), name,
+                 ": expected (B, Hq, N) as in query, ", shape_of(query), ", got ",
+                 shape_of(*tensor));
+  }
+  const Tensor grad_out = contiguous_rows(gradients.grad_out);
+  const Tensor grad_lse = torch::stable::contiguous(gradients.grad_lse);
+  const Tensor out = torch::stable::contiguous(gradients.out);
+  const Tensor lse = torch::stable::contiguous(gradients.lse);
+  const ScalarType dtype = query.scalar_type();
+  InputGradients results{empty(shape(query), dtype, query), empty(shape(key), dtype, query),
+                         empty(shape(key), dtype, query), std::nullopt, std::nullopt};
+
+  BackwardProblem backward;
+  backward.forward = problem;
+  backward.splits = splits_of(problem);
+  backward.out = out.data_ptr();
+  backward.lse = lse.data_ptr();
+  backward.grad_lse = grad_lse.data_ptr();
+  backward.grad_out = source_of(grad_out);
+  backward.grad_query = results.query.data_ptr();
+  backward.grad_key = results.key.data_ptr();
+  backward.grad_value = results.value.data_ptr();
+  if (slot_key) {
+    results.slot_key = empty(shape(*slot_key), dtype, query);
+    results.slot_value = empty(shape(*slot_key), dtype, query);
+    backward.grad_slot_key = results.slot_key->data_ptr();
+    backward.grad_slot_value = results.slot_value->data_ptr();
+  }
+  const int64_t heads = problem.batch * problem.kv_heads;
+  const Tensor slot_sums =
+      empty({heads, backward.splits, 2, problem.pattern.slots, padded_dim(problem.dim)},
+            statistics_dtype(query), query);
+  backward.slot_sums = slot_sums.data_ptr();
+
+  const auto loop = WINNOW_SIMD(attention_backward);
+  const int64_t rows_per_unit = problem.pattern.rows / backward.splits + 1;
+  torch::stable::parallel_for(
+      0, backward_units(backward), grain_of(problem, rows_per_unit),
+      [&](int64_t begin, int64_t end) {
+        const auto memory = scratch_memory(backward_scratch_bytes(problem));
+        loop(backward, begin, end, memory.get());
+      });
+  if (problem.pattern.slots > 0) {
+    const auto slots_loop = WINNOW_SIMD(attention_backward_slots);
+    const int64_t per_head = backward.splits * problem.pattern.slots * problem.dim;
+    torch::stable::parallel_for(
+        0, heads, 1 + 100'000 / (per_head + 1),
+        [&](int64_t begin, int64_t end) { slots_loop(backward, begin, end); });
+  }
+  return results;
+}
+
+}  // namespace winnow

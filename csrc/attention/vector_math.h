@@ -1,0 +1,173 @@
+// exp2 and transposition for the tiles, where at::vec has no inline form.
+#pragma once
+
+#include <ATen/cpu/vec/vec.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+namespace winnow::CPU_CAPABILITY {
+namespace {
+
+template <typename Acc>
+using VecOf = at::vec::Vectorized<Acc>;
+
+// The larger; NaN where a is NaN.
+template <typename Acc>
+inline VecOf<Acc> larger_lanes(const VecOf<Acc>& a, const VecOf<Acc>& b) {
+  return at::vec::clamp_min(a, b);
+}
+
+// 2^r for |r| <= 1/2 within 2e-9 before rounding (minimax polynomial of degree 6, exactly 1 at 0).
+template <typename Vec>
+inline Vec exp2_fraction(const Vec& r) {
+  Vec p = Vec(1.534580804e-4f);
+  p = at::vec::fmadd(p, r, Vec(1.339993090e-3f));
+  p = at::vec::fmadd(p, r, Vec(9.618489072e-3f));
+  p = at::vec::fmadd(p, r, Vec(5.550328642e-2f));
+  p = at::vec::fmadd(p, r, Vec(2.402264625e-1f));
+  p = at::vec::fmadd(p, r, Vec(6.931471825e-1f));
+  return at::vec::fmadd(p, r, Vec(1.0f));
+}
+
+// 2^x, 0 below -126 (no subnormals) and for -inf, NaN for NaN. Scores are measured from their row's
+// maximum, so large positive arguments do not occur outside of masked lanes.
+#if defined(__AVX512F__)
+inline VecOf<float> exp2_lanes(const VecOf<float>& x) {
+  const __m512 n = _mm512_roundscale_ps(x, 0);
+  const VecOf<float> p = exp2_fraction(x - VecOf<float>(n));
+  const __mmask16 kept = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
+  return _mm512_maskz_scalef_ps(kept, p, n);
+}
+#elif defined(__AVX2__)
+inline VecOf<float> exp2_lanes(const VecOf<float>& x) {
+  const __m256 bounded = _mm256_min_ps(_mm256_set1_ps(127.0f), x);  // keeps NaN
+  const __m256 n = _mm256_round_ps(bounded, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const VecOf<float> p = exp2_fraction(VecOf<float>(bounded) - VecOf<float>(n));
+  const __m256i power = _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23);
+  const __m256 kept = _mm256_cmp_ps(x, _mm256_set1_ps(-126.0f), _CMP_NLT_UQ);
+  return _mm256_and_ps(
+      kept, _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), power)));
+}
+#else
+inline VecOf<float> exp2_lanes(const VecOf<float>& x) {
+  constexpr int kSize = VecOf<float>::size();
+  constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  float value[kSize];
+  float fraction[kSize];
+  int32_t power[kSize];
+  x.store(value);
+  for (int i = 0; i < kSize; ++i) {
+    const float bounded = value[i] > 127.0f ? 127.0f : value[i] < -127.0f ? -127.0f : value[i];
+    const float n = (bounded + kMagic) - kMagic;
+    fraction[i] = bounded - n;
+    power[i] = n == n ? static_cast<int32_t>(n) : 0;
+  }
+  exp2_fraction(VecOf<float>::loadu(fraction)).store(fraction);
+  for (int i = 0; i < kSize; ++i) {
+    int32_t bits;
+    std::memcpy(&bits, &fraction[i], sizeof bits);
+    bits += power[i] * (1 << 23);
+    float result;
+    std::memcpy(&result, &bits, sizeof result);
+    value[i] = value[i] < -126.0f ? 0.0f : result;
+  }
+  return VecOf<float>::loadu(value);
+}
+#endif
+
+inline VecOf<double> exp2_lanes(const VecOf<double>& x) {
+  double value[VecOf<double>::size()];
+  x.store(value);
+  for (double& lane : value) lane = ::exp2(lane);
+  return VecOf<double>::loadu(value);
+}
+
+// dst[c][r] = src[r][c] for a square block.
+template <typename T>
+constexpr int kTransposeBlock = 1;
+
+template <typename T>
+inline void transpose_block(const T* src, int64_t, T* dst, int64_t) {
+  *dst = *src;
+}
+
+#if defined(__AVX512F__)
+template <>
+constexpr int kTransposeBlock<float> = 16;
+
+template <>
+inline void transpose_block(const float* src, int64_t ld_src, float* dst, int64_t ld_dst) {
+  __m512 a[16];
+  __m512 b[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_ps(src + i * ld_src);
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    b[2 * i] = _mm512_unpacklo_ps(a[2 * i], a[2 * i + 1]);
+    b[2 * i + 1] = _mm512_unpackhi_ps(a[2 * i], a[2 * i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {  // a[4i + c]: column c of rows 4i..4i+3, in each quarter
+    a[4 * i] = _mm512_shuffle_ps(b[4 * i], b[4 * i + 2], 0x44);
+    a[4 * i + 1] = _mm512_shuffle_ps(b[4 * i], b[4 * i + 2], 0xee);
+    a[4 * i + 2] = _mm512_shuffle_ps(b[4 * i + 1], b[4 * i + 3], 0x44);
+    a[4 * i + 3] = _mm512_shuffle_ps(b[4 * i + 1], b[4 * i + 3], 0xee);
+  }
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    const __m512 low01 = _mm512_shuffle_f32x4(a[c], a[4 + c], 0x88);    // quarters 0, 2
+    const __m512 high01 = _mm512_shuffle_f32x4(a[c], a[4 + c], 0xdd);   // quarters 1, 3
+    const __m512 low23 = _mm512_shuffle_f32x4(a[8 + c], a[12 + c], 0x88);
+    const __m512 high23 = _mm512_shuffle_f32x4(a[8 + c], a[12 + c], 0xdd);
+    _mm512_storeu_ps(dst + c * ld_dst, _mm512_shuffle_f32x4(low01, low23, 0x88));
+    _mm512_storeu_ps(dst + (4 + c) * ld_dst, _mm512_shuffle_f32x4(high01, high23, 0x88));
+    _mm512_storeu_ps(dst + (8 + c) * ld_dst, _mm512_shuffle_f32x4(low01, low23, 0xdd));
+    _mm512_storeu_ps(dst + (12 + c) * ld_dst, _mm512_shuffle_f32x4(high01, high23, 0xdd));
+  }
+}
+#elif defined(__AVX2__)
+template <>
+constexpr int kTransposeBlock<float> = 8;
+
+template <>
+inline void transpose_block(const float* src, int64_t ld_src, float* dst, int64_t ld_dst) {
+  __m256 a[8];
+  __m256 b[8];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) a[i] = _mm256_loadu_ps(src + i * ld_src);
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    b[2 * i] = _mm256_unpacklo_ps(a[2 * i], a[2 * i + 1]);
+    b[2 * i + 1] = _mm256_unpackhi_ps(a[2 * i], a[2 * i + 1]);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    a[4 * i] = _mm256_shuffle_ps(b[4 * i], b[4 * i + 2], 0x44);
+    a[4 * i + 1] = _mm256_shuffle_ps(b[4 * i], b[4 * i + 2], 0xee);
+    a[4 * i + 2] = _mm256_shuffle_ps(b[4 * i + 1], b[4 * i + 3], 0x44);
+    a[4 * i + 3] = _mm256_shuffle_ps(b[4 * i + 1], b[4 * i + 3], 0xee);
+  }
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    _mm256_storeu_ps(dst + c * ld_dst, _mm256_permute2f128_ps(a[c], a[4 + c], 0x20));
+    _mm256_storeu_ps(dst + (4 + c) * ld_dst, _mm256_permute2f128_ps(a[c], a[4 + c], 0x31));
+  }
+}
+#endif
+
+// dst[c][r] = src[r][c]; rows and columns are multiples of 16.
+template <typename T>
+inline void transpose_tile(const T* src, int64_t ld_src, int64_t rows, int64_t columns, T* dst,
+                           int64_t ld_dst) {
+  constexpr int kBlock = kTransposeBlock<T>;
+  for (int64_t r = 0; r < rows; r += kBlock) {
+    for (int64_t c = 0; c < columns; c += kBlock) {
+      transpose_block(src + r * ld_src + c, ld_src, dst + c * ld_dst + r, ld_dst);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace winnow::CPU_CAPABILITY

@@ -1,0 +1,63 @@
+#include "kvcache/block_pool.h"
+
+#include <limits>
+#include <string>
+
+namespace winnow {
+
+BlockPoolExhausted::BlockPoolExhausted(int64_t needed, int64_t free, int64_t total)
+    : std::runtime_error("the block pool is exhausted: " + std::to_string(needed) +
+                         " blocks needed, " + std::to_string(free) + " free of " +
+                         std::to_string(total) + "; nothing was changed"),
+      needed(needed),
+      free(free),
+      total(total) {}
+
+BlockPool::BlockPool(int64_t num_blocks) {
+  if (num_blocks < 0 || num_blocks > std::numeric_limits<int32_t>::max()) {
+    throw std::invalid_argument("num_blocks: expected 0 <= num_blocks < 2**31, got " +
+                                std::to_string(num_blocks));
+  }
+  owners_.assign(static_cast<size_t>(num_blocks), 0);
+  free_.reserve(owners_.size());  // release() never allocates, so it cannot fail
+  for (int64_t block = num_blocks; block-- > 0;) free_.push_back(static_cast<int32_t>(block));
+}
+
+void BlockPool::require(int64_t blocks) const {
+  if (blocks > num_free()) throw BlockPoolExhausted(blocks, num_free(), num_blocks());
+}
+
+int32_t BlockPool::allocate() {
+  require(1);
+  const int32_t block = free_.back();
+  free_.pop_back();
+  owners_[static_cast<size_t>(block)] = 1;
+  return block;
+}
+
+void BlockPool::retain(int32_t block) {
+  check_owned(block, "retain");
+  ++owners_[static_cast<size_t>(block)];
+}
+
+void BlockPool::release(int32_t block) {
+  check_owned(block, "release");
+  if (--owners_[static_cast<size_t>(block)] == 0) free_.push_back(block);
+}
+
+int32_t BlockPool::owners(int64_t block) const {
+  if (block < 0 || block >= num_blocks()) {
+    throw std::invalid_argument("block: expected 0 <= block < " + std::to_string(num_blocks()) +
+                                ", got " + std::to_string(block));
+  }
+  return owners_[static_cast<size_t>(block)];
+}
+
+void BlockPool::check_owned(int64_t block, const char* action) const {
+  if (owners(block) == 0) {
+    throw std::invalid_argument("block: cannot " + std::string(action) + " block " +
+                                std::to_string(block) + ", which is free");
+  }
+}
+
+}  // namespace winnow

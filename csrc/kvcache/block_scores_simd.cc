@@ -1,0 +1,142 @@
+// Summaries of the keys of a block and the scores of blocks against queries. No fused multiply-adds
+// and sums in one order: which blocks are selected must not depend on the instruction set.
+#include "kvcache/block_scores_simd.h"
+
+#include <limits>
+#include <type_traits>
+
+#include "common/dispatch_simd.h"
+#include "common/lanes.h"
+
+namespace winnow::CPU_CAPABILITY {
+namespace {
+
+// As torch.minimum and torch.maximum: NaN where either is.
+inline f32x16 lower(f32x16 a, f32x16 b) {
+  i32x16 take = a < b;
+  take = take | (a != a);
+  return select(take, a, b);
+}
+
+inline f32x16 higher(f32x16 a, f32x16 b) {
+  i32x16 take = a > b;
+  take = take | (a != a);
+  return select(take, a, b);
+}
+
+inline double lower(double a, double b) { return a < b || a != a ? a : b; }
+inline double higher(double a, double b) { return a > b || a != a ? a : b; }
+
+template <typename T>
+f32x16 load(const T* p, int64_t n) {
+  return n >= kLanes ? load_lanes(p) : load_lanes(p, n, 0.0f);
+}
+
+void store(float* p, f32x16 v, int64_t n) {
+  std::memcpy(p, &v, static_cast<size_t>(n < kLanes ? n : kLanes) * sizeof(float));
+}
+
+template <typename T>
+void summary_of(const T* keys, int64_t stride, int64_t count, int64_t dim, bool minmax,
+                float* summary) {
+  for (int64_t d = 0; d < dim; d += kLanes) {
+    f32x16 low = load(keys + d, dim - d);
+    f32x16 high = low;
+    f32x16 sum = low;
+    for (int64_t j = 1; j < count; ++j) {
+      const f32x16 x = load(keys + j * stride + d, dim - d);
+      if (minmax) {
+        low = lower(low, x);
+        high = higher(high, x);
+      } else {
+        sum = sum + x;
+      }
+    }
+    if (minmax) {
+      store(summary + d, low, dim - d);
+      store(summary + dim + d, high, dim - d);
+    } else {
+      store(summary + d, sum / f32x16(static_cast<float>(count)), dim - d);
+    }
+  }
+}
+
+void summary_of(const double* keys, int64_t stride, int64_t count, int64_t dim, bool minmax,
+                double* summary) {
+  for (int64_t d = 0; d < dim; ++d) {
+    double low = keys[d];
+    double high = low;
+    double sum = low;
+    for (int64_t j = 1; j < count; ++j) {
+      const double x = keys[j * stride + d];
+      low = lower(low, x);
+      high = higher(high, x);
+      sum += x;
+    }
+    summary[d] = minmax ? low : sum / static_cast<double>(count);
+    if (minmax) summary[dim + d] = high;
+  }
+}
+
+// sum_d max(q_d low_d, q_d high_d) bounds q.k for every key between the two; without a high it is
+// the dot product with the mean.
+template <typename T>
+float score_of(const T* query, const float* low, const float* high, int64_t dim) {
+  f32x16 sum = 0.0f;
+  for (int64_t d = 0; d < dim; d += kLanes) {
+    const f32x16 q = load(query + d, dim - d);
+    const f32x16 x = q * load(low + d, dim - d);
+    sum = sum + (high ? higher(x, q * load(high + d, dim - d)) : x);
+  }
+  return sum_lanes(sum);
+}
+
+double score_of(const double* query, const double* low, const double* high, int64_t dim) {
+  double sum = 0.0;
+  for (int64_t d = 0; d < dim; ++d) {
+    const double x = query[d] * low[d];
+    sum += high ? higher(x, query[d] * high[d]) : x;
+  }
+  return sum;
+}
+
+}  // namespace
+
+void block_summary(const void* keys, ElementType type, int64_t stride, int64_t count, int64_t dim,
+                   bool minmax, void* summary) {
+  dispatch_element(type, [&](auto zero) {
+    using T = decltype(zero);
+    using Result = std::conditional_t<std::is_same_v<T, double>, double, float>;
+    auto* out = static_cast<Result*>(summary);
+    if (count == 0) {
+      std::memset(out, 0, static_cast<size_t>(minmax ? 2 * dim : dim) * sizeof(Result));
+    } else {
+      summary_of(static_cast<const T*>(keys), stride, count, dim, minmax, out);
+    }
+  });
+}
+
+void block_scores(const void* query, ElementType type, int64_t head_stride,
+                  int64_t position_stride, int64_t group, int64_t queries, int64_t dim,
+                  const void* summaries, int64_t block_stride, int64_t bounds_stride,
+                  int64_t blocks, void* scores) {
+  dispatch_element(type, [&](auto zero) {
+    using T = decltype(zero);
+    using Result = std::conditional_t<std::is_same_v<T, double>, double, float>;
+    for (int64_t i = 0; i < blocks; ++i) {
+      const Result* low = static_cast<const Result*>(summaries) + i * block_stride;
+      const Result* high = bounds_stride > 0 ? low + bounds_stride : nullptr;
+      Result best = -std::numeric_limits<Result>::infinity();
+      for (int64_t g = 0; g < group; ++g) {
+        for (int64_t t = 0; t < queries; ++t) {
+          const T* q = static_cast<const T*>(query) + g * head_stride + t * position_stride;
+          const Result score = score_of(q, low, high, dim);
+          if (score > best || score != score) best = score;
+        }
+      }
+      static_cast<Result*>(scores)[i] = best;
+    }
+  });
+}
+
+}  // namespace winnow::CPU_CAPABILITY

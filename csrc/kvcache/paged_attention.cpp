@@ -1,0 +1,293 @@
+// winnow::paged_attention on the CPU. A task is the rows of one key head against a fixed number of
+// keys: few queries over a long cache still fill every core, and because the split depends on
+// the shape alone, the result does not depend on the number of threads.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <memory>
+#include <new>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "common/checks.h"
+#include "common/tensors.h"
+#include "kvcache/paged_attention_simd.h"
+
+namespace winnow {
+namespace {
+
+// Keys of a split: long enough that merging costs nothing, short enough for 64 cores on one
+// sequence.
+constexpr int64_t kSplitKeys = 1024;
+// A thread is worth waking for this many multiply-adds, about 20 µs.
+constexpr int64_t kThreadWork = 1 << 18;
+constexpr int64_t kUnbounded = int64_t{1} << 40;
+
+struct FreeAligned {
+  void operator()(float* p) const { ::operator delete[](p, std::align_val_t{64}); }
+};
+using AlignedFloats = std::unique_ptr<float[], FreeAligned>;
+
+AlignedFloats aligned_floats(int64_t count) {
+  return AlignedFloats(static_cast<float*>(
+      ::operator new[](static_cast<size_t>(count) * sizeof(float), std::align_val_t{64})));
+}
+
+void check_pages(const char* name, const Tensor& pages, const Tensor& query) {
+  check_cpu(name, pages);
+  check_dtype(name, pages, query.scalar_type());
+  check_dim(name, pages, 4, "the pages of one layer, (num_blocks, Hkv, block_size, D)");
+  check_last_contiguous(name, pages);
+}
+
+// Every block that a row reads lies in the pages: an index from outside would read foreign memory.
+void check_blocks(const Tensor& block_table, const Tensor& seq_lens, int64_t num_blocks,
+                  int64_t block_size) {
+  const auto* table = static_cast<const int32_t*>(block_table.data_ptr());
+  const auto* lengths = static_cast<const int32_t*>(seq_lens.data_ptr());
+  const int64_t width = block_table.size(1);
+  for (int64_t b = 0; b < seq_lens.size(0); ++b) {
+    WINNOW_CHECK(lengths[b] >= 0 && lengths[b] <= width * block_size,
+                 "seq_lens: expected 0 <= length <= ", width * block_size,
+                 " (the blocks of block_table), got ", lengths[b], " in row ", b);
+    const int64_t used = (lengths[b] + block_size - 1) / block_size;
+    const int32_t* row = table + b * block_table.stride(0);
+    for (int64_t i = 0; i < used; ++i) {
+      WINNOW_CHECK(row[i] >= 0 && row[i] < num_blocks, "block_table: expected 0 <= block < ",
+                   num_blocks, " in the ", used, " blocks of row ", b, ", got ", row[i], " at ", i);
+    }
+  }
+}
+
+// Ascending, so that no block counts twice; -1 names none.
+void check_indices(const Tensor& indices, const Tensor& seq_lens, int64_t block_size,
+                   int64_t key_heads, int64_t head_stride) {
+  const auto* base = static_cast<const int32_t*>(indices.data_ptr());
+  const auto* lengths = static_cast<const int32_t*>(seq_lens.data_ptr());
+  const int64_t count = indices.size(indices.dim() - 1);
+  const int64_t heads = head_stride == 0 ? 1 : key_heads;
+  for (int64_t b = 0; b < seq_lens.size(0); ++b) {
+    const int64_t used = (lengths[b] + block_size - 1) / block_size;
+    for (int64_t h = 0; h < heads; ++h) {
+      const int32_t* row = base + b * indices.stride(0) + h * head_stride;
+      int64_t before = -1;
+      for (int64_t i = 0; i < count; ++i) {
+        if (row[i] == -1) continue;
+        WINNOW_CHECK(row[i] >= 0 && row[i] < used, "block_indices: expected -1 or 0 <= block < ",
+                     used, " (the blocks of row ", b, "), got ", row[i]);
+        WINNOW_CHECK(row[i] > before, "block_indices: expected ascending blocks, got ", row[i],
+                     " after ", before, " in row ", b);
+        before = row[i];
+      }
+    }
+  }
+}
+
+std::vector<PagedAttentionTask> make_tasks(const PagedAttention& call, int64_t batch,
+                                           int64_t list_length, int64_t split,
+                                           std::vector<PagedAttentionTask>* merges,
+                                           std::vector<int64_t>* merge_splits,
+                                           int64_t* partial_rows) {
+  const int64_t rows = call.queries * call.group;
+  std::vector<PagedAttentionTask> tasks;
+  tasks.reserve(static_cast<size_t>(batch * call.key_heads * ((rows - 1) / kAttentionRows + 1)));
+  for (int64_t b = 0; b < batch; ++b) {
+    const int64_t blocks = (call.seq_lens[b] + call.block_size - 1) / call.block_size;
+    const int64_t entries = call.block_indices ? list_length : blocks;
+    const int64_t splits = split > 0 ? std::max<int64_t>(1, (entries + split - 1) / split) : 1;
+    for (int64_t h = 0; h < call.key_heads; ++h) {
+      for (int64_t first = 0; first < rows; first += kAttentionRows) {
+        PagedAttentionTask task{b, h,       first, std::min(kAttentionRows, rows - first),
+                                0, entries, -1};
+        if (splits == 1) {
+          tasks.push_back(task);
+          continue;
+        }
+        task.partial = *partial_rows;
+        merges->push_back(task);
+        merge_splits->push_back(splits);
+        for (int64_t s = 0; s < splits; ++s) {
+          task.begin = s * split;
+          task.end = std::min(entries, (s + 1) * split);
+          task.partial = *partial_rows;
+          *partial_rows += task.rows;
+          tasks.push_back(task);
+        }
+      }
+    }
+  }
+  return tasks;
+}
+
+void attend(const PagedAttention& call, int64_t batch, int64_t list_length) {
+  const int64_t rows = call.queries * call.group;
+  if (batch == 0 || rows == 0 || call.key_heads == 0) return;
+  // Many queries fill the cores by themselves, and their partial results would be large.
+  const bool split = rows <= kAttentionRows && call.type != ElementType::kDouble;
+  std::vector<PagedAttentionTask> merges;
+  std::vector<int64_t> merge_splits;
+  int64_t partial_rows = 0;
+  const std::vector<PagedAttentionTask> tasks = make_tasks(
+      call, batch, list_length, split ? std::max<int64_t>(1, kSplitKeys / call.block_size) : 0,
+      &merges, &merge_splits, &partial_rows);
+  const AlignedFloats partial = aligned_floats(partial_rows * (call.value_dim + 2));
+
+  int64_t keys = 0;
+  for (const PagedAttentionTask& task : tasks) keys += (task.end - task.begin) * call.block_size;
+  const int64_t work = keys * std::min(rows, kAttentionRows) * (call.head_dim + call.value_dim);
+  const int64_t count = static_cast<int64_t>(tasks.size());
+  const int64_t threads =
+      std::max<int64_t>(1, std::min({static_cast<int64_t>(torch::stable::get_num_threads()), count,
+                                     work / kThreadWork}));
+  int64_t scratch_floats = 0;
+  WINNOW_SIMD(paged_attention_scratch)(call, std::min(rows, kAttentionRows), &scratch_floats);
+  const int64_t stride = (scratch_floats + 15) / 16 * 16 * 2;  // room for doubles
+  const AlignedFloats scratch = aligned_floats(threads * stride);
+
+  // Sequences differ in length and causal tiles in width, so threads take the next task when they
+  // are done. Which thread computes a task does not change it.
+  const auto for_each = [&](int64_t total, const auto& work_on) {
+    std::atomic<int64_t> next{0};
+    torch::stable::parallel_for(0, std::min(threads, total), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t thread = begin; thread < end; ++thread) {
+        float* memory = scratch.get() + thread * stride;
+        for (int64_t i = next++; i < total; i = next++) work_on(static_cast<size_t>(i), memory);
+      }
+    });
+  };
+  const auto run = WINNOW_SIMD(paged_attention_task);
+  for_each(count, [&](size_t i, float* memory) { run(call, tasks[i], memory, partial.get()); });
+  const auto merge = WINNOW_SIMD(paged_attention_merge);
+  for_each(static_cast<int64_t>(merges.size()), [&](size_t i, float* memory) {
+    merge(call, merges[i], merge_splits[i], merges[i].rows, memory, partial.get());
+  });
+}
+
+std::tuple<Tensor, Tensor> paged_attention(const Tensor& query, const Tensor& key_pages,
+                                           const Tensor& value_pages, const Tensor& block_table,
+                                           const Tensor& seq_lens, bool causal,
+                                           std::optional<Tensor> block_indices,
+                                           std::optional<int64_t> window, int64_t sinks,
+                                           std::optional<Tensor> key_bias,
+                                           std::optional<double> scale) {
+  check_cpu("query", query);
+  check_floating("query", query);
+  check_dim("query", query, 4, "(B, Hq, T, D)");
+  check_last_contiguous("query", query);
+  check_pages("key_pages", key_pages, query);
+  check_pages("value_pages", value_pages, query);
+  const int64_t batch = query.size(0);
+  const int64_t heads = query.size(1);
+  const int64_t head_dim = query.size(3);
+  const int64_t num_blocks = key_pages.size(0);
+  const int64_t key_heads = key_pages.size(1);
+  const int64_t block_size = key_pages.size(2);
+  WINNOW_CHECK(key_pages.size(3) == head_dim, "key_pages: expected (num_blocks, Hkv, block_size, ",
+               "D) with D=", head_dim, " as in query, got ", shape_of(key_pages));
+  WINNOW_CHECK(block_size > 0, "key_pages: expected a block_size of at least 1, got ",
+               shape_of(key_pages));
+  WINNOW_CHECK(value_pages.size(0) == num_blocks && value_pages.size(1) == key_heads &&
+                   value_pages.size(2) == block_size,
+               "value_pages: expected (num_blocks, Hkv, block_size, Dv) as in key_pages, ",
+               shape_of(key_pages), ", got ", shape_of(value_pages));
+  WINNOW_CHECK(key_heads > 0 ? heads % key_heads == 0 : heads == 0,
+               "query: expected a number of heads divisible by the key heads (", key_heads,
+               "), got ", heads);
+  check_cpu("block_table", block_table);
+  check_dtype("block_table", block_table, ScalarType::Int);
+  WINNOW_CHECK(block_table.dim() == 2 && block_table.size(0) == batch,
+               "block_table: expected (B, max_blocks) with B=", batch, " as in query, got ",
+               shape_of(block_table));
+  check_last_contiguous("block_table", block_table);
+  check_cpu("seq_lens", seq_lens);
+  check_dtype("seq_lens", seq_lens, ScalarType::Int);
+  WINNOW_CHECK(seq_lens.dim() == 1 && seq_lens.size(0) == batch,
+               "seq_lens: expected (B,) with B=", batch, " as in query, got ", shape_of(seq_lens));
+  check_last_contiguous("seq_lens", seq_lens);
+  WINNOW_CHECK(!window || *window >= 1, "window: expected at least 1, got ", window.value_or(0));
+  WINNOW_CHECK(sinks >= 0, "sinks: expected at least 0, got ", sinks);
+  check_blocks(block_table, seq_lens, num_blocks, block_size);
+
+  PagedAttention call{};
+  call.type = element_type(query);
+  call.block_indices = nullptr;
+  int64_t list_length = 0;
+  if (block_indices) {
+    const Tensor& indices = *block_indices;
+    check_cpu("block_indices", indices);
+    check_dtype("block_indices", indices, ScalarType::Int);
+    const bool shared = indices.dim() == 2;
+    WINNOW_CHECK((shared || (indices.dim() == 3 && indices.size(1) == key_heads)) &&
+                     indices.size(0) == batch,
+                 "block_indices: expected (B, K) or (B, Hkv, K) with B=", batch,
+                 " and Hkv=", key_heads, ", got ", shape_of(indices));
+    check_last_contiguous("block_indices", indices);
+    call.block_indices = static_cast<const int32_t*>(indices.data_ptr());
+    call.indices_stride[0] = indices.stride(0);
+    call.indices_stride[1] = shared ? 0 : indices.stride(1);
+    list_length = indices.size(indices.dim() - 1);
+    check_indices(indices, seq_lens, block_size, key_heads, call.indices_stride[1]);
+  }
+  if (key_bias) {
+    const Tensor& bias = *key_bias;
+    check_cpu("key_bias", bias);
+    check_floating("key_bias", bias);
+    const int64_t expected[3] = {num_blocks, key_heads, block_size};
+    bool fits = bias.dim() <= 3;
+    for (int64_t d = 0; d < 3 && fits; ++d) {
+      const int64_t own = d - (3 - bias.dim());  // missing leading dimensions broadcast
+      if (own < 0) continue;
+      fits = bias.size(own) == 1 || bias.size(own) == expected[d];
+      call.bias_stride[d] = bias.size(own) == 1 ? 0 : bias.stride(own);
+    }
+    WINNOW_CHECK(fits, "key_bias: expected (num_blocks, Hkv, block_size) = (", num_blocks, ", ",
+                 key_heads, ", ", block_size, ") or broadcastable to it, got ", shape_of(bias));
+    WINNOW_CHECK(bias.scalar_type() != ScalarType::Double || call.type == ElementType::kDouble,
+                 "key_bias: expected float32, bfloat16 or float16, got float64 with a query in ",
+                 name_of(query.scalar_type()));
+    call.key_bias = bias.data_ptr();
+    call.bias_type = element_type(bias);
+  }
+
+  const int64_t queries = query.size(2);
+  const int64_t value_dim = value_pages.size(3);
+  Tensor out = empty({batch, heads, queries, value_dim}, query.scalar_type(), query);
+  Tensor lse = empty({batch, heads, queries}, statistics_dtype(query), query);
+  call.query = query.data_ptr();
+  call.key_pages = key_pages.data_ptr();
+  call.value_pages = value_pages.data_ptr();
+  for (int64_t d = 0; d < 3; ++d) {
+    call.query_stride[d] = query.stride(d);
+    call.key_stride[d] = key_pages.stride(d);
+    call.value_stride[d] = value_pages.stride(d);
+  }
+  call.block_table = static_cast<const int32_t*>(block_table.data_ptr());
+  call.table_stride = block_table.stride(0);
+  call.seq_lens = static_cast<const int32_t*>(seq_lens.data_ptr());
+  call.queries = queries;
+  call.group = key_heads > 0 ? heads / key_heads : 0;
+  call.key_heads = key_heads;
+  call.block_size = block_size;
+  call.head_dim = head_dim;
+  call.value_dim = value_dim;
+  call.causal = causal;
+  call.window = window ? std::min(*window, kUnbounded) : 0;
+  call.sinks = std::min(sinks, kUnbounded);
+  call.scale =
+      scale ? *scale : 1.0 / std::sqrt(static_cast<double>(std::max<int64_t>(1, head_dim)));
+  call.out = out.data_ptr();
+  call.lse = lse.data_ptr();
+  attend(call, batch, list_length);
+  return {out, lse};
+}
+
+}  // namespace
+}  // namespace winnow
+
+STABLE_TORCH_LIBRARY_IMPL(winnow, CPU, m) {
+  m.impl("paged_attention", TORCH_BOX(&winnow::paged_attention));
+}

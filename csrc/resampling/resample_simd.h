@@ -1,0 +1,112 @@
+// What the operator and its loops share: a call in plain data, and the steps of one population.
+#pragma once
+
+#include <cstdint>
+
+#include "common/cpu_capability.h"
+#include "common/element_type.h"
+
+namespace winnow {
+
+enum class Scheme : int { kSystematic, kStratified, kMultinomial, kResidual };
+
+// Bits of `status`; torch_winnow.resampling.Status names them for users.
+constexpr int32_t kStatusNoWeight = 1;
+constexpr int32_t kStatusNan = 2;
+constexpr int32_t kStatusInfinite = 4;
+constexpr int32_t kStatusNothingLive = 8;
+
+// Work is split in blocks of this size whatever the number of threads, so that results never depend
+// on it. 8192 float weights are 32 KB: a block stays in the first-level cache between its passes.
+constexpr int64_t kBlock = 8192;
+
+struct ResampleCall {
+  const void* log_weights;  // row r at r * stride elements
+  ElementType type;
+  int64_t stride;
+  int64_t rows;
+  int64_t particles;
+  int64_t samples;
+  const void* mask;  // bytes, row r at r * mask_stride; null: all live
+  int64_t mask_stride;
+  const void* uniforms;  // null: drawn from the seed
+  ElementType uniforms_type;
+  int64_t uniforms_stride;
+  uint64_t seed;
+  Scheme scheme;
+  double ess_threshold;  // negative: always resample
+  bool keep_slots;
+  bool shared;  // several threads work on one population
+  int64_t* ancestors;
+  int64_t* offspring;
+  void* new_log_weights;  // float, or double for double weights
+  void* log_z;
+  void* ess;
+  bool* resampled;
+  int32_t* status;
+};
+
+// One population while it is worked on; `items` is the number of independent pieces of its next
+// step.
+struct Population {
+  int64_t row;
+  int64_t particles;
+  int64_t samples;
+  int64_t blocks;
+  int64_t items;
+  double top;
+  double sum;
+  double squares;
+  double scale;  // weight to fixed point
+  uint64_t total;
+  double log_z;
+  double ess;
+  bool resampled;
+  int32_t status;
+};
+
+// The steps, in order. Pieces of a step may run on different threads; between steps one thread
+// settles what they found.
+enum ResampleStep : int { kTop, kWeigh, kTotal, kSpread, kGuide, kSearch, kFinish, kSteps };
+
+namespace {
+
+// Where the parts of a population's scratch memory lie, in bytes.
+struct ResampleScratch {
+  int64_t blocks;
+  int64_t weights;
+  int64_t cumulative;
+  int64_t guide;
+  int64_t masked;
+  int64_t bytes;
+};
+
+constexpr int64_t kBytesPerBlock = 64;
+
+[[maybe_unused]] inline ResampleScratch resample_scratch(const ResampleCall& call) {
+  const auto align = [](int64_t bytes) { return (bytes + 63) / 64 * 64; };
+  const int64_t k = (call.particles + 15) / 16 * 16;
+  const bool searches = call.scheme == Scheme::kMultinomial || call.scheme == Scheme::kResidual;
+  ResampleScratch at;
+  at.blocks = align(sizeof(Population));
+  at.weights = at.blocks + (call.particles / kBlock + 1) * kBytesPerBlock;
+  at.cumulative = at.weights + align(k * (call.type == ElementType::kDouble ? 8 : 4));
+  at.guide = at.cumulative + (searches ? align(k * 8) : 0);
+  at.masked = at.guide + (searches ? align((k + 1) * 4) : 0);
+  // Of the live particles: slot, log weight, ancestor, offspring, new log weight.
+  at.bytes = at.masked + (call.mask != nullptr ? 5 * k * 8 : 0);
+  return at;
+}
+
+}  // namespace
+
+// Whole populations [begin, end), one after another.
+WINNOW_SIMD_DECLARE(resample_rows, const ResampleCall& call, int64_t begin, int64_t end,
+                    void* scratch)
+// Pieces [begin, end) of one step of the population that `scratch` holds, and what follows a step.
+WINNOW_SIMD_DECLARE(resample_start, const ResampleCall& call, int64_t row, void* scratch)
+WINNOW_SIMD_DECLARE(resample_step, const ResampleCall& call, int step, int64_t begin, int64_t end,
+                    void* scratch)
+WINNOW_SIMD_DECLARE(resample_settle, const ResampleCall& call, int step, void* scratch)
+
+}  // namespace winnow

@@ -1,0 +1,192 @@
+// From cumulative fixed-point weights to offspring. The j-th of M points lies at (j + u_j) / M of
+// the total T, in integers at (j T + U_j) / M with U_j = floor(u_j T); the particles up to one
+// whose cumulative weight is c hold the points with j T + U_j < M c. That comparison is decided in
+// double where it is far from a tie and in integers where it is not, so the counts are exact.
+#pragma once
+
+#include <cstdint>
+
+#include "resampling/fixed_point.h"
+#include "resampling/resample_simd.h"
+
+namespace winnow {
+namespace {
+
+// Where uniforms come from: the caller's, or Philox keyed by (seed, population, element).
+template <typename U>
+inline uint64_t bits_of_uniform(U value) {
+  const double u = static_cast<double>(value);
+  if (!(u > 0.0)) return 0;
+  return u < 1.0 ? static_cast<uint64_t>(u * 0x1p64) : ~uint64_t{0};
+}
+
+inline uint64_t uniform_bits(const ResampleCall& call, int64_t row, int64_t element) {
+  if (call.uniforms == nullptr) {
+    return philox_bits(call.seed, static_cast<uint64_t>(row), static_cast<uint64_t>(element));
+  }
+  const int64_t at = row * call.uniforms_stride + element;
+  return call.uniforms_type == ElementType::kDouble
+             ? bits_of_uniform(static_cast<const double*>(call.uniforms)[at])
+             : bits_of_uniform(static_cast<const float*>(call.uniforms)[at]);
+}
+
+// kLanes elements, those at or beyond `limit` arbitrary.
+inline void uniform_lanes(const ResampleCall& call, int64_t row, const uint64_t* element,
+                          int64_t limit, uint64_t* bits) {
+  if (call.uniforms == nullptr) {
+    philox_lanes(call.seed, static_cast<uint64_t>(row), element, bits);
+    return;
+  }
+  for (int i = 0; i < kLanes; ++i) {
+    const auto j = static_cast<int64_t>(element[i]);
+    bits[i] = j < limit ? uniform_bits(call, row, j) : 0;
+  }
+}
+
+struct Grid {
+  uint64_t samples;
+  uint64_t total;
+  uint64_t offset;  // systematic: the U of all points
+  double ratio;     // samples / total
+  double shift;     // offset / total
+  double near;      // more than the rounding error of a scaled cumulative weight
+};
+
+inline Grid make_grid(int64_t samples, uint64_t total, uint64_t offset) {
+  Grid grid;
+  grid.samples = static_cast<uint64_t>(samples);
+  grid.total = total;
+  grid.offset = offset;
+  grid.ratio = static_cast<double>(samples) / static_cast<double>(total);
+  grid.shift = static_cast<double>(offset) / static_cast<double>(total);
+  grid.near = (static_cast<double>(samples) + 1.0) * 0x1p-50;
+  return grid;
+}
+
+// ceil((M c - U) / T) where it is known to be `guess` or a neighbour: the remainder fits 64 bits.
+inline int64_t systematic_exact(const Grid& grid, uint64_t cumulative, int64_t guess) {
+  auto rest = static_cast<int64_t>(grid.samples * cumulative - grid.offset -
+                                   static_cast<uint64_t>(guess) * grid.total);
+  const auto total = static_cast<int64_t>(grid.total);
+  for (; rest > 0; rest -= total) ++guess;
+  for (; rest <= -total; rest += total) --guess;
+  return guess;
+}
+
+inline int64_t stratified_exact(const ResampleCall& call, int64_t row, const Grid& grid,
+                                uint64_t cumulative, int64_t guess) {
+  auto rest =
+      static_cast<int64_t>(grid.samples * cumulative - static_cast<uint64_t>(guess) * grid.total);
+  const auto total = static_cast<int64_t>(grid.total);
+  for (; rest >= total; rest -= total) ++guess;
+  for (; rest < 0; rest += total) --guess;
+  if (guess >= static_cast<int64_t>(grid.samples)) return guess;
+  const uint64_t u = multiply_high(uniform_bits(call, row, guess), grid.total);
+  return guess + (u < static_cast<uint64_t>(rest) ? 1 : 0);
+}
+
+// The cumulative count at one cumulative weight, for the boundaries of blocks.
+inline int64_t count_at(const ResampleCall& call, int64_t row, const Grid& grid, bool stratified,
+                        uint64_t cumulative) {
+  const auto scaled = static_cast<unsigned __int128>(grid.samples) * cumulative;
+  const auto guess = static_cast<int64_t>(scaled / grid.total);
+  return stratified ? stratified_exact(call, row, grid, cumulative, guess)
+                    : systematic_exact(grid, cumulative, guess);
+}
+
+// counts[i] for kWide cumulative weights.
+inline void systematic_counts(const Grid& grid, const uint64_t* cumulative, int64_t* counts) {
+  const f64x8 c = to_double(load_wide(cumulative));
+  LongPart near = {};
+  for (int p = 0; p < kParts; ++p) {
+    const DoublePart y = c.part[p] * grid.ratio - grid.shift;
+    const DoublePart r = nearest(y);
+    const LongPart count = small_to_long(r) - (LongPart)(y > r);
+    std::memcpy(counts + p * (kWide / kParts), &count, sizeof count);
+    const DoublePart distance = y - r;
+    near |= (LongPart)(distance * distance <= grid.near * grid.near);
+  }
+  int64_t words[kWide / kParts];
+  std::memcpy(words, &near, sizeof near);
+  int64_t found = 0;
+  for (const int64_t word : words) found |= word;
+  if (found != 0) {
+    for (int l = 0; l < kWide; ++l) counts[l] = systematic_exact(grid, cumulative[l], counts[l]);
+  }
+}
+
+// counts[i] for kLanes cumulative weights.
+inline void stratified_counts(const ResampleCall& call, int64_t row, const Grid& grid,
+                              const uint64_t* cumulative, int64_t* counts) {
+  double fraction[kLanes];
+  uint64_t stratum[kLanes];
+  for (int h = 0; h < kLanes; h += kWide) {
+    const f64x8 c = to_double(load_wide(cumulative + h));
+    for (int p = 0; p < kParts; ++p) {
+      const int at = h + p * (kWide / kParts);
+      const DoublePart y = c.part[p] * grid.ratio;
+      const DoublePart whole = floor_part(y);
+      const DoublePart rest = y - whole;
+      const LongPart index = small_to_long(whole);
+      std::memcpy(fraction + at, &rest, sizeof rest);
+      std::memcpy(stratum + at, &index, sizeof index);
+    }
+  }
+  uint64_t bits[kLanes];
+  uniform_lanes(call, row, stratum, static_cast<int64_t>(grid.samples), bits);
+  int near = 0;
+  for (int l = 0; l < kLanes; ++l) {
+    // Two exact halves: an unsigned 64-bit conversion is an instruction on AVX-512 only.
+    const double u = static_cast<double>(static_cast<int64_t>(bits[l] >> 11)) * 0x1p-53;
+    const double distance = fraction[l] - u;
+    counts[l] = static_cast<int64_t>(stratum[l]) + (distance > 0.0 ? 1 : 0);
+    near |= (distance < grid.near) & (distance > -grid.near);
+    near |= (fraction[l] < grid.near) | (fraction[l] > 1.0 - grid.near);
+  }
+  if (near != 0) {
+    for (int l = 0; l < kLanes; ++l) {
+      counts[l] =
+          stratified_exact(call, row, grid, cumulative[l], static_cast<int64_t>(stratum[l]));
+    }
+  }
+}
+
+// Particles first, first + 1, ... end at counts[0], counts[1], ...: their offspring, and their
+// index in the slots between. Most particles have few offspring, so four slots are written without
+// a question and the next particle overwrites the surplus; never beyond `limit`.
+template <typename Index>
+inline int64_t scatter(const int64_t* counts, int64_t n, int64_t first, int64_t previous,
+                       int64_t limit, int64_t* offspring, Index* ancestors) {
+  constexpr int64_t kBurst = 4;
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t end = counts[i];
+    const auto index = static_cast<Index>(first + i);
+    if (offspring != nullptr) offspring[first + i] = end - previous;
+    if (ancestors != nullptr) {
+      if (previous + kBurst <= limit) {
+        const Index burst[kBurst] = {index, index, index, index};
+        std::memcpy(ancestors + previous, burst, sizeof burst);
+        for (int64_t j = previous + kBurst; j < end; ++j) ancestors[j] = index;
+      } else {
+        for (int64_t j = previous; j < end; ++j) ancestors[j] = index;
+      }
+    }
+    previous = end;
+  }
+  return previous;
+}
+
+// The first index in [low, high] whose cumulative weight exceeds `point`; that of `high` does.
+inline int64_t search(const uint64_t* cumulative, int64_t low, int64_t high, uint64_t point) {
+  int64_t length = high - low;
+  while (length > 0) {
+    const int64_t half = length >> 1;
+    const bool right = cumulative[low + half] <= point;
+    low += right ? half + 1 : 0;
+    length = right ? length - half - 1 : half;
+  }
+  return low;
+}
+
+}  // namespace
+}  // namespace winnow

@@ -1,0 +1,121 @@
+"""Attention over pages; public in :mod:`torch_winnow.kvcache`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from torch_winnow import _library  # noqa: F401  (registers the operators)
+
+# Bound once: a look-up through torch.ops costs as much as a small op.
+_paged_attention = torch.ops.winnow.paged_attention
+
+
+def refuse_gradients(argument: str, tensor: Tensor) -> None:
+    """Raise where autograd would expect a gradient that the cache cannot give."""
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{argument}: requires a gradient, but paged caches serve inference only; call under "
+            f"torch.no_grad() or pass {argument}.detach()"
+        )
+
+
+def paged_attention(
+    query: Tensor,
+    key_pages: Tensor,
+    value_pages: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    *,
+    causal: bool = True,
+    block_indices: Tensor | None = None,
+    window: int | None = None,
+    sinks: int = 0,
+    key_bias: Tensor | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of the last ``T`` positions of each sequence over its pages.
+
+    Query ``t`` of row ``b`` stands at position ``i = seq_lens[b] - T + t``. It sees the keys
+    ``j < seq_lens[b]`` with ``j <= i`` (unless ``causal=False``), within ``window``, and in the
+    chosen blocks. Each key is read once for all query heads of its group. Where a block lies in the
+    pool never changes a result, nor does the number of threads. What a query may not see never
+    reaches its result, even NaN.
+
+    Args:
+        query: ``(B, Hq, T, D)`` float32, bfloat16, float16 or float64; any strides, the last
+            dimension contiguous. ``Hq`` is a multiple of ``Hkv``.
+        key_pages: ``(num_blocks, Hkv, block_size, D)``, one layer of :attr:`BlockPool.key_pages`,
+            dtype as in query.
+        value_pages: ``(num_blocks, Hkv, block_size, Dv)``.
+        block_table: ``(B, max_blocks)`` int32: the block of each ``block_size`` positions, -1 where
+            there is none.
+        seq_lens: ``(B,)`` int32: tokens of each row.
+        causal: whether a query sees no later position.
+        block_indices: ``(B, K)`` or, per key head, ``(B, Hkv, K)`` int32: the logical blocks
+            (``position // block_size``) to attend, ascending, -1 for none. Default: all.
+        window: a query sees ``i - j < window``, without ``causal`` ``|i - j| < window``.
+        sinks: with a window, the first ``sinks`` positions are seen as well.
+        key_bias: ``(num_blocks, Hkv, block_size)``, or broadcastable to it: added to the scaled
+            scores of a key, for instance the log of how many tokens it stands for. -inf hides it.
+        scale: of the scores; ``D**-0.5`` by default.
+        return_lse: also return the natural log of the sum of exponentials.
+
+    Returns:
+        ``(B, Hq, T, Dv)`` in the dtype of query, and with ``return_lse`` ``(B, Hq, T)`` float32
+        (float64 for float64). A query that sees nothing gives zeros and an lse of -inf.
+
+    Raises:
+        ValueError: on a wrong shape, dtype or option, on a block outside the pages, on a selection
+            that does not ascend, and for a query that requires a gradient.
+
+    Example:
+        >>> import torch
+        >>> from torch_winnow.kvcache import paged_attention
+        >>> pages = torch.randn(4, 2, 16, 8)  # 4 blocks, 2 key heads, 16 tokens each
+        >>> table = torch.tensor([[3, 1], [0, -1]], dtype=torch.int32)
+        >>> lengths = torch.tensor([20, 7], dtype=torch.int32)
+        >>> out, lse = paged_attention(
+        ...     torch.randn(2, 4, 1, 8), pages, pages, table, lengths, return_lse=True
+        ... )
+        >>> out.shape, lse.shape
+        (torch.Size([2, 4, 1, 8]), torch.Size([2, 4, 1]))
+    """
+    refuse_gradients("query", query)
+    out, lse = _paged_attention(
+        query,
+        key_pages,
+        value_pages,
+        block_table,
+        seq_lens,
+        causal,
+        block_indices,
+        window,
+        sinks,
+        key_bias,
+        scale,
+    )
+    return (out, lse) if return_lse else out
+
+
+@torch.library.register_fake("winnow::paged_attention")  # type: ignore[untyped-decorator]
+def _(
+    query: Tensor,
+    key_pages: Tensor,
+    value_pages: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    causal: bool = True,
+    block_indices: Tensor | None = None,
+    window: int | None = None,
+    sinks: int = 0,
+    key_bias: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    batch, heads, queries, _ = query.shape
+    lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return (
+        query.new_empty(batch, heads, queries, value_pages.shape[-1]),
+        query.new_empty(batch, heads, queries, dtype=lse_dtype),
+    )

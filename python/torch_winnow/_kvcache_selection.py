@@ -1,0 +1,155 @@
+"""Which blocks a step attends; public in :mod:`torch_winnow.kvcache`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from torch_winnow._kvcache_attention import refuse_gradients
+
+# Bound once: a look-up through torch.ops costs as much as a small op.
+_block_summaries = torch.ops.winnow.block_summaries
+_score_blocks = torch.ops.winnow.score_blocks
+_select_blocks = torch.ops.winnow.select_blocks
+
+
+def block_summaries(
+    key_pages: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    kind: Literal["minmax", "mean"] = "minmax",
+) -> Tensor:
+    """A short description of the keys of each block, to score it without reading it.
+
+    ``minmax``: the smallest and the largest value per dimension, from which :func:`score_blocks`
+    bounds every key's dot product (Quest: Tang et al., 2024). ``mean``: the mean key (MoBA: Lu et
+    al., 2025).
+
+    Args:
+        key_pages: ``(num_blocks, Hkv, block_size, D)``, the pages of one layer.
+        block_table: ``(B, NB)`` int32.
+        seq_lens: ``(B,)`` int32; only the first ``seq_lens[b]`` tokens count.
+        kind: ``"minmax"`` or ``"mean"``.
+
+    Returns:
+        ``(B, Hkv, NB, 2, D)`` (minimum, maximum) or ``(B, Hkv, NB, D)``, float32 (float64 for
+        float64); zeros for blocks without tokens.
+
+    Raises:
+        ValueError: on a wrong shape, dtype or kind, and for a block outside the pages.
+
+    Example:
+        >>> import torch
+        >>> from torch_winnow.kvcache import block_summaries
+        >>> pages = torch.tensor([1.0, 5.0, 3.0, 7.0]).view(1, 1, 4, 1)
+        >>> table, lengths = torch.zeros(1, 1, dtype=torch.int32), torch.tensor([3]).int()
+        >>> block_summaries(pages, table, lengths).flatten()
+        tensor([1., 5.])
+    """
+    if kind not in ("minmax", "mean"):
+        raise ValueError(f"kind: expected 'minmax' or 'mean', got {kind!r}")
+    refuse_gradients("key_pages", key_pages)
+    return _block_summaries(  # type: ignore[no-any-return]
+        key_pages, block_table, seq_lens, kind == "minmax"
+    )
+
+
+def score_blocks(query: Tensor, summaries: Tensor) -> Tensor:
+    """What each block promises the queries, per key head and unscaled.
+
+    With ``minmax`` summaries an upper bound of ``q . k`` over the keys of the block,
+    ``sum_d max(q_d min_d, q_d max_d)``; with ``mean`` ones the dot product with the mean key. The
+    largest over the query heads of the group and over all positions counts. The same on every
+    instruction set, bitwise.
+
+    Args:
+        query: ``(B, Hq, T, D)``.
+        summaries: as :func:`block_summaries` returns them.
+
+    Returns:
+        ``(B, Hkv, NB)`` in the dtype of the summaries; 0 for blocks without tokens
+        (:func:`select_blocks` knows them by ``seq_lens``), -inf for T = 0.
+
+    Raises:
+        ValueError: on a wrong shape or dtype.
+
+    Example:
+        >>> import torch
+        >>> from torch_winnow.kvcache import score_blocks
+        >>> summaries = torch.tensor([[-1.0, 2.0], [-3.0, 0.5]]).view(1, 1, 2, 2, 1)
+        >>> score_blocks(torch.full((1, 1, 1, 1), -2.0), summaries)
+        tensor([[[2., 6.]]])
+    """
+    refuse_gradients("query", query)
+    return _score_blocks(query, summaries)  # type: ignore[no-any-return]
+
+
+def select_blocks(
+    scores: Tensor,
+    k: int,
+    *,
+    seq_lens: Tensor,
+    block_size: int,
+    sink_blocks: int = 1,
+    recent_blocks: int = 1,
+) -> Tensor:
+    """The ``k`` blocks to attend: sinks, recent ones, and the best of the others.
+
+    Of equal scores the lowest block is taken, a NaN comes last. A row with at most ``k`` blocks
+    keeps them all.
+
+    Args:
+        scores: ``(B, Hkv, NB)`` float32 or float64, high is good.
+        k: blocks to select, at least ``sink_blocks + recent_blocks``.
+        seq_lens: ``(B,)`` int32, from which a row's number of blocks follows.
+        block_size: tokens in a block.
+        sink_blocks: first blocks, always selected.
+        recent_blocks: last blocks, always selected.
+
+    Returns:
+        ``(B, Hkv, k)`` int32, ascending, padded with -1, as :func:`paged_attention` takes it.
+
+    Raises:
+        ValueError: on a wrong shape, dtype or option.
+
+    Example:
+        >>> import torch
+        >>> from torch_winnow.kvcache import select_blocks
+        >>> scores = torch.tensor([[[0.0, 3.0, 9.0, 4.0, 1.0]]])
+        >>> select_blocks(scores, 3, seq_lens=torch.tensor([80]).int(), block_size=16)
+        tensor([[[0, 2, 4]]], dtype=torch.int32)
+    """
+    return _select_blocks(  # type: ignore[no-any-return]
+        scores, k, seq_lens, block_size, sink_blocks, recent_blocks
+    )
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+@torch.library.register_fake("winnow::block_summaries")  # type: ignore[untyped-decorator]
+def _(key_pages: Tensor, block_table: Tensor, seq_lens: Tensor, minmax: bool = True) -> Tensor:
+    batch, width = block_table.shape
+    _, heads, _, dim = key_pages.shape
+    sizes = (batch, heads, width, 2, dim) if minmax else (batch, heads, width, dim)
+    return key_pages.new_empty(sizes, dtype=_wide(key_pages))
+
+
+@torch.library.register_fake("winnow::score_blocks")  # type: ignore[untyped-decorator]
+def _(query: Tensor, summaries: Tensor) -> Tensor:
+    return summaries.new_empty(summaries.shape[:3])
+
+
+@torch.library.register_fake("winnow::select_blocks")  # type: ignore[untyped-decorator]
+def _(
+    scores: Tensor,
+    k: int,
+    seq_lens: Tensor,
+    block_size: int,
+    sink_blocks: int = 1,
+    recent_blocks: int = 1,
+) -> Tensor:
+    return scores.new_empty((*scores.shape[:2], k), dtype=torch.int32)

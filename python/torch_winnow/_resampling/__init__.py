@@ -1,0 +1,1 @@
+"""What :mod:`torch_winnow.resampling` exports, one topic a module."""

@@ -1,0 +1,172 @@
+"""Resampling: from weights to ancestors."""
+
+from __future__ import annotations
+
+import enum
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from torch_winnow._resampling.weights import statistics_dtype
+
+_resample = torch.ops.winnow.resample
+
+
+class Status(enum.IntFlag):
+    """Bits of :attr:`Resampling.status`.
+
+    Attributes:
+        OK: nothing to report.
+        NO_WEIGHT: every live log weight is -inf or NaN. The population is not resampled.
+        NAN: a live log weight is NaN; it counts as -inf.
+        INFINITE: a live log weight is +inf; the infinite ones share the mass.
+        NOTHING_LIVE: the mask is false everywhere, or there are no particles. Not resampled.
+    """
+
+    OK = 0
+    NO_WEIGHT = 1
+    NAN = 2
+    INFINITE = 4
+    NOTHING_LIVE = 8
+
+
+class Resampling(NamedTuple):
+    """What :func:`resample` decides for each population.
+
+    Attributes:
+        ancestors: ``(..., M)`` int64. Slot j of the new population takes particle ``ancestors[j]``.
+        offspring: ``(..., K)`` int64. How often each particle was chosen; sums to M.
+        log_weights: ``(..., M)`` weights that the new population carries: zero after a resample.
+        log_z: ``(...)`` log of the mean weight that a resample divided out, 0 where there was none.
+            Summed over the steps, plus the log mean of the last weights, it is the logarithm of an
+            unbiased estimate of the normalising constant.
+        ess: ``(...)`` effective sample size of the weights that came in.
+        resampled: ``(...)`` bool.
+        status: ``(...)`` int32, bits of :class:`Status`.
+    """
+
+    ancestors: Tensor
+    offspring: Tensor
+    log_weights: Tensor
+    log_z: Tensor
+    ess: Tensor
+    resampled: Tensor
+    status: Tensor
+
+
+def resample(
+    log_weights: Tensor,
+    *,
+    scheme: str = "systematic",
+    num_samples: int | None = None,
+    ess_threshold: float | None = None,
+    keep_slots: bool = False,
+    mask: Tensor | None = None,
+    uniforms: Tensor | None = None,
+    seed: int | Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Resampling:
+    r"""Choose M ancestors among K weighted particles, so that each is chosen M times its share.
+
+    With :math:`W_k = w_k / \sum w` every scheme is unbiased: :math:`E[\text{offspring}_k] = M W_k`.
+    They differ in the noise around it (Douc, Cappé and Moulines 2005; Chopin and Papaspiliopoulos
+    2020, chapter 9):
+
+    - ``"systematic"``: one uniform for all; the least noise, and the default. Cumulative offspring
+      differ from :math:`M \sum_{i \le k} W_i` by less than 1.
+    - ``"stratified"``: one uniform per slot.
+    - ``"residual"``: :math:`\lfloor M W_k \rfloor` each, the rest drawn in proportion to what the
+      floor dropped.
+    - ``"multinomial"``: independent draws; slot j takes the particle at its uniform j. The most
+      noise.
+
+    Weights are cumulated in 63-bit integers: offspring always sum to M, a particle of weight zero is
+    never chosen, and the result is bitwise the same for any number of threads and on any
+    instruction set.
+
+    Args:
+        log_weights: ``(..., K)`` natural-log weights of any magnitude, not necessarily normalised;
+            each leading index is an independent population. float32, bfloat16, float16 or float64.
+            NaN counts as -inf; +inf shares the mass with other +inf.
+        scheme: see above.
+        num_samples: M, by default K.
+        ess_threshold: a share in (0, 1]: a population is resampled only where its effective sample
+            size is below ``ess_threshold * K``. Elsewhere ancestors are the identity, the weights
+            are carried, and ``log_z`` is 0. By default every population is resampled.
+        keep_slots: survivors keep their slot and their further offspring fill the freed slots
+            (Murray, Lee and Jacob 2016), so that :func:`gather_particles_` moves the fewest rows.
+            Otherwise ancestors ascend (but for ``"multinomial"``). Needs M = K.
+        mask: ``(..., K)`` bool, false for a finished or absent particle: it is neither copied nor
+            overwritten. ESS, threshold and ``log_z`` are over the live ones; the weights of the
+            others are lowered by ``log_z``, so that the whole stays properly weighted. Needs M = K.
+        uniforms: float32 or float64 numbers in [0, 1) to use instead of drawing: ``(...)`` for
+            systematic, ``(..., M)`` for stratified and multinomial; what lies outside is clamped.
+            With ``mask`` the live slots take the first ones.
+        seed: int or 0-dim int64 tensor. A population's draws depend on the seed and the population's
+            linear index alone.
+        generator: where the seed is drawn from if none is given; by default torch's own.
+
+    Returns:
+        A :class:`Resampling`.
+
+    Raises:
+        ValueError: wrong shape, dtype or option; the text names the argument.
+
+    Example:
+        >>> import torch
+        >>> from torch_winnow.resampling import resample
+        >>> result = resample(torch.tensor([0.5, 0.25, 0.25, 0.0]).log(), seed=0)
+        >>> result.ancestors
+        tensor([0, 0, 1, 2])
+        >>> result.log_z.exp()
+        tensor(0.2500)
+    """
+    seed_tensor = None
+    if seed is None:
+        seed = 0
+        if uniforms is None:
+            seed_tensor = torch.randint(
+                2**63 - 1, (), generator=generator, device=log_weights.device
+            )
+    elif isinstance(seed, Tensor):
+        seed, seed_tensor = 0, seed
+    return Resampling(
+        *_resample(
+            log_weights,
+            scheme,
+            num_samples,
+            ess_threshold,
+            keep_slots,
+            mask,
+            uniforms,
+            seed,
+            seed_tensor,
+        )
+    )
+
+
+@torch.library.register_fake("winnow::resample")
+def _(
+    log_weights: Tensor,
+    scheme: str,
+    num_samples: int | None,
+    ess_threshold: float | None,
+    keep_slots: bool,
+    mask: Tensor | None,
+    uniforms: Tensor | None,
+    seed: int,
+    seed_tensor: Tensor | None,
+) -> tuple[Tensor, ...]:
+    population = log_weights.shape[:-1]
+    samples = log_weights.shape[-1] if num_samples is None else num_samples
+    dtype = statistics_dtype(log_weights.dtype)
+    return (
+        log_weights.new_empty((*population, samples), dtype=torch.int64),
+        log_weights.new_empty(log_weights.shape, dtype=torch.int64),
+        log_weights.new_empty((*population, samples), dtype=dtype),
+        log_weights.new_empty(population, dtype=dtype),
+        log_weights.new_empty(population, dtype=dtype),
+        log_weights.new_empty(population, dtype=torch.bool),
+        log_weights.new_empty(population, dtype=torch.int32),
+    )

@@ -1,0 +1,27 @@
+"""Small models built on the operators: trainable on a CPU, and generating through paged caches.
+
+- :class:`CompressAttendTransformer`: one vector per chunk of context, chunk size chosen per call.
+- :class:`DenseDecoder`: a plain causal transformer of the same layers, to compare with.
+- :class:`MaskedDiffusion`: fills in masked tokens in any order.
+"""
+
+from torch_winnow.models.cat import CATConfig, CATDecoding, CompressAttendTransformer, Compressor
+from torch_winnow.models.decoding import Decoding, sample
+from torch_winnow.models.dense import DenseConfig, DenseDecoder, DenseDecoding
+from torch_winnow.models.layers import StackConfig
+from torch_winnow.models.masked_diffusion import MaskedDiffusion, MaskedDiffusionConfig
+
+__all__ = [
+    "CATConfig",
+    "CATDecoding",
+    "CompressAttendTransformer",
+    "Compressor",
+    "Decoding",
+    "DenseConfig",
+    "DenseDecoder",
+    "DenseDecoding",
+    "MaskedDiffusion",
+    "MaskedDiffusionConfig",
+    "StackConfig",
+    "sample",
+]

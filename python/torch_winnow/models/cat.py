@@ -1,0 +1,292 @@
+"""The Compress & Attend Transformer (CAT), arXiv 2511.05313.
+
+A sequence is cut into chunks of C tokens. A bidirectional *compressor* maps every chunk to one vector;
+a causal *decoder* decodes a chunk from the vectors of all earlier chunks and its own tokens so far. So
+N tokens of context cost N/C + C rows of cache instead of N. One set of weights serves several chunk
+sizes; which one is chosen at every call, trading speed against quality.
+
+Rows of the decoder. Block n is ``[vector n, separator, tokens of chunk n]``: vector 0 is a learned
+dummy, vector n is the compression of chunk n - 1, so a token never sees its own chunk's vector. The
+separator is one learned row per chunk size (adaptive models; ``separator=False`` is the layout of
+fixed-size ones). A row's rotary position is its offset in the block: the place of a chunk in the
+sequence reaches the decoder through the compressor, which reads it from a prefix row.
+
+The chunk's last token needs no row of its own: the next token is the first of a new chunk and is
+predicted from that chunk's vector and separator, and nothing else could see the row. Leaving it out
+changes no logit, and saves a row per chunk in training and a decoder call per chunk in generation. The
+block length is therefore ``C + 1`` with a separator, ``C`` without.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from torch_winnow.attention import block_diagonal_attention, cat_attention
+from torch_winnow.kvcache import BlockPool, PagedKVCache
+from torch_winnow.models.decoding import Decoding, check_length, make_pool, sample
+from torch_winnow.models.layers import Stack, StackConfig, check_tokens
+
+__all__ = ["CATConfig", "CATDecoding", "Compressor", "CompressAttendTransformer"]
+
+_PREFIX = 2  # rows before a chunk in the compressor: the chunk size's marker, the chunk's position
+
+
+@dataclass(frozen=True)
+class CATConfig:
+    """Shape of a :class:`CompressAttendTransformer`.
+
+    Attributes:
+        decoder: the causal layers.
+        compressor: the bidirectional layers, usually fewer and no wider.
+        chunk_sizes: the sizes that a call may choose from.
+        separator: whether a learned row per chunk size follows each vector.
+        vocab_size: number of token ids.
+        max_tokens: longest sequence.
+    """
+
+    decoder: StackConfig = field(default_factory=lambda: StackConfig(width=192, depth=4, heads=3))
+    compressor: StackConfig = field(
+        default_factory=lambda: StackConfig(width=128, depth=2, heads=2)
+    )
+    chunk_sizes: tuple[int, ...] = (4, 8, 16, 32)
+    separator: bool = True
+    vocab_size: int = 256
+    max_tokens: int = 4096
+
+    def __post_init__(self) -> None:
+        sizes = self.chunk_sizes
+        if not sizes or min(sizes) < 1 or len(set(sizes)) != len(sizes):
+            raise ValueError(f"chunk_sizes: expected distinct positive sizes, got {sizes}")
+
+    @property
+    def leading_rows(self) -> int:
+        """Rows of a block before its tokens."""
+        return 2 if self.separator else 1
+
+
+class Compressor(nn.Module):
+    """Maps chunks of C tokens to one vector each; a chunk sees itself and its prefix alone."""
+
+    def __init__(self, config: CATConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.compressor.width
+        max_chunks = math.ceil(config.max_tokens / min(config.chunk_sizes))
+        self.embedding = nn.Embedding(config.vocab_size, width)
+        self.size_rows = nn.Parameter(torch.randn(len(config.chunk_sizes), width))
+        # Waves of many lengths, not noise: neighbours start alike, so that recency can be read from
+        # them before training has seen every place many times.
+        self.position_rows = nn.Parameter(_waves(max_chunks, width))
+        self.stack = Stack(config.compressor, _PREFIX + max(config.chunk_sizes))
+        self.projections = nn.ModuleList(
+            nn.Linear(size * width, config.decoder.width, bias=False)
+            for size in config.chunk_sizes
+        )
+        for projection in self.projections:
+            nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
+
+    def forward(self, chunks: Tensor, first: int = 0) -> Tensor:
+        """Vectors ``(B, K, decoder width)`` of tokens ``(B, K, C)``.
+
+        ``first`` is the place of chunk 0 in its sequence.
+        """
+        batch, count, size = chunks.shape
+        which = self.config.chunk_sizes.index(size)
+        block, width = _PREFIX + size, self.config.compressor.width
+        places = self.position_rows[first : first + count]
+        prefix = torch.stack((self.size_rows[which].expand_as(places), places), dim=1)
+        rows = torch.cat(
+            (prefix.expand(batch, count, _PREFIX, width), self.embedding(chunks)), dim=2
+        )
+        positions = torch.arange(block, device=chunks.device).repeat(count)
+
+        def within_block(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return block_diagonal_attention(query, key, value, block_size=block)
+
+        hidden = self.stack(rows.flatten(1, 2), positions, within_block)
+        hidden = hidden.view(batch, count, block, width)[:, :, _PREFIX:].flatten(2)
+        return self.projections[which](hidden)  # type: ignore[no-any-return]
+
+
+class CompressAttendTransformer(nn.Module):
+    """One set of weights that decodes with any of its chunk sizes.
+
+    Example:
+        >>> import torch
+        >>> from torch_winnow.models import CATConfig, CompressAttendTransformer, StackConfig
+        >>> small = StackConfig(width=32, depth=1, heads=2)
+        >>> model = CompressAttendTransformer(CATConfig(small, small, chunk_sizes=(4, 8)))
+        >>> model(torch.randint(256, (2, 21)), chunk_size=8).shape
+        torch.Size([2, 21, 256])
+        >>> model.generate(torch.randint(256, (2, 21)), 5, chunk_size=4).shape
+        torch.Size([2, 5])
+    """
+
+    def __init__(self, config: CATConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.decoder.width
+        self.compressor = Compressor(config)
+        self.embedding = nn.Embedding(config.vocab_size, width)
+        self.dummy_vector = nn.Parameter(torch.randn(width))
+        self.separators = (
+            nn.Parameter(torch.randn(len(config.chunk_sizes), width)) if config.separator else None
+        )
+        self.stack = Stack(config.decoder, config.leading_rows + max(config.chunk_sizes))
+        self.head = nn.Linear(width, config.vocab_size, bias=False)
+        nn.init.normal_(self.head.weight, std=0.1 * width**-0.5)
+
+    def forward(self, tokens: Tensor, *, chunk_size: int) -> Tensor:
+        """Logits ``(B, N, V)`` of tokens ``(B, N)``: index t is the distribution of token t.
+
+        Raises:
+            ValueError: if ``tokens`` is not ``(B, N)`` ids below ``vocab_size``, N is above
+                ``max_tokens``, or ``chunk_size`` is not one of the configuration's.
+        """
+        tokens = self._check(tokens, chunk_size)
+        batch, length = tokens.shape
+        count = math.ceil(length / chunk_size)
+        padding = count * chunk_size - length  # after every row that is read: it changes nothing
+        chunks = torch.nn.functional.pad(tokens, (0, padding)).view(batch, count, chunk_size)
+        lead = self.config.leading_rows
+        block = lead + chunk_size - 1
+        vectors = self._vectors(chunks[:, :-1]).unsqueeze(2)[:, :count]
+        rows = [vectors, self.embedding(chunks[:, :, :-1])]
+        if self.separators is not None:
+            separator = self._separator(chunk_size)
+            rows.insert(1, separator.expand(batch, count, 1, -1))
+        positions = torch.arange(block, device=tokens.device).repeat(count)
+
+        def interleaved(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return cat_attention(query, key, value, block_size=block)
+
+        hidden = self.stack(torch.cat(rows, dim=2).flatten(1, 2), positions, interleaved)
+        hidden = hidden.unflatten(1, (count, block))[:, :, lead - 1 :].flatten(1, 2)
+        return self.head(hidden[:, :length])  # type: ignore[no-any-return]
+
+    def cache_rows(self, max_tokens: int, chunk_size: int) -> int:
+        """Most cache rows that a sequence of ``max_tokens`` holds at once."""
+        return max_tokens // chunk_size + self.config.leading_rows + chunk_size - 1
+
+    def block_pool(
+        self, batch_size: int, max_tokens: int, *, chunk_size: int, spare_blocks: int = 0
+    ) -> BlockPool:
+        """Pages for ``batch_size`` sequences of up to ``max_tokens`` tokens."""
+        rows = self.cache_rows(max_tokens, chunk_size)
+        return make_pool(self.stack, batch_size, rows, spare_blocks=spare_blocks)
+
+    @torch.inference_mode()
+    def start(self, prompt: Tensor, pool: BlockPool, *, chunk_size: int) -> CATDecoding:
+        """Reads ``prompt (B, N)`` (N may be 0) and returns the sequences, ready to grow."""
+        prompt = self._check(prompt, chunk_size, "prompt")
+        return CATDecoding(self, prompt, PagedKVCache(pool, prompt.shape[0]), chunk_size)
+
+    def generate(
+        self,
+        prompt: Tensor,
+        num_tokens: int,
+        *,
+        chunk_size: int,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Continues ``prompt (B, N)`` by ``num_tokens`` tokens: ``(B, num_tokens)`` int64."""
+        total = check_length(prompt, num_tokens, self.config.max_tokens)
+        pool = self.block_pool(prompt.shape[0], total, chunk_size=chunk_size)
+        decoding = self.start(prompt, pool, chunk_size=chunk_size)
+        return sample(decoding, num_tokens, temperature=temperature, generator=generator)
+
+    def _check(self, tokens: Tensor, chunk_size: int, name: str = "tokens") -> Tensor:
+        if chunk_size not in self.config.chunk_sizes:
+            raise ValueError(
+                f"chunk_size: expected one of {self.config.chunk_sizes}, got {chunk_size}"
+            )
+        tokens = check_tokens(tokens, self.config.vocab_size, name)
+        if tokens.shape[1] > self.config.max_tokens:
+            raise ValueError(
+                f"{name}: expected at most max_tokens={self.config.max_tokens}, got "
+                f"{tokens.shape[1]}"
+            )
+        return tokens
+
+    def _vectors(self, chunks: Tensor) -> Tensor:
+        """The dummy and the vectors of ``chunks (B, K, C)``: ``(B, K + 1, width)``."""
+        dummy = self.dummy_vector.expand(chunks.shape[0], 1, -1)
+        if not chunks.shape[1]:
+            return dummy
+        vectors = self.compressor(chunks)
+        return torch.cat((dummy.to(vectors.dtype), vectors), dim=1)
+
+    def _separator(self, chunk_size: int) -> Tensor:
+        assert self.separators is not None
+        return self.separators[self.config.chunk_sizes.index(chunk_size)]
+
+
+class CATDecoding(Decoding):
+    """Sequences of a CAT: vectors 0..n in the cache, then the rows of the chunk being decoded.
+
+    When a chunk is full, its rows are dropped and its vector takes their place.
+    """
+
+    def __init__(
+        self, model: CompressAttendTransformer, prompt: Tensor, cache: PagedKVCache, chunk_size: int
+    ) -> None:
+        super().__init__(model.stack, cache, prompt.shape[1], model.config.max_tokens)
+        self._model, self._size = model, chunk_size
+        self._lead = model.config.leading_rows
+        batch = prompt.shape[0]
+        full, tail = divmod(prompt.shape[1], chunk_size)
+        chunks, rest = prompt[:, : full * chunk_size], prompt[:, full * chunk_size :]
+        self._chunk = prompt.new_zeros((batch, chunk_size))
+        self._chunk[:, :tail] = rest
+        # Completed chunks are seen through their vectors alone: their tokens need no rows.
+        rows = [model._vectors(chunks.view(batch, full, chunk_size))]
+        if model.separators is not None:
+            rows.append(model._separator(chunk_size).expand(batch, 1, -1))
+        rows.append(model.embedding(rest))
+        offsets = torch.arange(1, self._lead + tail, device=prompt.device)
+        positions = torch.cat((offsets.new_zeros(full + 1), offsets))
+        hidden = self._stack(torch.cat(rows, dim=1), positions, self._prefill)
+        self.logits = model.head(hidden[:, -1])
+
+    @torch.inference_mode()
+    def step(self, tokens: Tensor) -> Tensor:
+        model = self._model
+        offset = self.length % self._size
+        self._lengthen()
+        self._chunk[:, offset] = tokens
+        if offset + 1 < self._size:
+            rows = model.embedding(tokens).unsqueeze(1)
+            start = self._lead + offset
+        else:
+            rows = self._turn_chunk()
+            start = 0
+        hidden = self._stack(rows, slice(start, start + rows.shape[1]), self._append)
+        self.logits = model.head(hidden[:, -1])
+        return self.logits
+
+    def _select(self, sequences: Tensor) -> None:
+        super()._select(sequences)
+        self._chunk = self._chunk[sequences]
+
+    def _turn_chunk(self) -> Tensor:
+        """Replaces the finished chunk's rows by the first rows of the next block."""
+        model, done = self._model, self.length // self._size
+        self.cache.truncate_(torch.full_like(self.cache.seq_lens, done))
+        rows = model.compressor(self._chunk.unsqueeze(1), first=done - 1)
+        if model.separators is None:
+            return rows
+        separator = model._separator(self._size).expand(rows.shape[0], 1, -1)
+        return torch.cat((rows, separator), dim=1)
+
+
+def _waves(count: int, width: int) -> Tensor:
+    """Sinusoids of geometrically spaced lengths, of unit mean square: ``(count, width)``."""
+    frequency = torch.logspace(0, -math.log10(4 * count), (width + 1) // 2, dtype=torch.float64)
+    angle = torch.outer(torch.arange(count, dtype=torch.float64), frequency)
+    waves = torch.cat((angle.sin(), angle.cos()), dim=1)[:, :width]
+    return (math.sqrt(2) * waves).float()

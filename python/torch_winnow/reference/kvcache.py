@@ -1,0 +1,115 @@
+"""Definitions of the operators over paged caches."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def paged_attention(
+    query: Tensor,
+    key_pages: Tensor,
+    value_pages: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    *,
+    causal: bool = True,
+    block_indices: Tensor | None = None,
+    window: int | None = None,
+    sinks: int = 0,
+    key_bias: Tensor | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Softmax attention of each query head over the keys that its query may see."""
+    batch, heads, queries, dim = query.shape
+    blocks, key_heads, block_size, _ = key_pages.shape
+    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    scale = dim**-0.5 if scale is None else scale
+    out = query.new_zeros(batch, heads, queries, value_pages.shape[-1])
+    lse = torch.full((batch, heads, queries), -torch.inf, dtype=wide, device=query.device)
+    if key_bias is not None:
+        key_bias = key_bias.to(wide).expand(blocks, key_heads, block_size)
+    for b in range(batch):
+        length = int(seq_lens[b])
+        j = torch.arange(length, device=query.device)
+        block, slot = block_table[b].long()[j // block_size], j % block_size
+        for head in range(heads):
+            h = head // (heads // key_heads)
+            chosen = torch.ones(length, dtype=torch.bool, device=query.device)
+            if block_indices is not None:
+                named = block_indices[b] if block_indices.dim() == 2 else block_indices[b, h]
+                chosen = torch.isin(j // block_size, named)
+            key = key_pages[block, h, slot].to(wide)
+            value = value_pages[block, h, slot].to(wide)
+            for t in range(queries):
+                i = length - queries + t
+                seen = chosen & (j <= i) if causal else chosen.clone()
+                if window is not None:
+                    near = (i - j < window) if causal else ((i - j).abs() < window)
+                    seen &= near | (j < sinks)
+                score = key[seen] @ query[b, head, t].to(wide) * scale
+                if key_bias is not None:
+                    score = score + key_bias[block, h, slot][seen]
+                visible = score != -torch.inf
+                score = score[visible]
+                if score.numel() > 0:
+                    out[b, head, t] = (score.softmax(0) @ value[seen][visible]).to(out.dtype)
+                    lse[b, head, t] = score.logsumexp(0)
+    return (out, lse) if return_lse else out
+
+
+def block_summaries(
+    key_pages: Tensor, block_table: Tensor, seq_lens: Tensor, kind: str = "minmax"
+) -> Tensor:
+    """Minimum and maximum, or mean, of the keys of each block; zeros where there are none."""
+    batch, width = block_table.shape
+    _, heads, block_size, dim = key_pages.shape
+    wide = torch.float64 if key_pages.dtype == torch.float64 else torch.float32
+    sizes = (batch, heads, width, 2, dim) if kind == "minmax" else (batch, heads, width, dim)
+    summaries = torch.zeros(sizes, dtype=wide, device=key_pages.device)
+    for b in range(batch):
+        for i in range(-(-int(seq_lens[b]) // block_size)):
+            count = min(block_size, int(seq_lens[b]) - i * block_size)
+            keys = key_pages[block_table[b, i], :, :count].to(wide)
+            if kind == "minmax":
+                summaries[b, :, i] = torch.stack([keys.amin(1), keys.amax(1)], 1)
+            else:
+                summaries[b, :, i] = keys.mean(1)
+    return summaries
+
+
+def score_blocks(query: Tensor, summaries: Tensor) -> Tensor:
+    """Per key head, the largest score of a block over query heads and positions."""
+    batch, heads, queries, dim = query.shape
+    key_heads = summaries.shape[1]
+    q = query.to(summaries.dtype).reshape(batch, key_heads, -1, 1, dim)  # heads and positions in one
+    if summaries.dim() == 5:
+        low, high = summaries[:, :, None, :, 0], summaries[:, :, None, :, 1]
+        products = torch.maximum(q * low, q * high)
+    else:
+        products = q * summaries[:, :, None]
+    return products.sum(-1).amax(2)
+
+
+def select_blocks(
+    scores: Tensor,
+    k: int,
+    *,
+    seq_lens: Tensor,
+    block_size: int,
+    sink_blocks: int = 1,
+    recent_blocks: int = 1,
+) -> Tensor:
+    """The first and last blocks and the best of the others; of equal scores the lowest block."""
+    batch, heads, _ = scores.shape
+    selected = torch.full((batch, heads, k), -1, dtype=torch.int32, device=scores.device)
+    for b in range(batch):
+        blocks = -(-int(seq_lens[b]) // block_size)
+        for h in range(heads):
+            row = [float("-inf") if x != x else x for x in scores[b, h, :blocks].tolist()]
+            kept = {i for i in range(blocks) if i < sink_blocks or i >= blocks - recent_blocks}
+            ranked = sorted((i for i in range(blocks) if i not in kept), key=lambda i: -row[i])
+            chosen = sorted(kept | set(ranked[: k - len(kept)]))
+            selected[b, h, : len(chosen)] = torch.tensor(chosen, dtype=torch.int32)
+    return selected
