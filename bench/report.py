@@ -89,9 +89,7 @@ def plot(groups: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
     axis.tick_params(axis="y", labelsize=7)
     axis.axvline(1, color="black", linewidth=0.8)
     axis.set_xscale("log")
-    axis.set_xlabel(
-        "time of the strongest rival / time of torch-winnow (right of 1: ours is faster)"
-    )
+    axis.set_xlabel("time of the strongest rival / time of torch-winnow (right of 1: ours is faster)")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 

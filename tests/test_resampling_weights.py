@@ -12,9 +12,7 @@ from torch_winnow.resampling import effective_sample_size
 INF = float("inf")
 
 
-@pytest.mark.parametrize(
-    "shape", [(1,), (15,), (16,), (17,), (3, 64), (2, 3, 1000), (0, 4), (2, 0)]
-)
+@pytest.mark.parametrize("shape", [(1,), (15,), (16,), (17,), (3, 64), (2, 3, 1000), (0, 4), (2, 0)])
 def test_matches_definition(shape, dtype, cpu_capability):
     log_weights = (3 * torch.randn(shape)).to(dtype)
     result = effective_sample_size(log_weights)

@@ -101,9 +101,8 @@ def run(context: Context) -> Section:
         accuracy = [100 * right[name].mean().item() for name in _RULES]
         axis.plot([calls[name] for name in _RULES], accuracy, "o-", color="#2a7f62")
         for name, share in zip(_RULES, accuracy, strict=True):
-            axis.annotate(
-                name, (calls[name], share), fontsize=7, xytext=(4, -8), textcoords="offset points"
-            )
+            axis.annotate(name, (calls[name], share), fontsize=7, xytext=(4, -8),
+                          textcoords="offset points")
         axis.set_xscale("log")
         axis.set_xlabel("model calls for the whole infilling (log scale)")
         axis.set_ylabel("hidden bytes recovered exactly, %")

@@ -161,9 +161,7 @@ def run(context: Context) -> Section:
             (shift, "particles", "a candidate parses", "#9bc4b5"),
         ):
             heights = [100 * mean(name, attribute) for name in outcomes]
-            bars = axis.bar(
-                [p + offset for p in places], heights, 2 * shift, color=color, label=label
-            )
+            bars = axis.bar([p + offset for p in places], heights, 2 * shift, color=color, label=label)
             axis.bar_label(bars, fmt="%.0f%%", fontsize=8)
         axis.set_xticks(list(places), list(outcomes))
         axis.set_ylim(0, 110)
