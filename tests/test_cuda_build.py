@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_build_errors import CMAKE, ROOT, configure
-from test_package import python
 
 import torch_winnow
+from test_build_errors import CMAKE, ROOT, configure
+from test_package import python
 from torch_winnow import _library
 
 CUDA_LIBRARY = _library._path_of("_cuda")

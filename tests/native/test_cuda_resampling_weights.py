@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from conftest import TOLERANCE
 from torch_winnow import reference
 from torch_winnow.resampling import effective_sample_size

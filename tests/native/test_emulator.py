@@ -9,8 +9,20 @@ import torch
 pytestmark = pytest.mark.skipif(bool(host_library.why_not()), reason=str(host_library.why_not()))
 
 NEIGHBOURS, WARP_SUMS, REVERSE_WARPS, COPY_VECTORS = range(4)
-BUGS = """none missing_barrier late_barrier tail_off_by_one negative_index shuffle_mask own_lane_masked
-    source_lane divergent_barrier early_return uninitialised missing_warp_sync""".split()
+BUGS = [
+    "none",
+    "missing_barrier",
+    "late_barrier",
+    "tail_off_by_one",
+    "negative_index",
+    "shuffle_mask",
+    "own_lane_masked",
+    "source_lane",
+    "divergent_barrier",
+    "early_return",
+    "uninitialised",
+    "missing_warp_sync",
+]
 
 
 @pytest.fixture(params=host_library.ORDERS, autouse=True)
