@@ -45,9 +45,14 @@ STABLE_TORCH_LIBRARY(winnow, m) {
   // unmasking
   m.def(
       "logit_stats(Tensor logits, Tensor? mask, float temperature, Tensor? suppress_ids, "
-      "Tensor? target_ids, Tensor? unconditional_logits, float cfg_scale, Tensor? seed, bool raw) -> "
+      "Tensor? target_ids, Tensor? previous_logits, Tensor? unconditional_logits, float cfg_scale, "
+      "int? top_k, float? top_p, Tensor? seed, bool raw) -> "
       "(Tensor token, Tensor log_prob, Tensor argmax, Tensor max_prob, Tensor margin, "
       "Tensor entropy, Tensor logsumexp, Tensor target_log_prob, Tensor kl)");
+  m.def(
+      "select_positions(Tensor score, Tensor mask, int order, int criterion, float threshold, "
+      "int limit, Tensor? window, Tensor? at_least, Tensor? seed) -> (Tensor transfer, Tensor "
+      "count)");
 
   // kvcache
   m.def(

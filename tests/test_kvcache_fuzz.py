@@ -59,7 +59,7 @@ class CacheMachine(RuleBasedStateMachine):
         return BLOCKS - len({id(b) for _, rows in self.caches for row in rows for b in row.blocks})
 
     def claim(self, rows: list[Row], touched: list[tuple[int, list[int]]]) -> bool:
-        """Give each (row, block indices) blocks of its own; undo and say no if there are too few."""
+        """Give each (row, block indices) blocks of its own; undo it if there are too few."""
         before = [list(row.blocks) for row in rows]
         free = self.free_blocks()
         for r, indices in touched:
@@ -75,7 +75,9 @@ class CacheMachine(RuleBasedStateMachine):
                 row.blocks = blocks
         return free >= 0
 
-    def fresh_tokens(self, rows: int, tokens: int) -> tuple[list[list[int]], torch.Tensor, torch.Tensor]:
+    def fresh_tokens(
+        self, rows: int, tokens: int
+    ) -> tuple[list[list[int]], torch.Tensor, torch.Tensor]:
         ids = [[self.counter + r * tokens + t for t in range(tokens)] for r in range(rows)]
         self.counter += rows * tokens
         numbers = torch.tensor(ids, dtype=torch.float32).view(rows, 1, tokens, 1)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from torch_winnow import reference
 from torch_winnow.resampling import gather_particles, gather_particles_, resample
 
@@ -171,7 +172,7 @@ def test_opcheck_and_compile():
         (torch.zeros(3), torch.tensor(0), 0, "ancestors: .*got a scalar"),
         (torch.zeros(()), torch.zeros(3).long(), None, "dim: expected a dimension of state"),
         (torch.zeros(2, 3), torch.zeros(2, 3).long(), 0, "dim: expected .* got 0"),
-        (torch.zeros(4, 3), torch.zeros(2, 3).long(), None, r"state: expected the population.*4, 3"),
+        (torch.zeros(4, 3), torch.zeros(2, 3).long(), None, r"state: expected the pop.*4, 3"),
     ],
 )
 def test_errors_name_the_argument(gather, state, ancestors, dim, message):

@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+
 from torch_winnow import reference
 from torch_winnow.resampling import Status, resample
 
@@ -94,9 +95,7 @@ def test_threshold_and_mask_match_definition(scheme, threshold):
             masked, reference.resample(log_weights, mask=mask, keep_slots=keep_slots, **options)
         )
         # Finished particles are neither copied nor overwritten.
-        assert torch.equal(
-            masked.ancestors[~mask], torch.arange(33).expand(40, 33)[~mask]
-        )
+        assert torch.equal(masked.ancestors[~mask], torch.arange(33).expand(40, 33)[~mask])
         assert (masked.offspring[~mask] == 1).all()
 
 
@@ -189,9 +188,7 @@ def test_a_million_particles(scheme):
         assert int(result.offspring.sum()) == particles
         assert 0 <= int(result.ancestors.min()) <= int(result.ancestors.max()) < particles - 5
         assert (result.offspring[log_weights == -INF] == 0).all()
-        assert torch.equal(
-            torch.bincount(result.ancestors, minlength=particles), result.offspring
-        )
+        assert torch.equal(torch.bincount(result.ancestors, minlength=particles), result.offspring)
         if scheme == "systematic":
             error = result.offspring.cumsum(-1) - exact_counts(log_weights, particles)
             assert error.abs().max() < 1 + 1e-3  # of the float32 weights: 1e6 * 2^-24 and less
@@ -329,7 +326,7 @@ def test_opcheck_and_compile():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"log_weights": torch.ones(3, dtype=torch.int64)}, r"log_weights: expected float32.*int64"),
+        ({"log_weights": torch.ones(3).long()}, r"log_weights: expected float32.*int64"),
         ({"log_weights": torch.tensor(1.0)}, r"log_weights: expected \(\.\.\., K\), got a scalar"),
         ({"scheme": "best"}, "scheme: expected systematic.*got 'best'"),
         ({"num_samples": -1}, "num_samples: expected 0 to 2.40, got -1"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from torch_winnow import reference
 from torch_winnow.resampling import (
     FKSteering,
@@ -41,18 +42,14 @@ def test_product_is_the_tilt_of_the_terminal_reward(kind):
     rewards = torch.randn(6, 4, 8, dtype=torch.float64) * 3 - 2
     state, total = None, torch.zeros(4, 8, dtype=torch.float64)
     for step, reward in enumerate(rewards):
-        log_potential, state = fk_potential(
-            reward, state, kind=kind, lmbda=2.5, terminal=step == 5
-        )
+        log_potential, state = fk_potential(reward, state, kind=kind, lmbda=2.5, terminal=step == 5)
         total += log_potential
     torch.testing.assert_close(total, 2.5 * rewards[-1])
 
 
 def test_potential_dtypes():
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        log_potential, state = fk_potential(
-            torch.ones(3, dtype=dtype), None, kind="sum", lmbda=1.0
-        )
+        log_potential, state = fk_potential(torch.ones(3, dtype=dtype), None, kind="sum", lmbda=1.0)
         assert log_potential.dtype == state.reward.dtype == torch.float32
 
 
@@ -75,9 +72,7 @@ def test_large_rewards_are_not_clamped():
     assert result.log_z.item() == pytest.approx(60 - torch.tensor(4.0).log().item())
     carried = FKSteering("difference", lmbda=10.0, ess_threshold=1e-9)
     carried.step(torch.tensor([2.4, 3.0, 4.0, 6.0]))
-    torch.testing.assert_close(
-        carried.weights, torch.tensor([24.0, 30.0, 40.0, 60.0]).softmax(-1)
-    )
+    torch.testing.assert_close(carried.weights, torch.tensor([24.0, 30.0, 40.0, 60.0]).softmax(-1))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -87,9 +82,7 @@ def test_negative_rewards(kind):
     for reward in ([-1.0, -5.0, -2.0], [-4.0, -0.5, -3.0]):
         steering.step(torch.tensor(reward))
     steering.step(torch.tensor([-1.0, -2.0, -1.5]), terminal=True)
-    torch.testing.assert_close(
-        steering.weights, torch.tensor([-3.0, -6.0, -4.5]).softmax(-1)
-    )
+    torch.testing.assert_close(steering.weights, torch.tensor([-3.0, -6.0, -4.5]).softmax(-1))
 
 
 @pytest.mark.parametrize("kind", KINDS)

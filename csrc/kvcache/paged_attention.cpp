@@ -226,7 +226,9 @@ std::tuple<Tensor, Tensor> paged_attention(const Tensor& query, const Tensor& ke
                  "block_indices: expected (B, K) or (B, Hkv, K) with B=", batch,
                  " and Hkv=", key_heads, ", got ", shape_of(indices));
     check_last_contiguous("block_indices", indices);
-    call.block_indices = static_cast<const int32_t*>(indices.data_ptr());
+    static const int32_t kNoBlock = -1;  // an empty selection has no memory, but it is a selection
+    call.block_indices =
+        indices.numel() > 0 ? static_cast<const int32_t*>(indices.data_ptr()) : &kNoBlock;
     call.indices_stride[0] = indices.stride(0);
     call.indices_stride[1] = shared ? 0 : indices.stride(1);
     list_length = indices.size(indices.dim() - 1);

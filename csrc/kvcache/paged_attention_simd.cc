@@ -21,7 +21,7 @@ constexpr int64_t kKeys = 64;  // keys of a tile
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 // The weight of a key that its row may not see: adds nothing, and differs from a weight that
 // underflowed. What an excluded key or value holds, even NaN, must not reach the result.
-constexpr float kHidden = -0.0f;
+constexpr int32_t kHidden = std::numeric_limits<int32_t>::min();  // the bits of -0.0
 
 int64_t round_up(int64_t n, int64_t step) {
   return (n + step - 1) / step * step;
@@ -253,7 +253,10 @@ void weigh(float* scores, const Tile& tile, const Span& span, float scale, const
   f32x16 running = *top;
   for (int64_t j = 0; j < tile.keys; j += kLanes) {
     f32x16 x = load_lanes(scores + j) * scale;
-    if (bias) x = x + load_lanes(bias + j);
+    if (bias) {
+      const f32x16 extra = load_lanes(bias + j);
+      x = select(extra == f32x16(kNone), f32x16(kNone), x + extra);  // hides even a NaN
+    }
     if (!whole || j + kLanes > tile.keys) {
       const i32x16 index = lane_index() + static_cast<int32_t>(j);
       const i32x16 seen = ((index > low - 1) & (index < high)) | (index < sinks);
@@ -267,7 +270,7 @@ void weigh(float* scores, const Tile& tile, const Span& span, float scale, const
   f32x16 sum = 0.0f;
   for (int64_t j = 0; j < tile.keys; j += kLanes) {
     const f32x16 x = load_lanes(scores + j);
-    const f32x16 weight = select(x == f32x16(kNone), f32x16(kHidden), exp_lanes(x - shift));
+    const f32x16 weight = select(x == f32x16(kNone), as_float(i32x16(kHidden)), exp_lanes(x - shift));
     store_lanes(scores + j, weight);
     sum = sum + weight;
   }
@@ -284,9 +287,9 @@ template <typename Load>
 FloatPart careful_sum(const float* weights, int64_t count, const Load& load) {
   FloatPart sum{};
   for (int64_t j = 0; j < count; ++j) {
-    uint32_t bits;
+    int32_t bits;
     std::memcpy(&bits, weights + j, sizeof bits);
-    if (bits != 0x80000000u) sum = fma_part(FloatPart{} + weights[j], load(j), sum);
+    if (bits != kHidden) sum = fma_part(FloatPart{} + weights[j], load(j), sum);
   }
   return sum;
 }
@@ -541,14 +544,16 @@ void run_double(const PagedAttention& call, const PagedAttentionTask& task, doub
         double score = 0.0;
         for (int64_t d = 0; d < call.head_dim; ++d) score += q[d] * k[d];
         score *= call.scale;
+        double extra = 0.0;
         if (narrow) {
-          score += static_cast<double>(bias[j]);
+          extra = static_cast<double>(bias[j]);
         } else if (wide_bias) {
-          score +=
+          extra =
               wide_bias[tile.block * call.bias_stride[0] + task.key_head * call.bias_stride[1] +
                         (tile.slot + j) * call.bias_stride[2]];
         }
-        if (score == none) continue;
+        score += extra;
+        if (extra == none || score == none) continue;
         const double* v = value_row<double>(call, tile, task.key_head) + j * call.value_stride[2];
         const double highest = score > top ? score : top;
         const double shift = highest == none ? 0.0 : highest;  // a NaN score leaves no maximum

@@ -6,6 +6,10 @@
 // Included by *_simd.cc only, hence internal linkage.
 #pragma once
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #include <cstdint>
 #include <cstring>
 
@@ -20,6 +24,7 @@ typedef double DoublePart __attribute__((vector_size(64 / kParts)));
 typedef int64_t LongPart __attribute__((vector_size(64 / kParts)));
 typedef uint64_t WordPart __attribute__((vector_size(64 / kParts)));
 typedef float FloatHalf __attribute__((vector_size(32 / kParts)));
+typedef int32_t IntHalf __attribute__((vector_size(32 / kParts)));
 
 struct f64x8 {
   DoublePart part[kParts];
@@ -122,18 +127,20 @@ inline u64x8 to_words(f64x8 x) {
 }
 
 // Correctly rounded.
+inline DoublePart to_double(WordPart x) {
+#if defined(__AVX512DQ__) || defined(__aarch64__)
+  return __builtin_convertvector(x, DoublePart);
+#else
+  // The halves as mantissas of 2^84 and 2^52: one addition rounds, the others are exact.
+  const DoublePart high = (DoublePart)((x >> 32) | (uint64_t{0x453} << 52));
+  const DoublePart low = (DoublePart)((x & 0xffffffffu) | (uint64_t{0x433} << 52));
+  return (high - (0x1p84 + 0x1p52)) + low;
+#endif
+}
+
 inline f64x8 to_double(u64x8 x) {
   f64x8 r;
-  for (int p = 0; p < kParts; ++p) {
-#if defined(__AVX512DQ__) || defined(__aarch64__)
-    r.part[p] = __builtin_convertvector(x.part[p], DoublePart);
-#else
-    // The halves as mantissas of 2^84 and 2^52: one addition rounds, the others are exact.
-    const DoublePart high = (DoublePart)((x.part[p] >> 32) | (uint64_t{0x453} << 52));
-    const DoublePart low = (DoublePart)((x.part[p] & 0xffffffffu) | (uint64_t{0x433} << 52));
-    r.part[p] = (high - (0x1p84 + 0x1p52)) + low;
-#endif
-  }
+  for (int p = 0; p < kParts; ++p) r.part[p] = to_double(x.part[p]);
   return r;
 }
 
@@ -175,6 +182,41 @@ inline uint64_t multiply_high(uint64_t a, uint64_t b) {
   return static_cast<uint64_t>((static_cast<unsigned __int128>(a) * b) >> 64);
 }
 
+// The product of the low halves of each 64-bit lane, whatever the high halves hold.
+inline WordPart multiply_halves(WordPart a, WordPart b) {
+#if defined(__AVX512F__)
+  return (WordPart)_mm512_mul_epu32((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+  return (WordPart)_mm256_mul_epu32((__m256i)a, (__m256i)b);
+#elif defined(__SSE2__)
+  return (WordPart)_mm_mul_epu32((__m128i)a, (__m128i)b);
+#else
+  return (a & 0xffffffffu) * (b & 0xffffffffu);
+#endif
+}
+
+// multiply_high of every lane.
+inline u64x8 multiply_high(u64x8 a, u64x8 b) {
+  u64x8 r;
+  for (int p = 0; p < kParts; ++p) {
+    const WordPart x = a.part[p];
+    const WordPart y = b.part[p];
+    const WordPart low = multiply_halves(x, y);
+    const WordPart middle = multiply_halves(x >> 32, y) + (low >> 32);
+    const WordPart other = multiply_halves(x, y >> 32) + (middle & 0xffffffffu);
+    r.part[p] = multiply_halves(x >> 32, y >> 32) + (middle >> 32) + (other >> 32);
+  }
+  return r;
+}
+
+// first, first + 1, ...
+inline u64x8 count_from(uint64_t first) {
+  static constexpr uint64_t kIndex[kWide] = {0, 1, 2, 3, 4, 5, 6, 7};
+  u64x8 r = load_wide(kIndex);
+  for (int p = 0; p < kParts; ++p) r.part[p] += first;
+  return r;
+}
+
 // 2^exponent.
 inline double power_of_two(int64_t exponent) {
   const int64_t bits = (exponent + 1023) << 52;
@@ -190,31 +232,67 @@ inline int64_t exponent_of(double x) {
   return (bits >> 52) - 1023;
 }
 
-// philox_bits for kLanes elements at once, written so that the compiler vectorises over the lanes.
-inline void philox_lanes(uint64_t seed, uint64_t row, const uint64_t* element, uint64_t* bits) {
-  uint64_t c0[kLanes], c1[kLanes], c2[kLanes], c3[kLanes];
-  constexpr uint64_t kLow = 0xffffffffu;
-  for (int i = 0; i < kLanes; ++i) {
-    c0[i] = element[i] & kLow;
-    c1[i] = element[i] >> 32;
-    c2[i] = row & kLow;
-    c3[i] = row >> 32;
-  }
-  uint64_t k0 = seed & kLow;
-  uint64_t k1 = seed >> 32;
-  for (int round = 0; round < 10; ++round) {
-    for (int i = 0; i < kLanes; ++i) {
-      const uint64_t p0 = uint64_t{0xD2511F53u} * c0[i];
-      const uint64_t p1 = uint64_t{0xCD9E8D57u} * c2[i];
-      c0[i] = (p1 >> 32) ^ c1[i] ^ k0;
-      c2[i] = (p0 >> 32) ^ c3[i] ^ k1;
-      c1[i] = p1 & kLow;
-      c3[i] = p0 & kLow;
+// philox_bits for kWide pairs of row and element. Counters lie in the low half of their lane and
+// are never masked: the product reads no more than that.
+inline u64x8 philox_wide(uint64_t seed, u64x8 row, u64x8 element) {
+  u64x8 r;
+  for (int p = 0; p < kParts; ++p) {
+    WordPart c0 = element.part[p];
+    WordPart c1 = c0 >> 32;
+    WordPart c2 = row.part[p];
+    WordPart c3 = c2 >> 32;
+    auto k0 = static_cast<uint32_t>(seed);
+    auto k1 = static_cast<uint32_t>(seed >> 32);
+    for (int round = 0; round < 10; ++round) {
+      const WordPart p0 = multiply_halves(c0, WordPart{} + 0xD2511F53u);
+      const WordPart p1 = multiply_halves(c2, WordPart{} + 0xCD9E8D57u);
+      c0 = (p1 >> 32) ^ c1 ^ uint64_t{k0};
+      c2 = (p0 >> 32) ^ c3 ^ uint64_t{k1};
+      c1 = p1;
+      c3 = p0;
+      k0 += 0x9E3779B9u;
+      k1 += 0xBB67AE85u;
     }
-    k0 = (k0 + 0x9E3779B9u) & kLow;
-    k1 = (k1 + 0xBB67AE85u) & kLow;
+    r.part[p] = (c1 << 32) | (c0 & 0xffffffffu);
   }
-  for (int i = 0; i < kLanes; ++i) bits[i] = (c1[i] << 32) | c0[i];
+  return r;
+}
+
+inline u64x8 wide_word(uint64_t x) {
+  u64x8 r;
+  for (int p = 0; p < kParts; ++p) r.part[p] = WordPart{} + x;
+  return r;
+}
+
+// log(x) of positive normal numbers within 2 ulp: x = 2^e m with m in [sqrt(1/2), sqrt(2)), then
+// 2 atanh((m - 1) / (m + 1)).
+inline f64x8 log_wide(f64x8 x) {
+  static constexpr double kInverseOdd[] = {1.0 / 3,  1.0 / 5,  1.0 / 7,  1.0 / 9,  1.0 / 11,
+                                           1.0 / 13, 1.0 / 15, 1.0 / 17, 1.0 / 19, 1.0 / 21};
+  constexpr int64_t kRootHalf = 0x3fe6a09e667f3bcd;
+  f64x8 r;
+  for (int p = 0; p < kParts; ++p) {
+    const LongPart shifted = (LongPart)x.part[p] - kRootHalf;
+    const LongPart exponent = shifted >> 52;
+    const DoublePart m = (DoublePart)((shifted & 0xfffffffffffff) + kRootHalf);
+    // A small integer to double: its bits below a large power of two.
+    const DoublePart magic = DoublePart{} + 0x1.8p52;
+    const DoublePart e = (DoublePart)((LongPart)magic + exponent) - magic;
+    const DoublePart s = (m - 1.0) / (m + 1.0);
+    const DoublePart z = s * s;
+    DoublePart sum = DoublePart{} + kInverseOdd[9];
+    for (int i = 8; i >= 0; --i) sum = sum * z + kInverseOdd[i];
+    const DoublePart tail = s * z * sum + e * 0.5 * 1.90821492927058770002e-10;
+    r.part[p] = e * 6.93147180369123816490e-01 + 2.0 * (s + tail);
+  }
+  return r;
+}
+
+inline double log_of(double x) {
+  const f64x8 v = log_wide(wide(x));
+  double r;
+  std::memcpy(&r, &v, sizeof r);
+  return r;
 }
 
 }  // namespace

@@ -11,6 +11,7 @@
 #include <cmath>
 
 #include "common/dispatch_simd.h"
+#include "resampling/small_populations.h"
 #include "resampling/spread.h"
 #include "resampling/weigh.h"
 
@@ -354,7 +355,7 @@ void settle(const Work<T>& work, const Arrays<T>& arrays, int which) {
       p.resampled =
           call.ess_threshold < 0 || p.ess < call.ess_threshold * static_cast<double>(p.particles);
       if (p.resampled) {
-        p.log_z = (std::log(p.sum) - std::log(static_cast<double>(p.particles))) + p.top;
+        p.log_z = (log_of(p.sum) - log_of(static_cast<double>(p.particles))) + p.top;
         // The total is at most 2^60: remainders of a wrong guess fit a signed integer.
         p.scale = power_of_two(59 - exponent_of(p.sum));
       }
@@ -458,6 +459,18 @@ void run_masked(const Work<T>& work, int64_t row) {
 void resample_rows(const ResampleCall& call, int64_t begin, int64_t end, void* scratch) {
   dispatch_element(call.type, [&](auto zero) {
     using T = decltype(zero);
+    if constexpr (!std::is_same_v<T, double>) {
+      if (is_small(call)) {
+        const int64_t k = call.particles;
+        const auto small = k == 4    ? &resample_small<4, true, T>
+                           : k < 4   ? &resample_small<4, false, T>
+                           : k == 8  ? &resample_small<8, true, T>
+                           : k < 8   ? &resample_small<8, false, T>
+                           : k == 16 ? &resample_small<16, true, T>
+                                     : &resample_small<16, false, T>;
+        return small(call, begin, end);
+      }
+    }
     const Work<T> work(call, scratch);
     for (int64_t row = begin; row < end; ++row) {
       if (call.mask != nullptr) {

@@ -34,7 +34,11 @@ inline uint64_t uniform_bits(const ResampleCall& call, int64_t row, int64_t elem
 inline void uniform_lanes(const ResampleCall& call, int64_t row, const uint64_t* element,
                           int64_t limit, uint64_t* bits) {
   if (call.uniforms == nullptr) {
-    philox_lanes(call.seed, static_cast<uint64_t>(row), element, bits);
+    for (int h = 0; h < kLanes; h += kWide) {
+      const u64x8 drawn =
+          philox_wide(call.seed, wide_word(static_cast<uint64_t>(row)), load_wide(element + h));
+      std::memcpy(bits + h, &drawn, sizeof drawn);
+    }
     return;
   }
   for (int i = 0; i < kLanes; ++i) {
@@ -52,14 +56,19 @@ struct Grid {
   double near;      // more than the rounding error of a scaled cumulative weight
 };
 
+inline double near_tie(int64_t samples) {
+  return (static_cast<double>(samples) + 1.0) * 0x1p-50;
+}
+
 inline Grid make_grid(int64_t samples, uint64_t total, uint64_t offset) {
   Grid grid;
   grid.samples = static_cast<uint64_t>(samples);
   grid.total = total;
   grid.offset = offset;
-  grid.ratio = static_cast<double>(samples) / static_cast<double>(total);
-  grid.shift = static_cast<double>(offset) / static_cast<double>(total);
-  grid.near = (static_cast<double>(samples) + 1.0) * 0x1p-50;
+  const double inverse = 1.0 / static_cast<double>(total);
+  grid.ratio = static_cast<double>(samples) * inverse;
+  grid.shift = static_cast<double>(offset) * inverse;
+  grid.near = near_tie(samples);
   return grid;
 }
 
@@ -94,23 +103,31 @@ inline int64_t count_at(const ResampleCall& call, int64_t row, const Grid& grid,
                     : systematic_exact(grid, cumulative, guess);
 }
 
+// ceil(y), and where y is so near an integer that its rounding error may matter.
+inline LongPart count_part(DoublePart y, double near, LongPart* ties) {
+  const DoublePart r = nearest(y);
+  const DoublePart distance = y - r;
+  *ties |= (LongPart)(distance * distance <= near * near);
+  return small_to_long(r) - (LongPart)(y > r);
+}
+
+inline bool any_long(LongPart mask) {
+  int64_t words[kWide / kParts];
+  std::memcpy(words, &mask, sizeof mask);
+  int64_t found = 0;
+  for (const int64_t word : words) found |= word;
+  return found != 0;
+}
+
 // counts[i] for kWide cumulative weights.
 inline void systematic_counts(const Grid& grid, const uint64_t* cumulative, int64_t* counts) {
   const f64x8 c = to_double(load_wide(cumulative));
-  LongPart near = {};
+  LongPart ties = {};
   for (int p = 0; p < kParts; ++p) {
-    const DoublePart y = c.part[p] * grid.ratio - grid.shift;
-    const DoublePart r = nearest(y);
-    const LongPart count = small_to_long(r) - (LongPart)(y > r);
+    const LongPart count = count_part(c.part[p] * grid.ratio - grid.shift, grid.near, &ties);
     std::memcpy(counts + p * (kWide / kParts), &count, sizeof count);
-    const DoublePart distance = y - r;
-    near |= (LongPart)(distance * distance <= grid.near * grid.near);
   }
-  int64_t words[kWide / kParts];
-  std::memcpy(words, &near, sizeof near);
-  int64_t found = 0;
-  for (const int64_t word : words) found |= word;
-  if (found != 0) {
+  if (any_long(ties)) {
     for (int l = 0; l < kWide; ++l) counts[l] = systematic_exact(grid, cumulative[l], counts[l]);
   }
 }

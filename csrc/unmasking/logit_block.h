@@ -9,6 +9,8 @@ namespace winnow {
 namespace {
 
 constexpr float kNoLogit = -std::numeric_limits<float>::infinity();
+constexpr double kLn2 = 0.6931471805599453;
+constexpr double kUnit = 0x1p-23;  // exponents are held in units of 2^-23
 
 // log2(e) / temperature * 2^23, what exp_scaled multiplies with. Finite, so that 0 stays 0.
 inline float exponent_scale(double temperature) {
@@ -80,7 +82,7 @@ inline LogitBlock load_block(const LogitRows& rows, int64_t row, int64_t begin, 
   } else {
     const T* base =
         static_cast<const T*>(rows.unconditional) + row * rows.unconditional_stride + begin;
-    const f32x16 guidance = rows.guidance;
+    const f32x16 guidance = static_cast<float>(rows.guidance);
     // Equal logits stay as they are: infinite ones would become NaN.
     const auto guided = [&](f32x16 x, f32x16 u) __attribute__((always_inline)) {
       return select(x == u, x, u + guidance * (x - u));
@@ -121,6 +123,44 @@ inline float block_max(LogitBlock block) {
   }
   for (; v < block.vectors; ++v) top[0] = max_lanes(load_lanes(block.data + v * kLanes), top[0]);
   return max_lane(max_lanes(max_lanes(top[0], top[1]), max_lanes(top[2], top[3])));
+}
+
+inline bool any_nan(LogitBlock block) {
+  i32x16 found = 0;
+  for (int64_t v = 0; v < block.vectors; ++v) {
+    const f32x16 x = load_lanes(block.data + v * kLanes);
+    found = found | (x != x);
+  }
+  return any(found);
+}
+
+struct KeptWeights {
+  f32x16 exponent;  // clamped, in units of 2^-23
+  f32x16 mass;
+};
+
+// Weights of sixteen logits, exactly zero where a token must not be drawn: suppressed, truncated or
+// too small for a float.
+WINNOW_LANES KeptWeights kept_weights(f32x16 x, i32x16 index, float reference, float scale,
+                                      const Truncation& kept) {
+  const f32x16 t = scaled_exponent(x, reference, scale);
+  const i32x16 tie =
+      (x == f32x16(kept.threshold)) & (index < static_cast<int32_t>(kept.last_tie + 1));
+  const i32x16 keeps = (t > f32x16(kLowestExponent)) & ((x > f32x16(kept.threshold)) | tie);
+  return {t, select(keeps, exp_scaled(t), f32x16(0.0f))};
+}
+
+// float, bfloat16 and half rows; double rows have a path of their own, without vectors.
+template <typename Fn>
+inline void dispatch_logits(ElementType type, const Fn& fn) {
+  switch (type) {
+    case ElementType::kBFloat16:
+      return fn(c10::BFloat16{});
+    case ElementType::kHalf:
+      return fn(c10::Half{});
+    default:
+      return fn(float{});
+  }
 }
 
 }  // namespace

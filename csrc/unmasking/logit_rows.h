@@ -25,7 +25,7 @@ struct LogitRows {
   int64_t stride;
   const void* unconditional;  // or null
   int64_t unconditional_stride;
-  float guidance;  // cfg_scale + 1
+  double guidance;  // cfg_scale + 1
   ElementType type;
   const int64_t* suppressed;  // ascending
   int64_t suppressed_count;

@@ -36,4 +36,8 @@ struct RowStats {
   double kl = kNan;
 };
 
+// A float64 row; `previous` and `target` may be null.
+RowStats double_row_stats(const LogitRows& rows, const LogitRows* previous, int64_t row,
+                          const LogitOptions& options, const int64_t* target);
+
 }  // namespace winnow

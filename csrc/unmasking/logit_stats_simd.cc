@@ -13,9 +13,6 @@
 namespace winnow::CPU_CAPABILITY {
 namespace {
 
-constexpr double kLn2 = 0.6931471805599453;
-constexpr double kUnit = 0x1p-23;  // exponents are held in units of 2^-23
-
 // Lane sums of a slice. Two chains per block and a second level per slice keep a long tail of small
 // terms from being rounded away against the largest one.
 struct LaneSums {
@@ -101,15 +98,6 @@ inline int64_t find(LogitBlock block, float value) {
   int64_t i = v * kLanes;
   while (block.data[i] != value) ++i;
   return i;
-}
-
-inline bool any_nan(LogitBlock block) {
-  i32x16 found = 0;
-  for (int64_t v = 0; v < block.vectors; ++v) {
-    const f32x16 x = load_lanes(block.data + v * kLanes);
-    found = found | (x != x);
-  }
-  return any(found);
 }
 
 // A run of slices, block after block: while the sums of one block are taken, the next one is read.
@@ -233,17 +221,6 @@ class SliceScan {
 
 typedef double Quad64 __attribute__((vector_size(32)));
 
-// Weights of sixteen logits, exactly zero where a token must not be drawn: suppressed, truncated or
-// too small for a float.
-inline f32x16 draw_weights(f32x16 x, i32x16 index, float reference, float scale,
-                           const Truncation& kept) {
-  const f32x16 t = scaled_exponent(x, reference, scale);
-  const i32x16 tie =
-      (x == f32x16(kept.threshold)) & (index < static_cast<int32_t>(kept.last_tie + 1));
-  const i32x16 keeps = (t > f32x16(kLowestExponent)) & ((x > f32x16(kept.threshold)) | tie);
-  return select(keeps, exp_scaled(t), f32x16(0.0f));
-}
-
 // Doubles: a tail that single precision would round away must keep its share.
 inline double sum_wide(f32x16 weights) {
   alignas(64) float w[kLanes];
@@ -266,7 +243,7 @@ int64_t draw(const LogitRows& rows, int64_t row, int64_t slice, float reference,
   const auto weights = [&](const LogitBlock& block, int64_t begin,
                            int64_t v) __attribute__((always_inline)) {
     const i32x16 index = lane_index() + static_cast<int32_t>(begin + v * kLanes);
-    return draw_weights(load_lanes(block.data + v * kLanes), index, reference, scale, kept);
+    return kept_weights(load_lanes(block.data + v * kLanes), index, reference, scale, kept).mass;
   };
   for (int64_t begin = start, b = 0; begin < end; begin += kLogitBlock, ++b) {
     const LogitBlock block = load_block<T>(rows, row, begin, block_length(rows, begin), buffer);
@@ -321,19 +298,6 @@ int64_t draw(const LogitRows& rows, int64_t row, int64_t slice, float reference,
     return token;
   }
   return token;
-}
-
-// c10's halves and floats; double rows have a loop of their own, without vectors.
-template <typename Fn>
-inline void dispatch_logits(ElementType type, const Fn& fn) {
-  switch (type) {
-    case ElementType::kBFloat16:
-      return fn(c10::BFloat16{});
-    case ElementType::kHalf:
-      return fn(c10::Half{});
-    default:
-      return fn(float{});
-  }
 }
 
 }  // namespace

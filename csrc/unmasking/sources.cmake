@@ -1,6 +1,9 @@
 list(APPEND WINNOW_CPU_SOURCES
   csrc/unmasking/logit_stats.cpp
+  csrc/unmasking/logit_stats_double.cpp
+  csrc/unmasking/select_positions.cpp
 )
 list(APPEND WINNOW_SIMD_SOURCES
   csrc/unmasking/logit_stats_simd.cc
+  csrc/unmasking/logit_truncation_simd.cc
 )

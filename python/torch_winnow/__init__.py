@@ -11,7 +11,15 @@ Four families, each a module of its own:
 """
 
 from torch_winnow._library import BuildInfo, build_info  # isort: skip  (loads the operators first)
-from torch_winnow import attention, kvcache, reference, resampling
+from torch_winnow import attention, kvcache, reference, resampling, unmasking
 
-__all__ = ["BuildInfo", "attention", "build_info", "kvcache", "reference", "resampling"]
+__all__ = [
+    "BuildInfo",
+    "attention",
+    "build_info",
+    "kvcache",
+    "reference",
+    "resampling",
+    "unmasking",
+]
 __version__ = build_info().version

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -57,11 +57,9 @@ def gather_particles(tree: Tree, ancestors: Tensor, dim: int | None = None) -> T
         {'x': tensor([7, 7, 5])}
     """
     at = ancestors.dim() - 1 if dim is None else dim
-    if isinstance(tree, Tensor):
-        return _gather(tree, ancestors, at)
-    return tree_map_only(  # type: ignore[no-any-return]
-        Tensor, lambda leaf: _gather(leaf, ancestors, at), tree
-    )
+    if isinstance(tree, Tensor):  # without the walk over a tree
+        return cast(Tree, _gather(tree, ancestors, at))
+    return cast(Tree, tree_map_only(Tensor, lambda leaf: _gather(leaf, ancestors, at), tree))
 
 
 def gather_particles_(tree: Tree, ancestors: Tensor, dim: int | None = None) -> Tree:
@@ -107,13 +105,13 @@ def gather_particles_(tree: Tree, ancestors: Tensor, dim: int | None = None) -> 
     return tree
 
 
-@torch.library.register_fake("winnow::gather_particles")
+@torch.library.register_fake("winnow::gather_particles")  # type: ignore[untyped-decorator]
 def _(state: Tensor, ancestors: Tensor, dim: int) -> Tensor:
     shape = list(state.shape)
     shape[dim] = ancestors.shape[-1]
     return state.new_empty(shape)
 
 
-@torch.library.register_fake("winnow::gather_particles_")
+@torch.library.register_fake("winnow::gather_particles_")  # type: ignore[untyped-decorator]
 def _(state: Tensor, ancestors: Tensor, dim: int) -> None:
     return None

@@ -81,8 +81,8 @@ def resample(
     - ``"multinomial"``: independent draws; slot j takes the particle at its uniform j. The most
       noise.
 
-    Weights are cumulated in 63-bit integers: offspring always sum to M, a particle of weight zero is
-    never chosen, and the result is bitwise the same for any number of threads and on any
+    Weights are cumulated in 63-bit integers: offspring always sum to M, a particle of weight zero
+    is never chosen, and the result is bitwise the same for any number of threads and on any
     instruction set.
 
     Args:
@@ -103,8 +103,8 @@ def resample(
         uniforms: float32 or float64 numbers in [0, 1) to use instead of drawing: ``(...)`` for
             systematic, ``(..., M)`` for stratified and multinomial; what lies outside is clamped.
             With ``mask`` the live slots take the first ones.
-        seed: int or 0-dim int64 tensor. A population's draws depend on the seed and the population's
-            linear index alone.
+        seed: int or 0-dim int64 tensor. A population's draws depend on the seed and the linear
+            index of the population alone.
         generator: where the seed is drawn from if none is given; by default torch's own.
 
     Returns:
@@ -122,15 +122,14 @@ def resample(
         >>> result.log_z.exp()
         tensor(0.2500)
     """
-    seed_tensor = None
-    if seed is None:
-        seed = 0
-        if uniforms is None:
-            seed_tensor = torch.randint(
-                2**63 - 1, (), generator=generator, device=log_weights.device
-            )
-    elif isinstance(seed, Tensor):
-        seed, seed_tensor = 0, seed
+    number, seed_tensor = 0, None
+    if isinstance(seed, Tensor):
+        seed_tensor = seed
+    elif seed is not None:
+        number = seed
+    elif uniforms is None:
+        device = log_weights.device
+        seed_tensor = torch.randint(2**63 - 1, (), generator=generator, device=device)
     return Resampling(
         *_resample(
             log_weights,
@@ -140,13 +139,13 @@ def resample(
             keep_slots,
             mask,
             uniforms,
-            seed,
+            number,
             seed_tensor,
         )
     )
 
 
-@torch.library.register_fake("winnow::resample")
+@torch.library.register_fake("winnow::resample")  # type: ignore[untyped-decorator]
 def _(
     log_weights: Tensor,
     scheme: str,

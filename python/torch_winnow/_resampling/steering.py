@@ -49,7 +49,7 @@ def fk_potential(
     lmbda: float,
     terminal: bool = False,
 ) -> tuple[Tensor, PotentialState]:
-    r"""Log potential of one step of Feynman-Kac steering, for the target :math:`p(x) e^{\lambda r}`.
+    r"""Log potential of one step of Feynman-Kac steering towards :math:`p(x) e^{\lambda r}`.
 
     Singhal et al., "A general framework for inference-time scaling and steering of diffusion
     models" (arXiv 2501.06848), section 3.2, in logarithms:
@@ -59,12 +59,12 @@ def fk_potential(
     - ``"sum"``: :math:`\lambda \sum_{s \le t} r_s`.
 
     The terminal potential of each kind is what makes the product of all exactly
-    :math:`e^{\lambda r}` with the terminal reward itself: particles weighted by it target the tilted
-    distribution whatever the rewards on the way were.
+    :math:`e^{\lambda r}` with the terminal reward itself: particles weighted by it target the
+    tilted distribution whatever the rewards on the way were.
 
     Args:
-        reward: ``(..., K)`` rewards of the particles now; may be negative. A particle whose reward is
-            -inf or NaN (a broken constraint) has weight zero from then on.
+        reward: ``(..., K)`` rewards of the particles now; may be negative. A particle whose reward
+            is -inf or NaN (a broken constraint) has weight zero from then on.
         state: what the previous step returned (gathered by the ancestors since), None at first.
         kind: see above.
         lmbda: strength of the tilt, at least 0.
@@ -133,8 +133,8 @@ class FKSteering:
     a population where its effective sample size is low. Populations (prompts) are independent.
 
     Survivors keep their slot, so :func:`gather_particles_` moves few rows. The samples with their
-    ``log_weights`` are properly weighted for :math:`p(x) e^{\\lambda r(x)}` after the terminal step,
-    whether or not the last steps resampled.
+    ``log_weights`` are properly weighted for :math:`p(x) e^{\\lambda r(x)}` after the terminal
+    step, whether or not the last steps resampled.
 
     Args:
         kind: ``"difference"``, ``"max"`` or ``"sum"``.
@@ -260,7 +260,7 @@ class FKSteering:
         return self.reward.nan_to_num(nan=-torch.inf).argmax(-1)
 
     def select(self, tree: Tree) -> Tree:
-        """The rows of :meth:`best` from any tree of tensors ``(..., K, *rest)``: ``(..., *rest)``."""
+        """The rows of :meth:`best` of a tree of tensors ``(..., K, *rest)``: ``(..., *rest)``."""
         best = self.best()
         at = best.dim()
         chosen = gather_particles(tree, best.unsqueeze(-1))

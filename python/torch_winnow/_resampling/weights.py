@@ -19,8 +19,8 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
 def effective_sample_size(log_weights: Tensor) -> Tensor:
     """Effective sample size of each population, ``(sum w)^2 / sum w^2``.
 
-    Kong, Liu and Wong (1994). Between 1 (one particle holds all mass) and K (equal weights); 0 where
-    no particle has any weight. A NaN counts as no weight; infinite weights share the mass.
+    Kong, Liu and Wong (1994). Between 1 (one particle holds all mass) and K (equal weights); 0
+    where no particle has any weight. A NaN counts as no weight; infinite weights share the mass.
 
     Args:
         log_weights: ``(..., K)`` natural-log weights of any magnitude, not necessarily normalised;
@@ -41,6 +41,6 @@ def effective_sample_size(log_weights: Tensor) -> Tensor:
     return _effective_sample_size(log_weights)  # type: ignore[no-any-return]
 
 
-@torch.library.register_fake("winnow::effective_sample_size")
+@torch.library.register_fake("winnow::effective_sample_size")  # type: ignore[untyped-decorator]
 def _(log_weights: Tensor) -> Tensor:
     return log_weights.new_empty(log_weights.shape[:-1], dtype=statistics_dtype(log_weights.dtype))

@@ -18,7 +18,15 @@ __all__ = ["Text", "load"]
 
 # Not sources of the library (installed packages, bundled wheels), or no prose of programs (tests with
 # their data, tables of characters, generated documentation).
-_SKIPPED = {"site-packages", "dist-packages", "_bundled", "test", "tests", "encodings", "pydoc_data"}
+_SKIPPED = {
+    "site-packages",
+    "dist-packages",
+    "_bundled",
+    "test",
+    "tests",
+    "encodings",
+    "pydoc_data",
+}
 _HELD_OUT_SHARE = 10  # one file in ten
 _LEAST_BYTES = 1_000_000
 

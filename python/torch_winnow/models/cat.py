@@ -83,8 +83,7 @@ class Compressor(nn.Module):
         self.position_rows = nn.Parameter(_waves(max_chunks, width))
         self.stack = Stack(config.compressor, _PREFIX + max(config.chunk_sizes))
         self.projections = nn.ModuleList(
-            nn.Linear(size * width, config.decoder.width, bias=False)
-            for size in config.chunk_sizes
+            nn.Linear(size * width, config.decoder.width, bias=False) for size in config.chunk_sizes
         )
         for projection in self.projections:
             nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
@@ -276,7 +275,7 @@ class CATDecoding(Decoding):
     def _turn_chunk(self) -> Tensor:
         """Replaces the finished chunk's rows by the first rows of the next block."""
         model, done = self._model, self.length // self._size
-        self.cache.truncate_(torch.full_like(self.cache.seq_lens, done))
+        self.cache.truncate_([done] * self.cache.batch_size)
         rows = model.compressor(self._chunk.unsqueeze(1), first=done - 1)
         if model.separators is None:
             return rows

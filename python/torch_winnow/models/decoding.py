@@ -66,9 +66,8 @@ class Decoding:
         self.cache = cache
         self.length = length
         self._max_tokens = max_tokens
-        pool = cache.pool
         # One view per layer, made once: indexing the pages at every step costs as much as a small op.
-        self._pages = [(pool.key_pages[i], pool.value_pages[i]) for i in range(stack.config.depth)]
+        self._pages = list(zip(cache.pool.key_pages, cache.pool.value_pages, strict=True))
 
     def step(self, tokens: Tensor) -> Tensor:
         """Appends ``tokens (B,)`` and returns the new ``logits``."""
@@ -88,10 +87,8 @@ class Decoding:
     def cache_bytes(self) -> int:
         """Bytes of keys and values in the blocks that the pool has handed out."""
         pool = self.cache.pool
-        blocks = pool.key_pages.shape[1]
-        return (pool.key_pages.nbytes + pool.value_pages.nbytes) // blocks * (
-            blocks - pool.num_free_blocks
-        )
+        pages = pool.key_pages.nbytes + pool.value_pages.nbytes
+        return pages * (pool.num_blocks - pool.num_free_blocks) // max(1, pool.num_blocks)
 
     def _lengthen(self) -> None:
         if self.length == self._max_tokens:

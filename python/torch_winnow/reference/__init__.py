@@ -22,6 +22,12 @@ from torch_winnow.reference.resampling import (
     gather_particles_,
     resample,
 )
+from torch_winnow.reference.unmasking import (
+    generate,
+    logit_stats,
+    select_positions,
+    unmask_step_,
+)
 
 __all__ = [
     "block_diagonal_attention",
@@ -32,9 +38,13 @@ __all__ = [
     "fk_potential",
     "gather_particles",
     "gather_particles_",
+    "generate",
+    "logit_stats",
     "merge_attention",
     "paged_attention",
     "resample",
     "score_blocks",
     "select_blocks",
+    "select_positions",
+    "unmask_step_",
 ]

@@ -48,9 +48,12 @@ def paged_attention(
                 if window is not None:
                     near = (i - j < window) if causal else ((i - j).abs() < window)
                     seen &= near | (j < sinks)
+                if key_bias is not None:
+                    bias = key_bias[block, h, slot]
+                    seen &= bias != -torch.inf
                 score = key[seen] @ query[b, head, t].to(wide) * scale
                 if key_bias is not None:
-                    score = score + key_bias[block, h, slot][seen]
+                    score = score + bias[seen]
                 visible = score != -torch.inf
                 score = score[visible]
                 if score.numel() > 0:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
@@ -43,15 +45,27 @@ def _draws(seed: int, row: int, count: int) -> Tensor:
 
 
 def _inverse_cdf(weights: Tensor, points: Tensor) -> Tensor:
-    """The first particle whose cumulative share exceeds the point; one without weight never does."""
+    """The first particle whose cumulative share exceeds the point: never one without weight."""
     cumulative = weights.cumsum(-1)
     index = torch.searchsorted(cumulative / cumulative[-1], points, right=True)
     last = int(weights.nonzero().max())  # rounding may leave a point at or above the last share
     return index.clamp(max=last)
 
 
-def _choose(weights: Tensor, samples: int, scheme: str, uniforms: Tensor | None, seed: int, row: int):
-    """Ancestors of one population; the order of residual ones is their index."""
+class _Options(NamedTuple):
+    scheme: str
+    samples: int
+    ess_threshold: float | None
+    keep_slots: bool
+    uniforms: Tensor | None
+    seed: int
+    row: int
+
+
+def _choose(weights: Tensor, options: _Options) -> Tensor:
+    """Ancestors of one population, ascending but for multinomial ones."""
+    scheme, samples, uniforms = options.scheme, options.samples, options.uniforms
+    seed, row = options.seed, options.row
     grid = torch.arange(samples, dtype=torch.float64)
     if scheme == "systematic":
         u = _draws(seed, row, 1) if uniforms is None else uniforms.double().reshape(1)
@@ -77,17 +91,8 @@ def _keep_slots(offspring: Tensor) -> Tensor:
     return ancestors
 
 
-def _resample_one(
-    log_w: Tensor,
-    scheme: str,
-    samples: int,
-    ess_threshold: float | None,
-    keep_slots: bool,
-    uniforms: Tensor | None,
-    seed: int,
-    row: int,
-) -> Resampling:
-    k = len(log_w)
+def _resample_one(log_w: Tensor, options: _Options) -> Resampling:
+    k, samples, threshold = len(log_w), options.samples, options.ess_threshold
     status = Status.OK
     if k == 0:
         status |= Status.NOTHING_LIVE
@@ -100,19 +105,19 @@ def _resample_one(
         status |= Status.INFINITE
     ess = effective_sample_size(log_w)
     dead = bool(status & (Status.NOTHING_LIVE | Status.NO_WEIGHT))
-    resampled = not dead and (ess_threshold is None or bool(ess < ess_threshold * k))
+    resampled = not dead and (threshold is None or bool(ess < threshold * k))
     log_z = torch.zeros((), dtype=torch.float64)
     if resampled:
         top = log_w.max()
         weights = torch.where(log_w == top, 1.0, torch.exp(log_w - top).nan_to_num(nan=0.0))
         log_z = weights.mean().log() + top
-        ancestors = _choose(weights, samples, scheme, uniforms, seed, row)
+        ancestors = _choose(weights, options)
         new_log_w = torch.zeros(samples, dtype=torch.float64)
     else:
         ancestors = torch.arange(samples) % max(k, 1)
         new_log_w = log_w[ancestors]
     offspring = torch.bincount(ancestors, minlength=k)
-    if keep_slots:
+    if options.keep_slots:
         ancestors = _keep_slots(offspring)
     return Resampling(
         ancestors,
@@ -125,13 +130,10 @@ def _resample_one(
     )
 
 
-def _resample_masked(log_w: Tensor, mask: Tensor, *options) -> Resampling:
+def _resample_masked(log_w: Tensor, mask: Tensor, options: _Options) -> Resampling:
     """The live particles are a population of their own; the others keep slot and are lowered."""
-    scheme, _, ess_threshold, keep_slots, uniforms, seed, row = options
     slot = mask.nonzero().squeeze(-1)
-    live = _resample_one(
-        log_w[slot], scheme, len(slot), ess_threshold, keep_slots, uniforms, seed, row
-    )
+    live = _resample_one(log_w[slot], options._replace(samples=len(slot)))
     ancestors = torch.arange(len(log_w))
     ancestors[slot] = slot[live.ancestors]
     lowered = log_w.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf) - live.log_z
@@ -163,17 +165,17 @@ def resample(
     results = []
     for row, log_w in enumerate(rows):
         u = None if uniforms is None else uniforms.reshape(len(rows), -1)[row]
-        options = (scheme, samples, ess_threshold, keep_slots, u, int(seed), row)
+        options = _Options(scheme, samples, ess_threshold, keep_slots, u, int(seed), row)
         if mask is None:
-            scheme_, *rest = options
-            results.append(_resample_one(log_w, scheme_, *rest))
+            results.append(_resample_one(log_w, options))
         else:
-            results.append(_resample_masked(log_w, mask.reshape(rows.shape)[row], *options))
+            results.append(_resample_masked(log_w, mask.reshape(rows.shape)[row], options))
     dtype = _statistics(log_weights).dtype
 
     def stack(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        values = [getattr(result, name) for result in results]
-        return torch.stack(values).reshape(shape).to(dtype) if values else torch.empty(shape, dtype=dtype)
+        if not results:
+            return torch.empty(shape, dtype=dtype)
+        return torch.stack([getattr(r, name) for r in results]).reshape(shape).to(dtype)
 
     return Resampling(
         stack("ancestors", (*population, samples), torch.int64),
@@ -198,7 +200,7 @@ def gather_particles(tree: Tree, ancestors: Tensor, dim: int | None = None) -> T
         taken = rows[(*index[:-1], ancestors)]
         return taken.movedim(tuple(range(ancestors.dim())), tuple(lead))
 
-    return tree_map_only(Tensor, gather, tree)
+    return tree_map_only(Tensor, gather, tree)  # type: ignore[no-any-return]
 
 
 def gather_particles_(tree: Tree, ancestors: Tensor, dim: int | None = None) -> Tree:

@@ -1,0 +1,147 @@
+// logit_stats of one float64 row: the definition in scalar arithmetic, for oracles and
+// gradient-free checks in double. One row is copied at a time.
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+#include <vector>
+
+#include "common/philox.h"
+#include "unmasking/logit_stats.h"
+
+namespace winnow {
+namespace {
+
+std::vector<double> load_row(const LogitRows& rows, int64_t row) {
+  const double* logits = static_cast<const double*>(rows.logits) + row * rows.stride;
+  std::vector<double> x(logits, logits + rows.vocab);
+  if (rows.unconditional != nullptr) {
+    const double* base =
+        static_cast<const double*>(rows.unconditional) + row * rows.unconditional_stride;
+    for (size_t i = 0; i < x.size(); ++i) {
+      if (x[i] != base[i]) x[i] = base[i] + rows.guidance * (x[i] - base[i]);
+    }
+  }
+  for (int64_t s = 0; s < rows.suppressed_count; ++s) {
+    x[static_cast<size_t>(rows.suppressed[s])] = -kInfinity;
+  }
+  return x;
+}
+
+struct Summary {
+  double top = -kInfinity;
+  double second = -kInfinity;
+  int64_t argmax = -1;
+  double log_mass = kNan;
+  double entropy = kNan;
+};
+
+// NaN anywhere gives a NaN log_mass.
+Summary summarise(const std::vector<double>& x, double temperature) {
+  Summary row;
+  for (size_t i = 0; i < x.size(); ++i) {
+    if (x[i] > row.top) {
+      row.second = row.top;
+      row.top = x[i];
+      row.argmax = static_cast<int64_t>(i);
+    } else if (x[i] > row.second) {
+      row.second = x[i];
+    }
+  }
+  double mass = 0.0;
+  double moment = 0.0;
+  for (const double logit : x) {
+    const double t = (logit - row.top) / temperature;
+    const double e = std::exp(t);
+    mass += e;
+    if (e > 0.0) moment += t * e;
+  }
+  row.log_mass = std::log(mass);
+  row.entropy = row.log_mass - moment / mass;
+  return row;
+}
+
+// Suppresses what top-k and top-p leave out.
+void truncate(std::vector<double>& x, double top, const LogitOptions& options) {
+  std::vector<size_t> order(x.size());
+  std::iota(order.begin(), order.end(), size_t{0});
+  std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return x[a] > x[b]; });
+  size_t kept = order.size();
+  if (options.top_k > 0) kept = std::min(kept, static_cast<size_t>(options.top_k));
+  const auto weight = [&](size_t rank) {
+    return std::exp((x[order[rank]] - top) / options.draw_temperature);
+  };
+  if (options.top_p < 1.0) {
+    double total = 0.0;
+    for (size_t rank = 0; rank < kept; ++rank) total += weight(rank);
+    double before = weight(0);
+    size_t nucleus = 1;
+    for (; nucleus < kept && before < options.top_p * total; ++nucleus) before += weight(nucleus);
+    kept = nucleus;
+  }
+  for (size_t rank = kept; rank < order.size(); ++rank) x[order[rank]] = -kInfinity;
+}
+
+int64_t draw(const std::vector<double>& x, double top, int64_t row, const LogitOptions& options) {
+  std::vector<double> cumulated(x.size());
+  double total = 0.0;
+  for (size_t i = 0; i < x.size(); ++i) {
+    total += std::exp((x[i] - top) / options.draw_temperature);
+    cumulated[i] = total;
+  }
+  const double uniform =
+      static_cast<double>(philox_bits(options.seed, static_cast<uint64_t>(row), 0) >> 11) * 0x1p-53;
+  // Strictly above: a token without mass adds nothing and is never met first.
+  const auto found = std::upper_bound(cumulated.begin(), cumulated.end(), uniform * total);
+  if (found != cumulated.end()) return found - cumulated.begin();
+  return std::lower_bound(cumulated.begin(), cumulated.end(), total) - cumulated.begin();
+}
+
+}  // namespace
+
+RowStats double_row_stats(const LogitRows& rows, const LogitRows* previous, int64_t row,
+                          const LogitOptions& options, const int64_t* target) {
+  RowStats stats;
+  std::vector<double> x = load_row(rows, row);
+  const bool nan = std::any_of(x.begin(), x.end(), [](double logit) { return std::isnan(logit); });
+  Summary measured = summarise(x, options.temperature);
+  if (nan) return stats;
+  if (std::isinf(measured.top)) {
+    stats.logsumexp = measured.top;
+    stats.token = stats.argmax = measured.argmax;
+    return stats;
+  }
+  std::vector<double> drawn = x;
+  if (options.truncates()) truncate(drawn, measured.top, options);
+  const std::vector<double>& x_measured = options.raw ? x : drawn;
+  if (!options.raw) measured = summarise(drawn, options.temperature);
+  const double t = options.temperature;
+  const auto log_prob = [&](int64_t index) {
+    return (x_measured[static_cast<size_t>(index)] - measured.top) / t - measured.log_mass;
+  };
+  stats.argmax = measured.argmax;
+  stats.token = options.draws ? draw(drawn, measured.top, row, options) : measured.argmax;
+  stats.log_prob = log_prob(stats.token);
+  stats.max_prob = std::exp(-measured.log_mass);
+  stats.margin = stats.max_prob * (1.0 - std::exp((measured.second - measured.top) / t));
+  stats.entropy = measured.entropy;
+  stats.logsumexp = measured.top / t + measured.log_mass;
+  if (target != nullptr) stats.target_log_prob = log_prob(*target);
+  if (previous != nullptr) {
+    const std::vector<double> y = load_row(*previous, row);
+    const Summary before = summarise(y, t);
+    double divergence = 0.0;
+    for (size_t i = 0; i < y.size(); ++i) {
+      const double log_p = log_prob(static_cast<int64_t>(i));
+      const double p = std::exp(log_p);
+      if (p > 0.0) divergence += p * (log_p - ((y[i] - before.top) / t - before.log_mass));
+    }
+    if (before.top == -kInfinity) divergence = kInfinity;
+    const bool lost =
+        before.top == kInfinity ||
+        std::any_of(y.begin(), y.end(), [](double logit) { return std::isnan(logit); });
+    stats.kl = lost ? kNan : divergence > 0.0 ? divergence : 0.0;
+  }
+  return stats;
+}
+
+}  // namespace winnow

@@ -1,0 +1,325 @@
+// Top-k and top-p without a sort: a histogram over the distance from the largest logit, in bins
+// that widen with the distance, holds counts and masses; the bin in which the count or the mass is
+// reached is refined bit by bit over the few logits in it. Two or three reads of the row, from a
+// cache for all but the longest.
+#include "unmasking/logit_truncation_simd.h"
+
+#include "unmasking/logit_block.h"
+
+namespace winnow::CPU_CAPABILITY {
+namespace {
+
+// 256 bins an octave, the first octave an eighth of a nat wide: a bin holds about 1% of a wide
+// distribution. 16 octaves reach 8000 nats.
+constexpr int kBins = 4096;
+constexpr int kBinShift = 15;
+constexpr double kBinsPerNat = 8.0;
+
+struct Bin {
+  double mass;
+  int64_t count;
+};
+
+inline float bin_scale(double temperature) {
+  const double scale = kBinsPerNat / temperature;
+  const double largest = std::numeric_limits<float>::max();
+  return static_cast<float>(scale < largest ? scale : largest);
+}
+
+inline i32x16 bin_of(f32x16 x, float reference, float scale) {
+  const f32x16 distance = (f32x16(reference) - x) * f32x16(scale) + f32x16(1.0f);
+  const i32x16 bin = (as_bits(distance) - 0x3f800000) >> kBinShift;
+  return select(bin > (kBins - 1), i32x16(kBins - 1), bin);
+}
+
+WINNOW_LANES void store_ints(int32_t* p, i32x16 v) {
+  for (int i = 0; i < kParts; ++i) {
+    *reinterpret_cast<LooseInts*>(p + i * kLanes / kParts) = (LooseInts)v.part[i];
+  }
+}
+
+// Ascending with the value; -0 sorts with 0.
+inline uint32_t key_of(float x) {
+  if (x == 0.0f) x = 0.0f;
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+
+inline float value_of(uint32_t key) {
+  const uint32_t bits = key >> 31 ? key & 0x7fffffffu : ~key;
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+// One refinement: the logits of a bin and what lies above them.
+struct Cut {
+  uint32_t key;   // the largest at which the target is reached
+  double above;   // measure of everything larger
+  int64_t equal;  // logits equal to it
+};
+
+// Measure: 1 for counts, the weight for masses.
+template <typename Measure>
+Cut refine(const float* values, int64_t n, double above, double target, const Measure& measure) {
+  uint32_t all = ~0u;
+  uint32_t some = 0;
+  uint32_t lowest = ~0u;
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t key = key_of(values[i]);
+    all &= key;
+    some |= key;
+    lowest = key < lowest ? key : lowest;
+  }
+  const auto measure_from = [&](uint32_t from) {
+    double sum = above;
+    for (int64_t i = 0; i < n; ++i) {
+      if (key_of(values[i]) >= from) sum += measure(values[i]);
+    }
+    return sum;
+  };
+  const uint32_t open = all ^ some;  // the bits in which they differ
+  uint32_t key = all;
+  for (uint32_t bit = 1u << 31; bit != 0; bit >>= 1) {
+    if ((open & bit) == 0) continue;
+    // `all` has no bit below that is not in every key, so this compares whole prefixes.
+    const uint32_t trial = (key | bit) & ~(bit - 1);
+    if (measure_from(trial) >= target) key |= bit;
+  }
+  Cut cut = {key < lowest ? lowest : key, above, 0};
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t k = key_of(values[i]);
+    if (k > cut.key) cut.above += measure(values[i]);
+    cut.equal += k == cut.key;
+  }
+  return cut;
+}
+
+template <typename T>
+class Truncator {
+ public:
+  Truncator(const LogitRows& rows, int64_t row, float reference, double temperature, float* scratch)
+      : rows_(rows),
+        row_(row),
+        reference_(reference),
+        scale_(exponent_scale(temperature)),
+        bin_scale_(bin_scale(temperature)),
+        scratch_(scratch) {}
+
+  Truncation find(int64_t top_k, double top_p) {
+    fill_bins();
+    Truncation kept = {kNoLogit, 0, -1};
+    int64_t counted = 0;
+    int bin = 0;
+    double above = 0.0;
+    int last_bin = kBins - 1;
+    double target_mass = total_;
+    if (top_k > 0 && top_k < finite_) {
+      for (; counted + bins_[bin].count < top_k; ++bin) {
+        counted += bins_[bin].count;
+        above += bins_[bin].mass;
+      }
+      last_bin = bin;
+      const int64_t n = collect(bin);
+      const Cut cut = refine(scratch_, n, static_cast<double>(counted), static_cast<double>(top_k),
+                             [](float) { return 1.0; });
+      kept.threshold = value_of(cut.key);
+      kept.ties = top_k - static_cast<int64_t>(cut.above);
+      target_mass = above + static_cast<double>(kept.ties) * weight(kept.threshold);
+      for (int64_t i = 0; i < n; ++i) {
+        if (key_of(scratch_[i]) > cut.key) target_mass += weight(scratch_[i]);
+      }
+    }
+    if (top_p < 1.0) {
+      target_mass *= top_p;
+      above = 0.0;
+      for (bin = 0; bin < last_bin && above + bins_[bin].mass < target_mass; ++bin) {
+        above += bins_[bin].mass;
+      }
+      while (bin > 0 && bins_[bin].count == 0) above -= bins_[--bin].mass;
+      const int64_t n = collect(bin);
+      const Cut cut = refine(scratch_, n, above, target_mass, [&](float x) { return weight(x); });
+      const float threshold = value_of(cut.key);
+      if (threshold >= kept.threshold) {
+        const double w = weight(threshold);
+        const double missing = w > 0.0 ? (target_mass - cut.above) / w : 1.0;
+        int64_t ties = 1;  // the smallest number that reaches the target
+        if (missing > 1.0) {
+          ties =
+              missing < static_cast<double>(cut.equal) ? static_cast<int64_t>(missing) : cut.equal;
+          if (static_cast<double>(ties) < missing && ties < cut.equal) ++ties;
+        }
+        if (threshold > kept.threshold || ties < kept.ties) kept.ties = ties;
+        kept.threshold = threshold;
+      }
+    }
+    if (kept.ties > 0) kept.last_tie = nth_equal(kept.threshold, kept.ties);
+    return kept;
+  }
+
+ private:
+  double weight(float x) const {
+    alignas(64) float w[kLanes];
+    store_lanes(w, exp_scaled(scaled_exponent(x, reference_, scale_)));
+    return w[0];
+  }
+
+  // visit(block, begin) for every block of the row until it returns false.
+  template <typename Visit>
+  void each_block(const Visit& visit) {
+    for (int64_t begin = 0; begin < rows_.vocab; begin += kLogitBlock) {
+      if (!visit(load_block<T>(rows_, row_, begin, block_length(rows_, begin), buffer_), begin)) {
+        return;
+      }
+    }
+  }
+
+  void fill_bins() {
+    for (Bin& bin : bins_) bin = {0.0, 0};
+    each_block([&](LogitBlock block, int64_t) {
+      for (int64_t v = 0; v < block.vectors; ++v) {
+        const f32x16 x = load_lanes(block.data + v * kLanes);
+        alignas(64) float w[kLanes];
+        alignas(64) int32_t b[kLanes];
+        store_lanes(w, exp_scaled(scaled_exponent(x, reference_, scale_)));
+        store_ints(b, bin_of(x, reference_, bin_scale_));
+        for (int i = 0; i < kLanes; ++i) {
+          bins_[b[i]].mass += w[i];
+          ++bins_[b[i]].count;
+        }
+        const i32x16 none = x == f32x16(kNoLogit);
+        if (!any(none)) continue;
+        for (int i = 0; i < kLanes; ++i) {  // take back what has no probability
+          if (block.data[v * kLanes + i] != kNoLogit) continue;
+          bins_[b[i]].mass -= w[i];
+          --bins_[b[i]].count;
+        }
+      }
+      return true;
+    });
+    for (const Bin& bin : bins_) {
+      total_ += bin.mass;
+      finite_ += bin.count;
+    }
+  }
+
+  // The logits of a bin, in order of the vocabulary.
+  int64_t collect(int bin) {
+    int64_t n = 0;
+    each_block([&](LogitBlock block, int64_t) {
+      for (int64_t v = 0; v < block.vectors; ++v) {
+        const f32x16 x = load_lanes(block.data + v * kLanes);
+        const i32x16 found = bin_of(x, reference_, bin_scale_) == i32x16(bin);
+        if (!any(found)) continue;
+        alignas(64) int32_t in[kLanes];
+        store_ints(in, found);
+        for (int i = 0; i < kLanes; ++i) {
+          const float value = block.data[v * kLanes + i];
+          if (in[i] != 0 && value != kNoLogit) scratch_[n++] = value;
+        }
+      }
+      return true;
+    });
+    return n;
+  }
+
+  int64_t nth_equal(float value, int64_t nth) {
+    int64_t index = -1;
+    each_block([&](LogitBlock block, int64_t begin) {
+      for (int64_t v = 0; v < block.vectors; ++v) {
+        if (!any(load_lanes(block.data + v * kLanes) == f32x16(value))) continue;
+        for (int i = 0; i < kLanes; ++i) {
+          if (block.data[v * kLanes + i] != value) continue;
+          index = begin + v * kLanes + i;
+          if (--nth == 0) return false;
+        }
+      }
+      return true;
+    });
+    return index;
+  }
+
+  const LogitRows& rows_;
+  const int64_t row_;
+  const float reference_;
+  const float scale_;
+  const float bin_scale_;
+  float* scratch_;
+  double total_ = 0.0;
+  int64_t finite_ = 0;
+  alignas(64) float buffer_[kLogitBlock];
+  Bin bins_[kBins];
+};
+
+inline i32x16 vocabulary_index(int64_t begin, int64_t vector) {
+  return lane_index() + static_cast<int32_t>(begin + vector * kLanes);
+}
+
+}  // namespace
+
+void find_truncation(const LogitRows& rows, int64_t row, float reference, double temperature,
+                     int64_t top_k, double top_p, float* scratch, Truncation* kept) {
+  dispatch_logits(rows.type, [&](auto zero) {
+    *kept =
+        Truncator<decltype(zero)>(rows, row, reference, temperature, scratch).find(top_k, top_p);
+  });
+}
+
+void sum_kept_slices(const LogitRows& rows, int64_t row, float reference, double temperature,
+                     const Truncation& kept, LogitSliceSums* sums) {
+  const float scale = exponent_scale(temperature);
+  dispatch_logits(rows.type, [&](auto zero) {
+    alignas(64) float buffer[kLogitBlock];
+    for (int64_t slice = 0; slice < logit_slices(rows.vocab); ++slice) {
+      LogitSliceSums& sum = sums[slice];
+      sum = {reference, reference, kNoLogit, -1, 0.0, 0.0, 0.0};
+      const int64_t end = slice_end(rows, slice);
+      for (int64_t begin = slice * kLogitSlice; begin < end; begin += kLogitBlock) {
+        const LogitBlock block =
+            load_block<decltype(zero)>(rows, row, begin, block_length(rows, begin), buffer);
+        f32x16 mass = 0.0f;
+        f32x16 moment = 0.0f;
+        for (int64_t v = 0; v < block.vectors; ++v) {
+          const KeptWeights w = kept_weights(load_lanes(block.data + v * kLanes),
+                                             vocabulary_index(begin, v), reference, scale, kept);
+          mass = mass + w.mass;
+          moment = fma_lanes(w.exponent, w.mass, moment);
+        }
+        sum.mass += sum_lanes(mass);
+        sum.moment += sum_lanes(moment) * kUnit * kLn2;
+      }
+      sum.drawn_mass = sum.mass;
+    }
+  });
+}
+
+void cross_logit_slice(const LogitRows& rows, const LogitRows& previous, int64_t row, int64_t slice,
+                       float reference, float previous_reference, double temperature,
+                       const Truncation& kept, double* cross) {
+  const float scale = exponent_scale(temperature);
+  *cross = 0.0;
+  dispatch_logits(rows.type, [&](auto zero) {
+    using T = decltype(zero);
+    alignas(64) float buffer[kLogitBlock];
+    alignas(64) float previous_buffer[kLogitBlock];
+    const int64_t end = slice_end(rows, slice);
+    for (int64_t begin = slice * kLogitSlice; begin < end; begin += kLogitBlock) {
+      const int64_t n = block_length(rows, begin);
+      const LogitBlock block = load_block<T>(rows, row, begin, n, buffer);
+      const LogitBlock before = load_block<T>(previous, row, begin, n, previous_buffer);
+      f32x16 sum = 0.0f;
+      for (int64_t v = 0; v < block.vectors; ++v) {
+        const KeptWeights w = kept_weights(load_lanes(block.data + v * kLanes),
+                                           vocabulary_index(begin, v), reference, scale, kept);
+        const f32x16 y = load_lanes(before.data + v * kLanes);
+        const f32x16 u = (y - f32x16(previous_reference)) * f32x16(scale);
+        const f32x16 term = w.mass * (w.exponent - u);
+        sum = sum + select(w.mass > f32x16(0.0f), term, f32x16(0.0f));
+      }
+      *cross += sum_lanes(sum) * kUnit * kLn2;
+    }
+  });
+}
+
+}  // namespace winnow::CPU_CAPABILITY

@@ -1,0 +1,25 @@
+#pragma once
+
+#include "common/cpu_capability.h"
+#include "unmasking/logit_rows.h"
+
+namespace winnow {
+
+// What top-k (0: all) and then top-p (1: all) keep of a row whose largest logit is `reference`.
+// `scratch` holds vocab floats.
+WINNOW_SIMD_DECLARE(find_truncation, const LogitRows& rows, int64_t row, float reference,
+                    double temperature, int64_t top_k, double top_p, float* scratch,
+                    Truncation* kept)
+
+// Sums of the kept part of every slice of a row, relative to `reference`.
+WINNOW_SIMD_DECLARE(sum_kept_slices, const LogitRows& rows, int64_t row, float reference,
+                    double temperature, const Truncation& kept, LogitSliceSums* sums)
+
+// Sum of exp(t) (t - u) over the kept part of one slice, t and u being (x - reference) /
+// temperature of the row and of the same row of `previous`. Infinite where the previous row has no
+// mass.
+WINNOW_SIMD_DECLARE(cross_logit_slice, const LogitRows& rows, const LogitRows& previous,
+                    int64_t row, int64_t slice, float reference, float previous_reference,
+                    double temperature, const Truncation& kept, double* cross)
+
+}  // namespace winnow

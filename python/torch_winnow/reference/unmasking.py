@@ -1,0 +1,271 @@
+"""Definitions of :mod:`torch_winnow.unmasking`. Give float64 logits for an oracle."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_winnow._logit_stats import LogitStats
+from torch_winnow._unmasking_rules import (
+    ConfidenceFactor,
+    ConfidenceThreshold,
+    EntropyBound,
+    EntropyThreshold,
+    PrefixThreshold,
+    Rule,
+    TopK,
+)
+
+__all__ = ["generate", "logit_stats", "select_positions", "unmask_step_"]
+
+INF = float("inf")
+
+
+def _truncated(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
+    """Top-k, then the smallest set of mass >= top_p; ties are kept from the lowest index on."""
+    order = logits.argsort(dim=-1, descending=True, stable=True)
+    ordered = logits.gather(-1, order)
+    if top_k is not None:
+        ordered[..., top_k:] = -INF
+    if top_p is not None and top_p < 1:
+        probability = (ordered / temperature).softmax(-1)
+        before = probability.cumsum(-1) - probability
+        beyond = before >= top_p
+        beyond[..., :1] = False
+        ordered = ordered.masked_fill(beyond, -INF)
+    return torch.empty_like(logits).scatter(-1, order, ordered)
+
+
+def logit_stats(
+    logits: Tensor,
+    *,
+    mask: Tensor | None = None,
+    temperature: float = 1.0,
+    suppress_ids: Tensor | Sequence[int] | None = None,
+    target_ids: Tensor | None = None,
+    previous_logits: Tensor | None = None,
+    unconditional_logits: Tensor | None = None,
+    cfg_scale: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    statistics: str = "processed",
+    seed: int | Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> LogitStats:
+    """See :func:`torch_winnow.unmasking.logit_stats`; the noise of a draw is another."""
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    x = logits.to(dtype)
+    if unconditional_logits is not None and cfg_scale != 0:
+        u = unconditional_logits.to(dtype)
+        x = torch.where(x == u, x, u + (cfg_scale + 1) * (x - u))
+    previous = None if previous_logits is None else previous_logits.to(dtype)
+    if suppress_ids is not None:
+        ids = torch.as_tensor(suppress_ids, dtype=torch.int64)
+        x = x.index_fill(-1, ids, -INF)
+        previous = None if previous is None else previous.index_fill(-1, ids, -INF)
+    draw_temperature = temperature if temperature > 0 else 1.0
+    drawn = _truncated(x, draw_temperature, top_k, top_p) / draw_temperature
+    measure_temperature = 1.0 if statistics == "raw" else draw_temperature
+    measured = x if statistics == "raw" else drawn
+
+    nan = x.isnan().any(-1)
+    top, argmax = x.max(-1)
+    log_p = measured.log_softmax(-1)
+    p = log_p.exp()
+    largest = torch.nn.functional.pad(p, (0, 1)).topk(2, -1).values
+    token = argmax
+    if temperature > 0 and (seed is not None or generator is not None):
+        if generator is None:
+            generator = torch.Generator().manual_seed(int(seed))  # type: ignore[arg-type]
+        clock = torch.empty(x.shape, dtype=torch.float64).exponential_(generator=generator)
+        arrival = clock.log() - drawn.double().log_softmax(-1)
+        token = torch.where(top == INF, argmax, arrival.argmin(-1))
+    kl = None
+    if previous is not None:
+        log_q = (previous / measure_temperature).log_softmax(-1)
+        log_q = torch.where((previous == -INF).all(-1, keepdim=True), -INF, log_q)
+        kl = torch.where(p == 0, 0.0, p * (log_p - log_q)).sum(-1)
+    stats = {
+        "log_prob": log_p.gather(-1, token[..., None])[..., 0],
+        "max_prob": largest[..., 0],
+        "margin": largest[..., 0] - largest[..., 1],
+        "entropy": torch.special.entr(p).sum(-1),
+        "logsumexp": measured.logsumexp(-1),
+        "target_log_prob": None
+        if target_ids is None
+        else log_p.gather(-1, target_ids.clamp(0, x.shape[-1] - 1)[..., None])[..., 0],
+        "kl": kl,
+    }
+    lost = nan | (top == -INF)
+    stats = {
+        name: None if value is None else value.masked_fill(nan, math.nan)
+        for name, value in stats.items()
+    }
+    ids_of = {"token": token.masked_fill(lost, -1), "argmax": argmax.masked_fill(lost, -1)}
+    if mask is not None:
+        stats = {
+            name: None if value is None else value.masked_fill(~mask, 0.0)
+            for name, value in stats.items()
+        }
+        ids_of["token"] = ids_of["token"].masked_fill(~mask, -1)
+        ids_of["argmax"] = ids_of["argmax"].masked_fill(~mask, 0)
+    return LogitStats(**ids_of, **stats)  # type: ignore[arg-type]
+
+
+def _prefix(scores: list[float], rule: Rule, step: int) -> int:
+    """How many of the scores, in the rule's order, it takes."""
+    match rule:
+        case EntropyThreshold():
+            hits = [score < rule.threshold for score in scores]
+            limit = len(scores) if rule.max_tokens is None else rule.max_tokens
+            return min([*hits, False].index(False), limit)
+        case EntropyBound():
+            sizes = range(1, len(scores) + 1)
+            return max(
+                (n for n in sizes if sum(scores[: n - 1]) <= rule.gamma and scores[n - 1] < INF),
+                default=0,
+            )
+        case ConfidenceThreshold():
+            return [*(score >= rule.threshold for score in scores), False].index(False)
+        case ConfidenceFactor():
+            sizes = range(1, len(scores) + 1)
+            return max((n for n in sizes if (n + 1) * (1 - scores[n - 1]) < rule.factor), default=0)
+        case PrefixThreshold():
+            low = rule.score == "entropy"
+            hits = [s < rule.threshold if low else s >= rule.threshold for s in scores]
+            return [*hits, False].index(False)
+        case TopK():
+            schedule = rule.schedule()
+            return max(1, schedule[min(step, len(schedule) - 1)])
+
+
+def select_positions(
+    score: Tensor,
+    mask: Tensor,
+    rule: Rule,
+    *,
+    window: Tensor | None = None,
+    step: int = 0,
+    at_least: Sequence[int] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`torch_winnow.unmasking.select_positions`; ``at_least`` is a floor per row."""
+    transfer = torch.zeros_like(mask)
+    left_to_right = isinstance(rule, PrefixThreshold) or (
+        isinstance(rule, EntropyThreshold) and rule.order == "left_to_right"
+    )
+    sign = 1 if rule.score == "entropy" else -1
+    for b in range(score.shape[0]):
+        start, end = (0, score.shape[1]) if window is None else window[b].tolist()
+        start, end = max(start, 0), min(end, score.shape[1])
+        positions = [i for i in range(start, end) if mask[b, i]]
+        value = {i: float(score[b, i]) for i in positions}
+        lost = [i for i in positions if math.isnan(value[i])]
+        valid = [i for i in positions if not math.isnan(value[i])]
+        if left_to_right:
+            run = [value[i] for i in positions]
+        else:
+            valid.sort(key=lambda i: sign * value[i])
+            run = [value[i] for i in valid]
+        count = _prefix(run, rule, step)
+        least = min(max(1, 1 if at_least is None else at_least[b]), len(positions))
+        chosen = positions[:count] if left_to_right and count >= least else (valid + lost)[
+            : max(count, least)
+        ]
+        transfer[b, chosen] = True
+    return transfer, transfer.sum(1)
+
+
+def _confidence(stats: LogitStats, rule: Rule) -> Tensor:
+    return {
+        "entropy": stats.entropy,
+        "margin": stats.margin,
+        "confidence": torch.where(
+            stats.token == stats.argmax, stats.max_prob, stats.log_prob.exp()
+        ),
+        "random": torch.where(stats.entropy.isnan(), math.nan, torch.rand(stats.entropy.shape)),
+    }[rule.score]
+
+
+def _without_mask(options: dict[str, Any], mask_id: int, vocab: int) -> dict[str, Any]:
+    ids = options.get("suppress_ids")
+    suppressed = [] if ids is None else [int(i) for i in ids]
+    own = [mask_id] if 0 <= mask_id < vocab else []
+    return {**options, "suppress_ids": suppressed + own}
+
+
+def unmask_step_(
+    tokens: Tensor,
+    logits: Tensor,
+    *,
+    mask_id: int,
+    rule: Rule,
+    window: Tensor | None = None,
+    step: int = 0,
+    at_least: Sequence[int] | None = None,
+    **logit_stats_options: Any,
+) -> tuple[Tensor, Tensor, LogitStats]:
+    """See :func:`torch_winnow.unmasking.unmask_step_`."""
+    masked = tokens == mask_id
+    options = _without_mask(logit_stats_options, mask_id, logits.shape[-1])
+    narrowed = options.pop("mask", None)
+    if narrowed is not None:
+        masked = masked & narrowed
+    if window is not None:
+        position = torch.arange(tokens.shape[1])
+        masked = masked & (position >= window[:, :1]) & (position < window[:, 1:])
+    stats = logit_stats(logits, mask=masked, **options)
+    transfer, _ = select_positions(
+        _confidence(stats, rule), masked, rule, step=step, at_least=at_least
+    )
+    transfer &= stats.token >= 0
+    tokens[transfer] = stats.token[transfer].to(tokens.dtype)
+    return transfer, transfer.sum(1), stats
+
+
+def generate(
+    model: Callable[[Tensor], Any],
+    tokens: Tensor,
+    *,
+    mask_id: int,
+    rule: Rule,
+    block_length: int | None = None,
+    steps: int | None = None,
+    **logit_stats_options: Any,
+) -> tuple[Tensor, Tensor, int, Tensor]:
+    """See :func:`torch_winnow.unmasking.generate`: rows one by one, without draws or early exit."""
+    tokens = tokens.clone()
+    step_map = torch.full(tokens.shape, -1)
+    entropies = torch.zeros(tokens.shape)
+    calls = 0
+    for b in range(tokens.shape[0]):
+        row = tokens[b : b + 1]
+        masks = (row[0] == mask_id).nonzero()[:, 0].tolist()
+        call = 0
+        length = block_length or max(1, tokens.shape[1])
+        for start in range(masks[0], masks[-1] + 1, length) if masks else []:
+            window = torch.tensor([[start, start + length]])
+            for step in range(length):
+                left = int((row[0, start : start + length] == mask_id).sum())
+                if left == 0:
+                    break
+                least = 1 if steps is None else math.ceil(left / max(1, steps - step))
+                logits = model(tokens)[b : b + 1]
+                transfer, _, stats = unmask_step_(
+                    row,
+                    logits,
+                    mask_id=mask_id,
+                    rule=rule,
+                    window=window,
+                    step=step,
+                    at_least=[least],
+                    **logit_stats_options,
+                )
+                step_map[b][transfer[0]] = call
+                entropies[b][transfer[0]] = stats.entropy[0, transfer[0]].float()
+                call += 1
+        calls = max(calls, call)
+    return tokens, step_map, calls, entropies
