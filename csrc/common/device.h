@@ -12,7 +12,7 @@
 //   block_sync() block_sync_or(flag) warp_sync(mask)
 //   shuffle(mask, value, lane) shuffle_xor(mask, value, offset) shuffle_up(mask, value, offset)
 //   ballot(mask, flag)
-//   atomic_add(pointer, value)
+//   atomic_add(pointer, value) atomic_or(pointer, bits)
 //   load_vector<N>(pointer) store_vector(pointer, vector)   2 to 16 bytes, aligned, one instruction
 //   fast_exp2(x)                              2 ulp on the GPU
 //
@@ -88,6 +88,31 @@ WINNOW_DEVICE T block_reduce(T value, Shared<T> scratch, const Combine& combine)
     block_sync();
   }
   return value;
+}
+
+// Exclusive sums over the threads of a block, in thread order; `total` is everyone's. `scratch` as
+// in block_reduce.
+template <int kThreads, typename T>
+WINNOW_DEVICE T block_scan(T value, Shared<T> scratch, T* total) {
+  T inclusive = value;
+  for (int offset = 1; offset < kWarp; offset *= 2) {
+    const T before = shuffle_up(kFullWarp, inclusive, offset);
+    if (lane_index() >= offset) inclusive += before;
+  }
+  if (lane_index() == kWarp - 1) scratch[warp_index()] = inclusive;
+  block_sync();
+  T start = T(0);
+  T sum = T(0);
+  for (int w = 0; w < kThreads / kWarp; ++w) {
+    if (w == warp_index()) start = sum;
+    const T other = scratch[w];
+    sum += other;
+  }
+  block_sync();
+  *total = sum;
+  // What the lanes before this one have: subtracting would round.
+  const T before = shuffle_up(kFullWarp, inclusive, 1);
+  return lane_index() == 0 ? start : start + before;
 }
 
 // The dtypes of floating inputs. fn receives T{}.

@@ -93,6 +93,10 @@ WINNOW_DEVICE uint64_t atomic_add(uint64_t* pointer, uint64_t value) {
   return atomicAdd(reinterpret_cast<unsigned long long*>(pointer), value);
 }
 
+WINNOW_DEVICE uint32_t atomic_or(uint32_t* pointer, uint32_t bits) {
+  return atomicOr(pointer, bits);
+}
+
 template <int kBytes>
 struct Word;
 template <>
@@ -171,6 +175,22 @@ class Stream {
 template <typename T>
 T* global(const Tensor& tensor) {
   return static_cast<T*>(tensor.data_ptr());
+}
+
+struct Seed {
+  const int64_t* on_device;
+  int64_t value;
+
+  WINNOW_DEVICE uint64_t get() const {
+    return static_cast<uint64_t>(on_device ? *on_device : value);
+  }
+};
+
+inline Seed seed_of(const Tensor& seed) {
+  check_dtype("seed", seed, ScalarType::Long);
+  check_dim("seed", seed, 0, "one number");
+  const auto* pointer = static_cast<const int64_t*>(seed.data_ptr());
+  return seed.is_cpu() ? Seed{nullptr, *pointer} : Seed{pointer, 0};
 }
 
 template <typename... Parameters, typename... Arguments>

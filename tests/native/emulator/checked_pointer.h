@@ -103,6 +103,12 @@ class Pointer {
     *at_ = before + value;
     return before;
   }
+  Value fetch_or(Value value) const {
+    bounds_.check(Access::kAtomic, bytes(), sizeof(Value), alignof(Value));
+    const Value before = *at_;
+    *at_ = before | value;
+    return before;
+  }
 
  private:
   const char* bytes() const { return reinterpret_cast<const char*>(at_); }

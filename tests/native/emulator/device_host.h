@@ -118,6 +118,11 @@ T atomic_add(host::Pointer<T, kShared> pointer, Value value) {
   return pointer.fetch_add(static_cast<T>(value));
 }
 
+template <bool kShared>
+uint32_t atomic_or(host::Pointer<uint32_t, kShared> pointer, uint32_t bits) {
+  return pointer.fetch_or(bits);
+}
+
 template <int N, typename T, bool kShared>
 Vector<std::remove_const_t<T>, N> load_vector(host::Pointer<T, kShared> pointer) {
   static_assert(N * sizeof(T) <= 16);
@@ -152,6 +157,17 @@ Global<T> global(const Tensor& tensor) {
   const int64_t elements = tensor.numel() == 0 ? 0 : last + 1;
   return {reinterpret_cast<T*>(begin),
           {begin, begin + elements * static_cast<int64_t>(tensor.element_size())}};
+}
+
+struct Seed {
+  Global<const int64_t> on_device;
+  uint64_t get() const { return static_cast<uint64_t>(*on_device); }
+};
+
+inline Seed seed_of(const Tensor& seed) {
+  check_dtype("seed", seed, ScalarType::Long);
+  check_dim("seed", seed, 0, "one number");
+  return {global<const int64_t>(seed)};
 }
 
 template <typename... Parameters, typename... Arguments>
