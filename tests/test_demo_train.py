@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+
 from torch_winnow.demo import text as text_module
 from torch_winnow.demo import train
 from torch_winnow.models import (

@@ -7,11 +7,10 @@
 
 #include <limits>
 
-#include "attention/element_rows.h"
 #include "attention/gradient_window.h"
 #include "attention/key_tile.h"
+#include "attention/operands.h"
 #include "attention/scratch.h"
-#include "attention/tile_product.h"
 #include "common/dispatch_simd.h"
 
 namespace winnow::CPU_CAPABILITY {

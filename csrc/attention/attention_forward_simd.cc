@@ -6,10 +6,10 @@
 
 #include <limits>
 
-#include "attention/element_rows.h"
+#include "attention/dot_bf16.h"
 #include "attention/key_tile.h"
+#include "attention/operands.h"
 #include "attention/scratch.h"
-#include "attention/tile_product.h"
 #include "common/dispatch_simd.h"
 
 namespace winnow::CPU_CAPABILITY {
@@ -22,8 +22,9 @@ template <typename T, class Math>
 class Forward {
   using Acc = typename Math::Acc;
   using Vec = typename Math::Vec;
+  using Operand = typename Math::Operand;
+  using Packed = Pack<T, Math>;
   static constexpr int kSize = Vec::size();
-  static constexpr int kVectors = kTile / kSize;
   static constexpr Acc kNone = -std::numeric_limits<Acc>::infinity();
 
  public:
@@ -31,23 +32,21 @@ class Forward {
       : problem_(problem), dim_(problem.dim), ld_(padded_dim(problem.dim)) {
     Scratch scratch(memory);
     rows_ = scratch.take<Acc>(kTile * ld_);
-    query_ = scratch.take<Acc>(kTile * ld_);
+    query_ = scratch.take<Operand>(kTile * ld_ + kTile * 16);
     out_ = scratch.take<Acc>(kTile * ld_);
-    key_ = scratch.take<Acc>(kTile * ld_);
-    value_ = scratch.take<Acc>(kTile * ld_);
-    finite_value_ = scratch.take<Acc>(kTile * ld_);
+    key_ = scratch.take<Operand>(kTile * ld_ + kTile * 16);
+    value_ = scratch.take<Operand>(kTile * ld_ + kTile * 16);
     scores_ = scratch.take<Acc>(kTile * kTile);
+    weights_ = scratch.take<Operand>(kTile * kTile);
   }
 
   void tile(int64_t batch, int64_t head, int64_t row, T* out, Acc* lse) {
     const int64_t count = smaller(kTile, problem_.pattern.rows - row);
     const int64_t kv_head = head / (problem_.query_heads / problem_.kv_heads);
     const Source& q = problem_.query;
-    load_rows(static_cast<const T*>(q.data) + batch * q.batch + head * q.head + row * q.row, q.row,
-              count, dim_, rows_, ld_);
-    for (int64_t i = count * ld_; i < kTile * ld_; ++i) rows_[i] = 0;
-    transpose_tile(rows_, ld_, kTile, ld_, query_, kTile);
-    for (int64_t i = 0; i < ld_ * kTile; ++i) out_[i] = 0;
+    Packed::lanes(static_cast<const T*>(q.data) + batch * q.batch + head * q.head + row * q.row,
+                  q.row, count, dim_, key_, query_);
+    zero(out_, ld_ * kTile);
     for (int lane = 0; lane < kTile; ++lane) {
       top_[lane] = kNone;
       sum_[lane] = 0;
@@ -56,23 +55,7 @@ class Forward {
     visible_ranges(problem_.pattern, row, count, &slots_, &locals_);
     attend(slots_, problem_.slot_key, problem_.slot_value, batch, kv_head);
     attend(locals_, problem_.key, problem_.value, batch, kv_head);
-
-    for (int64_t lane = 0; lane < count; ++lane) {
-      lse[lane] = sum_[lane] == 0
-                      ? kNone
-                      : static_cast<Acc>((top_[lane] + std::log2(sum_[lane])) * Acc(kLn2));
-      sum_[lane] = sum_[lane] == 0 ? Acc(0) : 1 / sum_[lane];
-    }
-    for (int64_t d = 0; d < dim_; ++d) {
-      for (int x = 0; x < kTile; x += kSize) {
-        Acc* place = out_ + d * kTile + x;
-        (Vec::loadu(place) * Vec::loadu(sum_ + x)).store(place);
-      }
-    }
-    transpose_tile(out_, kTile, ld_, kTile, rows_, ld_);
-    for (int64_t lane = 0; lane < count; ++lane) {
-      store_row(rows_ + lane * ld_, dim_, out + lane * dim_);
-    }
+    finish(count, out, lse);
   }
 
  private:
@@ -86,46 +69,56 @@ class Forward {
     for (int64_t j = first; j < last; j += kTile) {
       const int64_t count = smaller(kTile, last - j);
       const TileMask<Math> mask(ranges, j, count);
-      load_rows(keys + j * key.row, key.row, count, dim_, key_, ld_);
-      const bool finite = load_rows(values + j * value.row, value.row, count, dim_, value_, ld_);
-      if (!finite) copy_finite(value_, count * ld_, finite_value_);
+      bool finite;
+      const auto k = Packed::rows(keys + j * key.row, key.row, count, dim_, key_);
+      const auto v =
+          Packed::columns(values + j * value.row, value.row, count, dim_, value_, &finite);
       for (int g = 0; g < mask.count; ++g) {
-        with_width(mask.groups[g].width, [&](auto width) {
-          group<decltype(width)::value>(mask, mask.groups[g], finite);
+        const Group& group = mask.groups[g];
+        with_width(group.width, [&](auto width) {
+          const Operand* weights = weigh<decltype(width)::value>(mask, group, k, v);
+          if (!finite) {
+            add_nonfinite(mask, group, values + j * value.row, value.row, weights,
+                          group.width * kSize);
+          }
         });
       }
     }
   }
 
+  // One group of lanes through its keys; returns the weights.
   template <int W>
-  void group(const TileMask<Math>& mask, const Group& group, bool finite) {
+  const Operand* weigh(const TileMask<Math>& mask, const Group& group, OperandTile<Operand> k,
+                       OperandTile<Operand> v) {
     constexpr int kLanesWide = W * kSize;
     const int first_lane = group.vector * kSize;
     const int keys = group.end - group.begin;
     Vec factor[W];
     for (Vec& vec : factor) vec = Vec(static_cast<Acc>(problem_.scale * kLog2E));
-    product<Math, W, false>(keys, {key_ + group.begin * ld_, ld_, 1}, query_ + first_lane, kTile,
-                            dim_, scores_, kLanesWide, factor);
+    product<Math, W, false>(keys, {k.data + group.begin * k.ld, k.ld, 1}, query_ + first_lane, kTile,
+                            (dim_ + Math::kDepth - 1) / Math::kDepth, scores_, kLanesWide, factor);
+    Operand* weights = Packed::weights(scores_, weights_);
     for (int w = 0; w < W; ++w) {
-      factor[w] = softmax(mask, group, group.vector + w, scores_ + w * kSize, kLanesWide);
+      factor[w] = softmax(mask, group, group.vector + w, scores_ + w * kSize, kLanesWide,
+                          weights + w * kSize);
     }
-    const Acc* values = (finite ? value_ : finite_value_) + group.begin * ld_;
-    product<Math, W, true>(dim_, {values, 1, ld_}, scores_, kLanesWide, keys, out_ + first_lane,
-                           kTile, factor);
-    if (!finite) add_nonfinite(mask, group, kLanesWide);
+    product<Math, W, true>(dim_, {v.data + group.begin / Math::kDepth * v.ld, 1, v.ld}, weights,
+                           kLanesWide, keys / Math::kDepth, out_ + first_lane, kTile, factor);
+    return weights;
   }
 
   // Scores of one vector of lanes become weights; returns the factor that the lanes' output so far
   // is to be multiplied by.
-  Vec softmax(const TileMask<Math>& mask, const Group& group, int v, Acc* scores, int64_t ld) {
+  Vec softmax(const TileMask<Math>& mask, const Group& group, int v, Acc* scores, int64_t ld,
+              Operand* weights) {
     const Vec before = Vec::loadu(top_ + v * kSize);
+    const int keys = group.end - group.begin;
     Vec top = before;
-    for (int j = group.begin; j < group.end; ++j) {
-      Acc* place = scores + (j - group.begin) * ld;
-      Vec s = Vec::loadu(place);
-      if (j < group.full_begin || j >= group.full_end) {
-        s = Vec::blendv(Vec(kNone), s, mask.sees(v, j));
-        s.store(place);
+    for (int j = 0; j < keys; ++j) {
+      Vec s = Vec::loadu(scores + j * ld);
+      if (group.begin + j < group.full_begin || group.begin + j >= group.full_end) {
+        s = Vec::blendv(Vec(kNone), s, mask.sees(v, group.begin + j));
+        s.store(scores + j * ld);
       }
       top = larger_lanes(s, top);
     }
@@ -133,31 +126,63 @@ class Forward {
     const Vec reference = Vec::blendv(top, Vec(Acc(0)), top == Vec(kNone));
     const Vec decay = exp2_lanes(before - reference);
     Vec sum(Acc(0));
-    for (int j = group.begin; j < group.end; ++j) {
-      Acc* place = scores + (j - group.begin) * ld;
-      const Vec p = exp2_lanes(Vec::loadu(place) - reference);
-      sum = sum + p;
-      p.store(place);
+    for (int j = 0; j < keys; j += Math::kDepth) {
+      Vec p[Math::kDepth];
+      for (int i = 0; i < Math::kDepth; ++i) {
+        p[i] = exp2_lanes(Vec::loadu(scores + (j + i) * ld) - reference);
+        sum = sum + p[i];
+      }
+      Math::store(p, weights + j / Math::kDepth * ld);
     }
     top.store(top_ + v * kSize);
     at::vec::fmadd(Vec::loadu(sum_ + v * kSize), decay, sum).store(sum_ + v * kSize);
     return decay;
   }
 
-  // What copy_finite left out, for the lanes that do see it. The result there is infinite or NaN
+  // What Pack::columns left out, for the lanes that do see it. The result there is infinite or NaN
   // whatever the order of the terms.
-  void add_nonfinite(const TileMask<Math>& mask, const Group& group, int lanes) {
-    for (int j = group.begin; j < group.end; ++j) {
+  void add_nonfinite(const TileMask<Math>& mask, const Group& group, const T* values,
+                     int64_t stride, const Operand* weights, int lanes) {
+    const int keys = static_cast<int>(smaller(group.end, mask.keys));
+    for (int j = group.begin; j < keys; ++j) {
+      load_rows(values + j * stride, 0, 1, dim_, rows_, ld_);
       for (int64_t d = 0; d < dim_; ++d) {
-        const Acc x = value_[j * ld_ + d];
-        if (x * Acc(0) == Acc(0)) continue;
+        if (rows_[d] * Acc(0) == Acc(0)) continue;
         for (int i = 0; i < lanes; ++i) {
           const int lane = group.vector * kSize + i;
           if (mask.lane_sees(lane, j)) {
-            out_[d * kTile + lane] += scores_[(j - group.begin) * lanes + i] * x;
+            out_[d * kTile + lane] += Packed::weight(weights, lanes, j - group.begin, i) * rows_[d];
           }
         }
       }
+    }
+  }
+
+  // Divides by the sums and writes the rows.
+  void finish(int64_t count, T* out, Acc* lse) {
+    for (int64_t lane = 0; lane < kTile; ++lane) {
+      if (lane < count) {
+        lse[lane] = sum_[lane] == 0
+                        ? kNone
+                        : static_cast<Acc>((top_[lane] + std::log2(sum_[lane])) * Acc(kLn2));
+      }
+      sum_[lane] = sum_[lane] == 0 ? Acc(0) : 1 / sum_[lane];
+    }
+    for (int64_t d = 0; d < dim_; ++d) {
+      for (int x = 0; x < kTile; x += kSize) {
+        Acc* place = out_ + d * kTile + x;
+        (Vec::loadu(place) * Vec::loadu(sum_ + x)).store(place);
+      }
+    }
+    if constexpr (std::is_same_v<T, Acc>) {
+      if (count == kTile && ld_ == dim_) {
+        transpose_tile(out_, kTile, ld_, kTile, out, dim_);
+        return;
+      }
+    }
+    transpose_tile(out_, kTile, ld_, kTile, rows_, ld_);
+    for (int64_t lane = 0; lane < count; ++lane) {
+      store_row(rows_ + lane * ld_, dim_, out + lane * dim_);
     }
   }
 
@@ -165,15 +190,15 @@ class Forward {
   const int64_t dim_;
   const int64_t ld_;  // dim_ in whole vectors
   LaneRanges slots_, locals_;
-  Acc* rows_;          // (lane, dim): queries on their way in, outputs on their way out
-  Acc* query_;         // (dim, lane)
-  Acc* out_;           // (dim, lane), not yet divided by the sum
-  Acc* key_;           // (key, dim)
-  Acc* value_;         // (key, dim)
-  Acc* finite_value_;  // value_ with zeros for what is not finite, where there is such
-  Acc* scores_;        // (key, lane of the group)
-  Acc top_[kTile];     // maximum score so far, in units of log 2
-  Acc sum_[kTile];     // sum of exp2(score - top)
+  Acc* rows_;         // (lane, dim): outputs on their way out
+  Operand* query_;    // (dim, lane)
+  Acc* out_;          // (dim, lane), not yet divided by the sum
+  Operand* key_;      // (key, dim)
+  Operand* value_;    // (key, dim)
+  Acc* scores_;       // (key, lane of the group)
+  Operand* weights_;  // (key, lane of the group), where operands are not the scores' own type
+  Acc top_[kTile];    // maximum score so far, in units of log 2
+  Acc sum_[kTile];    // sum of exp2(score - top)
 };
 
 template <typename T, class Math>
@@ -200,7 +225,12 @@ void attention_forward(const AttentionProblem& problem, int64_t unit_begin, int6
   dispatch_element(problem.type, [&](auto zero) {
     using T = decltype(zero);
     using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
-    forward_units_of<T, Multiply<Acc>>(problem, unit_begin, unit_end, scratch, out, lse);
+#ifdef __AVX512BF16__
+    using Math = std::conditional_t<std::is_same_v<T, c10::BFloat16>, DotBf16, Multiply<Acc>>;
+#else
+    using Math = Multiply<Acc>;
+#endif
+    forward_units_of<T, Math>(problem, unit_begin, unit_end, scratch, out, lse);
   });
 }
 

@@ -12,7 +12,7 @@ constexpr int64_t forward_units(const AttentionProblem& problem) {
 
 // Bytes of scratch memory per thread, whatever the number of rows.
 constexpr int64_t forward_scratch_bytes(int64_t dim) {
-  return 8 * (6 * kTile * padded_dim(dim) + 2 * kTile * kTile) + 4096;
+  return 8 * (5 * kTile * padded_dim(dim) + 3 * kTile * 16 + 2 * kTile * kTile) + 4096;
 }
 
 // out: contiguous (batch, query_heads, rows, dim) of the element type. lse: contiguous (batch,

@@ -1,6 +1,8 @@
 // Rows of any element type in and out of the tiles, which hold float (or double).
 #pragma once
 
+#include <ATen/cpu/vec/vec.h>
+
 #include "common/lanes.h"
 
 namespace winnow::CPU_CAPABILITY {
@@ -86,6 +88,27 @@ inline bool load_rows(const double* src, int64_t stride, int64_t rows, int64_t d
     for (int64_t d = dim; d < ld; ++d) dst[r * ld + d] = 0.0;
   }
   return probe == probe;
+}
+
+template <typename Acc>
+inline bool all_finite(const Acc* src, int64_t stride, int64_t rows, int64_t dim) {
+  using Vec = at::vec::Vectorized<Acc>;
+  constexpr int kSize = Vec::size();
+  Vec probe[2] = {Vec(Acc(0)), Vec(Acc(0))};
+  Acc tail = 0;
+  for (int64_t r = 0; r < rows; ++r) {
+    const Acc* row = src + r * stride;
+    int64_t d = 0;
+    for (; d + 2 * kSize <= dim; d += 2 * kSize) {
+      probe[0] = at::vec::fmadd(Vec::loadu(row + d), Vec(Acc(0)), probe[0]);
+      probe[1] = at::vec::fmadd(Vec::loadu(row + d + kSize), Vec(Acc(0)), probe[1]);
+    }
+    for (; d < dim; ++d) tail += row[d] * Acc(0);
+  }
+  Acc lanes[kSize];
+  (probe[0] + probe[1]).store(lanes);
+  for (const Acc lane : lanes) tail += lane;
+  return tail == tail;
 }
 
 }  // namespace

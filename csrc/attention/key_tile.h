@@ -76,8 +76,9 @@ struct TileMask {
   Acc end[kTile];
   Group groups[kVectors];
   int count = 0;
+  int64_t keys;
 
-  TileMask(const LaneRanges& ranges, int64_t first_key, int64_t keys) {
+  TileMask(const LaneRanges& ranges, int64_t first_key, int64_t key_count) : keys(key_count) {
     int low[kTile];
     int high[kTile];
     for (int lane = 0; lane < kTile; ++lane) {
@@ -131,13 +132,6 @@ struct TileMask {
     return begin[lane] <= static_cast<Acc>(key) && static_cast<Acc>(key) < end[lane];
   }
 };
-
-// A copy with zeros for what is not finite: in a product over keys that some lanes don't see, zero
-// weight times NaN would be NaN.
-template <typename Acc>
-inline void copy_finite(const Acc* src, int64_t count, Acc* dst) {
-  for (int64_t i = 0; i < count; ++i) dst[i] = src[i] * Acc(0) == Acc(0) ? src[i] : Acc(0);
-}
 
 }  // namespace
 }  // namespace winnow::CPU_CAPABILITY

@@ -38,6 +38,8 @@ struct Multiply {
   static Vec broadcast(const Operand* a) { return Vec(*a); }
   static Vec load(const Operand* b) { return Vec::loadu(b); }
   static Vec add(const Vec& a, const Vec& b, const Vec& c) { return at::vec::fmadd(a, b, c); }
+  // kDepth vectors of a sum's terms, as one vector of operands.
+  static void store(const Vec* terms, Operand* b) { terms->store(b); }
 };
 
 // Row r and depth k of A lie at a[r * row + k * step].
@@ -65,12 +67,12 @@ inline void product_block(Broadcasts<typename Math::Operand> a, const typename M
   }
   const typename Math::Operand* column = a.a;
   for (int64_t k = 0; k < depth; ++k, column += a.step, b += ldb) {
-    Vec row[W];
+    decltype(Math::load(b)) row[W];
 #pragma GCC unroll 4
     for (int w = 0; w < W; ++w) row[w] = Math::load(b + w * kSize);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      const Vec x = Math::broadcast(column + r * a.row);
+      const auto x = Math::broadcast(column + r * a.row);
 #pragma GCC unroll 4
       for (int w = 0; w < W; ++w) sum[r][w] = Math::add(x, row[w], sum[r][w]);
     }

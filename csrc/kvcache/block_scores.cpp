@@ -23,8 +23,9 @@ void check_lengths(const Tensor& seq_lens, int64_t batch, int64_t width, int64_t
                    const char* holder) {
   check_cpu("seq_lens", seq_lens);
   check_dtype("seq_lens", seq_lens, ScalarType::Int);
-  WINNOW_CHECK(seq_lens.dim() == 1 && seq_lens.size(0) == batch, "seq_lens: expected (B,) with B=",
-               batch, " as in ", holder, ", got ", shape_of(seq_lens));
+  WINNOW_CHECK(seq_lens.dim() == 1 && seq_lens.size(0) == batch,
+               "seq_lens: expected (B,) with B=", batch, " as in ", holder, ", got ",
+               shape_of(seq_lens));
   check_last_contiguous("seq_lens", seq_lens);
   const auto* lengths = static_cast<const int32_t*>(seq_lens.data_ptr());
   for (int64_t b = 0; b < batch; ++b) {
@@ -74,7 +75,8 @@ Tensor block_summaries(const Tensor& key_pages, const Tensor& block_table, const
   const int64_t head_stride = key_pages.stride(1);
   const int64_t slot_stride = key_pages.stride(2);
   auto* out = static_cast<char*>(result.data_ptr());
-  const int64_t summary_bytes = (minmax ? 2 : 1) * dim * static_cast<int64_t>(result.element_size());
+  const int64_t summary_bytes =
+      (minmax ? 2 : 1) * dim * static_cast<int64_t>(result.element_size());
   const auto summarise = WINNOW_SIMD(block_summary);
   const auto work = [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) {

@@ -24,8 +24,12 @@ inline f32x16 higher(f32x16 a, f32x16 b) {
   return select(take, a, b);
 }
 
-inline double lower(double a, double b) { return a < b || a != a ? a : b; }
-inline double higher(double a, double b) { return a > b || a != a ? a : b; }
+inline double lower(double a, double b) {
+  return a < b || a != a ? a : b;
+}
+inline double higher(double a, double b) {
+  return a > b || a != a ? a : b;
+}
 
 template <typename T>
 f32x16 load(const T* p, int64_t n) {
@@ -36,28 +40,47 @@ void store(float* p, f32x16 v, int64_t n) {
   std::memcpy(p, &v, static_cast<size_t>(n < kLanes ? n : kLanes) * sizeof(float));
 }
 
+// NC registers of columns at a time: a row of a block is read in few pieces, in order.
+template <int NC, typename T>
+void summary_strip(const T* keys, int64_t stride, int64_t count, int64_t left, bool minmax,
+                   float* low_or_mean, float* high) {
+  f32x16 a[NC];
+  f32x16 b[NC];
+  for (int c = 0; c < NC; ++c) a[c] = b[c] = load(keys + c * kLanes, left - c * kLanes);
+  if (minmax) {
+    for (int64_t j = 1; j < count; ++j) {
+#pragma GCC unroll 4
+      for (int c = 0; c < NC; ++c) {
+        const f32x16 x = load(keys + j * stride + c * kLanes, left - c * kLanes);
+        a[c] = lower(a[c], x);
+        b[c] = higher(b[c], x);
+      }
+    }
+  } else {
+    for (int64_t j = 1; j < count; ++j) {
+#pragma GCC unroll 4
+      for (int c = 0; c < NC; ++c) {
+        a[c] = a[c] + load(keys + j * stride + c * kLanes, left - c * kLanes);
+      }
+    }
+    for (int c = 0; c < NC; ++c) a[c] = a[c] / f32x16(static_cast<float>(count));
+  }
+  for (int c = 0; c < NC; ++c) {
+    store(low_or_mean + c * kLanes, a[c], left - c * kLanes);
+    if (minmax) store(high + c * kLanes, b[c], left - c * kLanes);
+  }
+}
+
 template <typename T>
 void summary_of(const T* keys, int64_t stride, int64_t count, int64_t dim, bool minmax,
                 float* summary) {
-  for (int64_t d = 0; d < dim; d += kLanes) {
-    f32x16 low = load(keys + d, dim - d);
-    f32x16 high = low;
-    f32x16 sum = low;
-    for (int64_t j = 1; j < count; ++j) {
-      const f32x16 x = load(keys + j * stride + d, dim - d);
-      if (minmax) {
-        low = lower(low, x);
-        high = higher(high, x);
-      } else {
-        sum = sum + x;
-      }
-    }
-    if (minmax) {
-      store(summary + d, low, dim - d);
-      store(summary + dim + d, high, dim - d);
-    } else {
-      store(summary + d, sum / f32x16(static_cast<float>(count)), dim - d);
-    }
+  float* high = summary + dim;
+  int64_t d = 0;
+  for (; d + 4 * kLanes <= dim; d += 4 * kLanes) {
+    summary_strip<4>(keys + d, stride, count, 4 * kLanes, minmax, summary + d, high + d);
+  }
+  for (; d < dim; d += kLanes) {
+    summary_strip<1>(keys + d, stride, count, dim - d, minmax, summary + d, high + d);
   }
 }
 
@@ -116,10 +139,9 @@ void block_summary(const void* keys, ElementType type, int64_t stride, int64_t c
   });
 }
 
-void block_scores(const void* query, ElementType type, int64_t head_stride,
-                  int64_t position_stride, int64_t group, int64_t queries, int64_t dim,
-                  const void* summaries, int64_t block_stride, int64_t bounds_stride,
-                  int64_t blocks, void* scores) {
+void block_scores(const void* query, ElementType type, int64_t head_stride, int64_t position_stride,
+                  int64_t group, int64_t queries, int64_t dim, const void* summaries,
+                  int64_t block_stride, int64_t bounds_stride, int64_t blocks, void* scores) {
   dispatch_element(type, [&](auto zero) {
     using T = decltype(zero);
     using Result = std::conditional_t<std::is_same_v<T, double>, double, float>;

@@ -148,22 +148,30 @@ void attend(const PagedAttention& call, int64_t batch, int64_t list_length) {
   const int64_t stride = (scratch_floats + 15) / 16 * 16 * 2;  // room for doubles
   const AlignedFloats scratch = aligned_floats(threads * stride);
 
-  // Sequences differ in length and causal tiles in width, so threads take the next task when they
-  // are done. Which thread computes a task does not change it.
+  // Sequences differ in length and causal tiles in width, so threads take the next few tasks when
+  // they are done. Which thread computes a task does not change it.
   const auto for_each = [&](int64_t total, const auto& work_on) {
     std::atomic<int64_t> next{0};
+    const int64_t chunk = std::max<int64_t>(1, total / (8 * threads));
     torch::stable::parallel_for(0, std::min(threads, total), 1, [&](int64_t begin, int64_t end) {
       for (int64_t thread = begin; thread < end; ++thread) {
         float* memory = scratch.get() + thread * stride;
-        for (int64_t i = next++; i < total; i = next++) work_on(static_cast<size_t>(i), memory);
+        for (int64_t i = next.fetch_add(chunk); i < total; i = next.fetch_add(chunk)) {
+          const int64_t stop = std::min(i + chunk, total);
+          for (int64_t k = i; k < stop; ++k) work_on(k, k + 1 < stop, memory);
+        }
       }
     });
   };
   const auto run = WINNOW_SIMD(paged_attention_task);
-  for_each(count, [&](size_t i, float* memory) { run(call, tasks[i], memory, partial.get()); });
+  for_each(count, [&](int64_t i, bool more, float* memory) {
+    run(call, tasks[static_cast<size_t>(i)], more ? &tasks[static_cast<size_t>(i + 1)] : nullptr,
+        memory, partial.get());
+  });
   const auto merge = WINNOW_SIMD(paged_attention_merge);
-  for_each(static_cast<int64_t>(merges.size()), [&](size_t i, float* memory) {
-    merge(call, merges[i], merge_splits[i], merges[i].rows, memory, partial.get());
+  for_each(static_cast<int64_t>(merges.size()), [&](int64_t i, bool, float* memory) {
+    const PagedAttentionTask& rows_of = merges[static_cast<size_t>(i)];
+    merge(call, rows_of, merge_splits[static_cast<size_t>(i)], rows_of.rows, memory, partial.get());
   });
 }
 

@@ -12,136 +12,12 @@
 
 #include "common/dispatch_simd.h"
 #include "common/lanes.h"
+#include "kvcache/page_walk.h"
 #include "kvcache/tile_lanes.h"
+#include "kvcache/tile_math.h"
 
 namespace winnow::CPU_CAPABILITY {
 namespace {
-
-constexpr int64_t kKeys = 64;  // keys of a tile
-constexpr float kNone = -std::numeric_limits<float>::infinity();
-// The weight of a key that its row may not see: adds nothing, and differs from a weight that
-// underflowed. What an excluded key or value holds, even NaN, must not reach the result.
-constexpr int32_t kHidden = std::numeric_limits<int32_t>::min();  // the bits of -0.0
-
-int64_t round_up(int64_t n, int64_t step) {
-  return (n + step - 1) / step * step;
-}
-int64_t smaller(int64_t a, int64_t b) {
-  return a < b ? a : b;
-}
-int64_t larger(int64_t a, int64_t b) {
-  return a > b ? a : b;
-}
-
-// The key positions that a query position sees: [low, high) and [0, sinks).
-struct Span {
-  int64_t low;
-  int64_t high;
-  int64_t sinks;
-
-  bool misses(int64_t position, int64_t keys) const {
-    return position >= sinks && (position >= high || position + keys <= low);
-  }
-  bool covers(int64_t position, int64_t keys) const {
-    return (position >= low && position + keys <= high) || position + keys <= sinks;
-  }
-  bool has(int64_t position) const {
-    return (position >= low && position < high) || position < sinks;
-  }
-};
-
-Span span_of(const PagedAttention& call, int64_t length, int64_t row) {
-  const int64_t i = length - call.queries + row / call.group;
-  const int64_t causal_end = call.causal ? larger(0, i + 1) : length;
-  Span span{0, causal_end, 0};
-  if (call.window > 0) {
-    span.low = larger(0, i - call.window + 1);
-    if (!call.causal) span.high = larger(0, smaller(length, i + call.window));
-    span.sinks = smaller(call.sinks, causal_end);
-  }
-  return span;
-}
-
-struct Tile {
-  int64_t position;  // of the first key
-  int64_t keys;
-  int64_t block;
-  int64_t slot;
-};
-
-// The tiles of a task in ascending order, without those that none of its rows sees.
-struct Walk {
-  const PagedAttention& call;
-  const int32_t* table;
-  const int32_t* list;
-  int64_t length;
-  Span span;
-  int64_t entry;
-  int64_t end;
-  int64_t slot;
-
-  Walk(const PagedAttention& c, const PagedAttentionTask& task)
-      : call(c),
-        table(c.block_table + task.batch * c.table_stride),
-        list(c.block_indices ? c.block_indices + task.batch * c.indices_stride[0] +
-                                   task.key_head * c.indices_stride[1]
-                             : nullptr),
-        length(c.seq_lens[task.batch]),
-        span(span_of(c, length, task.first_row)),
-        entry(task.begin),
-        end(task.end),
-        slot(0) {
-    const Span last = span_of(c, length, task.first_row + task.rows - 1);
-    span.high = last.high;
-    span.sinks = last.sinks;
-  }
-
-  bool next(Tile* tile) {
-    for (; entry < end; ++entry, slot = 0) {
-      const int64_t logical = list ? list[entry] : entry;
-      if (logical < 0) continue;
-      const int64_t start = logical * call.block_size;
-      const int64_t stop = smaller(call.block_size, length - start);
-      while (slot < stop) {
-        const int64_t keys = smaller(kKeys, stop - slot);
-        *tile = {start + slot, keys, table[logical], slot};
-        slot += keys;
-        if (!span.misses(tile->position, keys)) return true;
-      }
-    }
-    return false;
-  }
-};
-
-template <typename T>
-const T* key_row(const PagedAttention& call, const Tile& tile, int64_t head) {
-  return static_cast<const T*>(call.key_pages) + tile.block * call.key_stride[0] +
-         head * call.key_stride[1] + tile.slot * call.key_stride[2];
-}
-
-template <typename T>
-const T* value_row(const PagedAttention& call, const Tile& tile, int64_t head) {
-  return static_cast<const T*>(call.value_pages) + tile.block * call.value_stride[0] +
-         head * call.value_stride[1] + tile.slot * call.value_stride[2];
-}
-
-// Into the L2 cache: tiles of keys and values, this one and the next, exceed the L1.
-inline void prefetch(const void* from, int64_t bytes) {
-  const char* p = static_cast<const char*>(from);
-  for (int64_t offset = 0; offset < bytes; offset += 64) __builtin_prefetch(p + offset, 0, 2);
-}
-
-// Query rows as the dot products want them: floats, or bf16 pairs where the machine multiplies
-// those.
-#if defined(__AVX512BF16__)
-template <typename T>
-constexpr bool kPairs = std::is_same_v<T, c10::BFloat16>;
-#else
-template <typename T>
-constexpr bool kPairs = false;
-#endif
-template <typename T>
-using QueryElement = std::conditional_t<kPairs<T>, T, float>;
 
 int64_t padded_dim(const PagedAttention& call) {
   return round_up(call.head_dim, 2 * kLanes);
@@ -168,199 +44,11 @@ void load_queries(const PagedAttention& call, const PagedAttentionTask& task,
   }
 }
 
-// One step of the dot products: kStep<T> elements of each row and key.
-template <typename T>
-constexpr int kStep = kPairs<T> ? 2 * kLanes : kWide;
-
-template <int NR, typename T>
-inline void dot_step(const QueryElement<T>* q, int64_t q_stride, const T* const* k, int64_t d,
-                     int64_t left, FloatPart* sums) {
-  constexpr int NK = kWide / NR;
-#if defined(__AVX512BF16__)
-  if constexpr (kPairs<T>) {
-    const __mmask32 mask = left >= 32 ? ~0u : (1u << left) - 1u;
-    __m512i rows[NR];
-#pragma GCC unroll 16
-    for (int r = 0; r < NR; ++r) rows[r] = _mm512_loadu_si512(q + r * q_stride + d);
-#pragma GCC unroll 16
-    for (int n = 0; n < NK; ++n) {
-      const __m512i key =
-          left >= 32 ? _mm512_loadu_si512(k[n] + d) : _mm512_maskz_loadu_epi16(mask, k[n] + d);
-#pragma GCC unroll 16
-      for (int r = 0; r < NR; ++r) {
-        sums[r * NK + n] =
-            (FloatPart)_mm512_dpbf16_ps((__m512)sums[r * NK + n], (__m512bh)rows[r], (__m512bh)key);
-      }
-    }
-    return;
-  }
-#endif
-  if constexpr (!kPairs<T>) {
-    FloatPart rows[NR];
-#pragma GCC unroll 16
-    for (int r = 0; r < NR; ++r) rows[r] = load_part(q + r * q_stride + d);
-#pragma GCC unroll 16
-    for (int n = 0; n < NK; ++n) {
-      const FloatPart key = left >= kWide ? load_part(k[n] + d) : load_part(k[n] + d, left);
-#pragma GCC unroll 16
-      for (int r = 0; r < NR; ++r) sums[r * NK + n] = fma_part(rows[r], key, sums[r * NK + n]);
-    }
-  }
-}
-
-// scores[r][j] = q_r . k_j for NR rows, as many keys at a time as fill a register with sums.
-template <int NR, typename T>
-void dot_rows(const QueryElement<T>* q, int64_t q_stride, const T* keys, int64_t key_stride,
-              int64_t count, int64_t dim, float* scores, const T* next) {
-  constexpr int NK = kWide / NR;
-  for (int64_t j = 0; j < count; j += NK) {
-    const T* k[NK];
-    for (int n = 0; n < NK; ++n) {
-      const int64_t row = smaller(j + n, count - 1);
-      k[n] = keys + row * key_stride;
-      if (next) prefetch(next + row * key_stride, dim * static_cast<int64_t>(sizeof(T)));
-    }
-    FloatPart sums[kWide];
-#pragma GCC unroll 16
-    for (int i = 0; i < kWide; ++i) sums[i] = FloatPart{};
-    int64_t d = 0;
-    for (; d + kStep<T> <= dim; d += kStep<T>) dot_step<NR>(q, q_stride, k, d, kStep<T>, sums);
-    if (d < dim) dot_step<NR>(q, q_stride, k, d, dim - d, sums);
-    float products[kWide];
-    store_part(products, sum_each(sums));
-    for (int r = 0; r < NR; ++r) {
-      std::memcpy(scores + r * kKeys + j, products + r * NK, NK * sizeof(float));
-    }
-  }
-}
-
 struct RowState {
   float* top;     // largest score so far
   float* total;   // sum of exp(score - top)
   float* shrink;  // by what this tile's larger top scales the earlier sums
 };
-
-// Turns the scores of one row into weights exp(score - top), kHidden where the row may not look.
-void weigh(float* scores, const Tile& tile, const Span& span, float scale, const float* bias,
-           float* top, float* total, float* shrink) {
-  const bool whole = span.covers(tile.position, tile.keys);
-  const auto local = [&](int64_t bound) {
-    return static_cast<int32_t>(larger(-1, smaller(bound - tile.position, kKeys)));
-  };
-  const i32x16 low = local(span.low);
-  const i32x16 high = local(span.high);
-  const i32x16 sinks = local(span.sinks);
-  f32x16 running = *top;
-  for (int64_t j = 0; j < tile.keys; j += kLanes) {
-    f32x16 x = load_lanes(scores + j) * scale;
-    if (bias) {
-      const f32x16 extra = load_lanes(bias + j);
-      x = select(extra == f32x16(kNone), f32x16(kNone), x + extra);  // hides even a NaN
-    }
-    if (!whole || j + kLanes > tile.keys) {
-      const i32x16 index = lane_index() + static_cast<int32_t>(j);
-      const i32x16 seen = ((index > low - 1) & (index < high)) | (index < sinks);
-      x = select(seen & (index < static_cast<int32_t>(tile.keys)), x, f32x16(kNone));
-    }
-    store_lanes(scores + j, x);
-    running = max_lanes(x, running);
-  }
-  const float highest = halving_max(running);
-  const float shift = highest == kNone ? 0.0f : highest;  // -inf - -inf would be NaN
-  f32x16 sum = 0.0f;
-  for (int64_t j = 0; j < tile.keys; j += kLanes) {
-    const f32x16 x = load_lanes(scores + j);
-    const f32x16 weight = select(x == f32x16(kNone), as_float(i32x16(kHidden)), exp_lanes(x - shift));
-    store_lanes(scores + j, weight);
-    sum = sum + weight;
-  }
-  float factor[kLanes];
-  store_lanes(factor, exp_lanes(f32x16(*top - shift)));
-  *shrink = *top == highest ? 1.0f : factor[0];
-  *total = *total * *shrink + halving_sum(sum);
-  *top = highest;
-}
-
-// The sums of a strip once more, key by key, leaving out what is hidden: a NaN or an infinity there
-// has spoilt them.
-template <typename Load>
-FloatPart careful_sum(const float* weights, int64_t count, const Load& load) {
-  FloatPart sum{};
-  for (int64_t j = 0; j < count; ++j) {
-    int32_t bits;
-    std::memcpy(&bits, weights + j, sizeof bits);
-    if (bits != kHidden) sum = fma_part(FloatPart{} + weights[j], load(j), sum);
-  }
-  return sum;
-}
-
-// sums[r][c] = sums[r][c] * shrink[r] + sum_j weights[r][j] * values[j][c] for NR rows and NC
-// registers of columns; `columns` < kWide (with NC = 1) for the last, incomplete one.
-template <int NR, int NC, typename T>
-void add_strip(const float* weights, const T* values, int64_t stride, int64_t count,
-               int64_t columns, float* sums, int64_t sums_stride, const float* shrink,
-               const T* next) {
-  const auto load = [&](int64_t j, int c) {
-    const T* row = values + j * stride;
-    return NC > 1 || columns >= kWide ? load_part(row + c * kWide) : load_part(row, columns);
-  };
-  FloatPart strip[NR][NC];
-#pragma GCC unroll 16
-  for (int r = 0; r < NR; ++r) {
-#pragma GCC unroll 16
-    for (int c = 0; c < NC; ++c) strip[r][c] = FloatPart{};
-  }
-  for (int64_t j = 0; j < count; ++j) {
-    if (next) prefetch(next + j * stride, NC * kWide * static_cast<int64_t>(sizeof(T)));
-    FloatPart v[NC];
-#pragma GCC unroll 16
-    for (int c = 0; c < NC; ++c) v[c] = load(j, c);
-#pragma GCC unroll 16
-    for (int r = 0; r < NR; ++r) {
-      const FloatPart weight = FloatPart{} + weights[r * kKeys + j];
-#pragma GCC unroll 16
-      for (int c = 0; c < NC; ++c) strip[r][c] = fma_part(weight, v[c], strip[r][c]);
-    }
-  }
-  FloatPart all{};
-#pragma GCC unroll 16
-  for (int r = 0; r < NR; ++r) {
-#pragma GCC unroll 16
-    for (int c = 0; c < NC; ++c) all += strip[r][c];
-  }
-  const bool spoilt = any_nan(all);
-#pragma GCC unroll 16
-  for (int r = 0; r < NR; ++r) {
-#pragma GCC unroll 16
-    for (int c = 0; c < NC; ++c) {
-      if (__builtin_expect(spoilt, 0)) {
-        strip[r][c] =
-            careful_sum(weights + r * kKeys, count, [&](int64_t j) { return load(j, c); });
-      }
-      float* sum = sums + r * sums_stride + c * kWide;
-      store_part(sum, fma_part(load_part(sum), FloatPart{} + shrink[r], strip[r][c]));
-    }
-  }
-}
-
-// Registers of columns that a strip of NR rows keeps: all accumulators, values and a weight fit.
-template <int NR>
-constexpr int kStripColumns = (kParts == 1 ? 16 : 8) / NR;
-
-template <int NR, typename T>
-void add_values(const float* weights, const T* values, int64_t stride, int64_t count, int64_t dim,
-                float* sums, int64_t sums_stride, const float* shrink, const T* next) {
-  constexpr int NC = kStripColumns<NR> > 8 ? 8 : kStripColumns<NR>;
-  int64_t c = 0;
-  for (; c + NC * kWide <= dim; c += NC * kWide) {
-    add_strip<NR, NC>(weights, values + c, stride, count, 0, sums + c, sums_stride, shrink,
-                      next ? next + c : nullptr);
-  }
-  for (; c < dim; c += kWide) {
-    add_strip<NR, 1>(weights, values + c, stride, count, dim - c, sums + c, sums_stride, shrink,
-                     next ? next + c : nullptr);
-  }
-}
 
 void load_bias(const PagedAttention& call, const Tile& tile, int64_t head, float* bias) {
   dispatch_element(call.bias_type, [&](auto zero) {
@@ -402,15 +90,23 @@ struct Scratch {
   }
 };
 
+// The tile whose rows are fetched meanwhile; no keys for none.
+struct Upcoming {
+  Tile tile;
+  int64_t key_head;
+};
+
 template <int NR, typename T>
 void attend_rows(const PagedAttention& call, const PagedAttentionTask& task, const Tile& tile,
-                 const Tile* next, int64_t first, const Scratch<T>& scratch) {
+                 const Upcoming& next, int64_t first, const Scratch<T>& scratch) {
   const int64_t head = task.key_head;
   float* scores = scratch.scores;
   const RowState& state = scratch.state;
   dot_rows<NR, T>(scratch.queries + first * padded_dim(call), padded_dim(call),
                   key_row<T>(call, tile, head), call.key_stride[2], tile.keys, call.head_dim,
-                  scores, next ? key_row<T>(call, *next, head) : nullptr);
+                  scores,
+                  ahead_of(key_row<T>(call, next.tile, next.key_head), call.head_dim,
+                           call.key_stride[2], next.tile.keys));
   const int64_t length = call.seq_lens[task.batch];
   for (int r = 0; r < NR; ++r) {
     const int64_t row = first + r;
@@ -420,7 +116,9 @@ void attend_rows(const PagedAttention& call, const PagedAttentionTask& task, con
   }
   add_values<NR, T>(scores, value_row<T>(call, tile, head), call.value_stride[2], tile.keys,
                     call.value_dim, scratch.sums + first * scratch.sums_stride, scratch.sums_stride,
-                    state.shrink + first, next ? value_row<T>(call, *next, head) : nullptr);
+                    state.shrink + first,
+                    ahead_of(value_row<T>(call, next.tile, next.key_head), call.value_dim,
+                             call.value_stride[2], next.tile.keys));
 }
 
 // Divides by the normaliser and stores a row of the result and its lse.
@@ -437,8 +135,8 @@ void finish_row(const PagedAttention& call, const PagedAttentionTask& task, int6
 }
 
 template <typename T>
-void run_task(const PagedAttention& call, const PagedAttentionTask& task, void* memory,
-              float* partial) {
+void run_task(const PagedAttention& call, const PagedAttentionTask& task,
+              const PagedAttentionTask* after, void* memory, float* partial) {
   const Scratch<T> scratch(call, task.rows, memory);
   const RowState& state = scratch.state;
   load_queries<T>(call, task, scratch.queries);
@@ -451,12 +149,16 @@ void run_task(const PagedAttention& call, const PagedAttentionTask& task, void* 
   const int64_t length = call.seq_lens[task.batch];
   Walk walk(call, task);
   Tile tile;
-  Tile next;
+  Tile next{};
   bool more = walk.next(&tile);
   while (more) {
     more = walk.next(&next);
     if (call.key_bias) load_bias(call, tile, task.key_head, scratch.bias);
-    const Tile* ahead = more && next.keys >= tile.keys ? &next : nullptr;
+    Upcoming ahead{next, task.key_head};
+    if (!more) {
+      ahead = {Tile{}, 0};  // no keys
+      if (after && Walk(call, *after).next(&next)) ahead = {next, after->key_head};
+    }
     for (int64_t r = 0; r < task.rows;) {
       const int64_t step = task.rows - r >= 4 ? 4 : task.rows - r >= 2 ? 2 : 1;
       // Rows ascend in position, so their spans do: the last one's end and the first one's start.
@@ -472,7 +174,7 @@ void run_task(const PagedAttention& call, const PagedAttentionTask& task, void* 
         } else {
           attend_rows<1, T>(call, task, tile, ahead, r, scratch);
         }
-        ahead = nullptr;  // once is enough
+        ahead.tile.keys = 0;  // once is enough
       }
       r += step;
     }
@@ -548,9 +250,8 @@ void run_double(const PagedAttention& call, const PagedAttentionTask& task, doub
         if (narrow) {
           extra = static_cast<double>(bias[j]);
         } else if (wide_bias) {
-          extra =
-              wide_bias[tile.block * call.bias_stride[0] + task.key_head * call.bias_stride[1] +
-                        (tile.slot + j) * call.bias_stride[2]];
+          extra = wide_bias[tile.block * call.bias_stride[0] + task.key_head * call.bias_stride[1] +
+                            (tile.slot + j) * call.bias_stride[2]];
         }
         score += extra;
         if (extra == none || score == none) continue;
@@ -579,14 +280,14 @@ void paged_attention_scratch(const PagedAttention& call, int64_t rows, int64_t* 
             3 * round_up(rows, kLanes) + 8 * kLanes;
 }
 
-void paged_attention_task(const PagedAttention& call, const PagedAttentionTask& task, void* scratch,
-                          void* partial) {
+void paged_attention_task(const PagedAttention& call, const PagedAttentionTask& task,
+                          const PagedAttentionTask* after, void* scratch, void* partial) {
   dispatch_element(call.type, [&](auto zero) {
     using T = decltype(zero);
     if constexpr (std::is_same_v<T, double>) {
       run_double(call, task, static_cast<double*>(scratch));
     } else {
-      run_task<T>(call, task, scratch, static_cast<float*>(partial));
+      run_task<T>(call, task, after, scratch, static_cast<float*>(partial));
     }
   });
 }

@@ -57,8 +57,11 @@ constexpr int64_t kAttentionRows = 64;  // rows of a task: scores and sums stay 
 WINNOW_SIMD_DECLARE(paged_attention_scratch, const PagedAttention& call, int64_t rows,
                     int64_t* floats)
 
+// `after`, or null, is the task that this thread will be given next: its first keys are fetched at
+// the end of this one.
 WINNOW_SIMD_DECLARE(paged_attention_task, const PagedAttention& call,
-                    const PagedAttentionTask& task, void* scratch, void* partial)
+                    const PagedAttentionTask& task, const PagedAttentionTask* after, void* scratch,
+                    void* partial)
 
 // Joins the partial results of the same rows, `splits` of them `stride` rows apart, in order.
 WINNOW_SIMD_DECLARE(paged_attention_merge, const PagedAttention& call,

@@ -30,16 +30,30 @@ inline FloatPart fma_part(FloatPart a, FloatPart b, FloatPart c) {
 #endif
 }
 
+// x - 0 is x for every x, so nothing is left but the broadcast; x + 0 would turn -0 into 0.
+inline FloatPart broadcast_part(float x) {
+  return x - FloatPart{};
+}
+
 inline FloatPart load_part(const float* p) {
   FloatPart v;
   std::memcpy(&v, p, sizeof v);
   return v;
 }
 
+// The compiler's own conversion of shorts goes through half registers.
 inline FloatPart load_part(const c10::BFloat16* p) {
+#if defined(__AVX512F__)
+  const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return (FloatPart)_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16);
+#elif defined(__AVX2__)
+  const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return (FloatPart)_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16);
+#else
   ShortPart raw;
   std::memcpy(&raw, p, sizeof raw);
   return (FloatPart)(__builtin_convertvector(raw, BitsPart) << 16);
+#endif
 }
 
 inline FloatPart load_part(const c10::Half* p) {

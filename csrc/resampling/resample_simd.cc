@@ -34,6 +34,7 @@ struct Work {
   W* weights;
   uint64_t* cumulative;
   uint32_t* guide;
+  uint32_t* freed;
 
   Work(const ResampleCall& c, void* memory)
       : call(c),
@@ -42,7 +43,8 @@ struct Work {
         population(*static_cast<Population*>(memory)),
         weights(reinterpret_cast<W*>(scratch + at.weights)),
         cumulative(reinterpret_cast<uint64_t*>(scratch + at.cumulative)),
-        guide(reinterpret_cast<uint32_t*>(scratch + at.guide)) {}
+        guide(reinterpret_cast<uint32_t*>(scratch + at.guide)),
+        freed(reinterpret_cast<uint32_t*>(scratch + at.freed)) {}
 
   Block& block(int64_t b) const {
     return *reinterpret_cast<Block*>(scratch + at.blocks + b * kBytesPerBlock);
@@ -236,35 +238,33 @@ void residual(const Work<T>& work, const Arrays<T>& arrays) {
   draw(work, rests, 0, drawn, arrays.offspring, nullptr);
 }
 
-// Ancestors in ascending order.
-void expand(const int64_t* offspring, int64_t particles, int64_t samples, int64_t* ancestors) {
+// Particle k as often as copies(k) says, ascending, `samples` in all.
+template <typename Index, typename Copies>
+void expand(int64_t particles, int64_t samples, Index* ancestors, const Copies& copies) {
   int64_t counts[kTile];
   int64_t end = 0;
   int64_t previous = 0;
   for (int64_t i = 0; i < particles; i += kTile) {
     const int64_t n = particles - i < kTile ? particles - i : kTile;
-    for (int64_t l = 0; l < n; ++l) counts[l] = end += offspring[i + l];
-    previous = scatter<int64_t>(counts, n, i, previous, samples, nullptr, ancestors);
+    for (int64_t l = 0; l < n; ++l) counts[l] = end += copies(i + l);
+    previous = scatter<Index>(counts, n, i, previous, samples, nullptr, ancestors);
   }
 }
 
 // Survivors stay where they are; their further offspring fill the freed slots in ascending order
-// (Murray, Lee and Jacob 2016).
-void fill_freed_slots(const int64_t* offspring, int64_t particles, int64_t* ancestors) {
-  int64_t source = -1;
-  int64_t surplus = 0;
+// (Murray, Lee and Jacob 2016). Lists of both first: a loop that asks per slot what to do costs a
+// mispredicted branch for most.
+void fill_freed_slots(const int64_t* offspring, int64_t particles, uint32_t* freed,
+                      uint32_t* sources, int64_t* ancestors) {
+  int64_t count = 0;
   for (int64_t k = 0; k < particles; ++k) {
-    if (offspring[k] > 0) {
-      ancestors[k] = k;
-      continue;
-    }
-    while (surplus == 0) {
-      ++source;
-      surplus = offspring[source] > 1 ? offspring[source] - 1 : 0;
-    }
-    ancestors[k] = source;
-    --surplus;
+    ancestors[k] = k;
+    freed[count] = static_cast<uint32_t>(k);
+    count += offspring[k] == 0;
   }
+  expand(particles, count, sources,
+         [&](int64_t k) { return offspring[k] > 0 ? offspring[k] - 1 : 0; });
+  for (int64_t i = 0; i < count; ++i) ancestors[freed[i]] = sources[i];
 }
 
 // Slots [begin, end) of a population that is not resampled: the identity and the weights carried.
@@ -355,7 +355,7 @@ void settle(const Work<T>& work, const Arrays<T>& arrays, int which) {
       p.resampled =
           call.ess_threshold < 0 || p.ess < call.ess_threshold * static_cast<double>(p.particles);
       if (p.resampled) {
-        p.log_z = (log_of(p.sum) - log_of(static_cast<double>(p.particles))) + p.top;
+        p.log_z = log_of(p.sum / static_cast<double>(p.particles)) + p.top;
         // The total is at most 2^60: remainders of a wrong guess fit a signed integer.
         p.scale = power_of_two(59 - exponent_of(p.sum));
       }
@@ -389,9 +389,11 @@ void settle(const Work<T>& work, const Arrays<T>& arrays, int which) {
                   : p.samples / p.particles + (k < p.samples % p.particles ? 1 : 0);
         }
       } else if (call.keep_slots) {
-        fill_freed_slots(arrays.offspring, p.particles, arrays.ancestors);
+        fill_freed_slots(arrays.offspring, p.particles, work.freed, work.freed + (p.particles + 1),
+                         arrays.ancestors);
       } else if (call.scheme == Scheme::kResidual) {
-        expand(arrays.offspring, p.particles, p.samples, arrays.ancestors);
+        expand(p.particles, p.samples, arrays.ancestors,
+               [&](int64_t k) { return arrays.offspring[k]; });
       }
       break;
   }

@@ -77,6 +77,7 @@ struct ResampleScratch {
   int64_t weights;
   int64_t cumulative;
   int64_t guide;
+  int64_t freed;
   int64_t masked;
   int64_t bytes;
 };
@@ -92,7 +93,8 @@ constexpr int64_t kBytesPerBlock = 64;
   at.weights = at.blocks + (call.particles / kBlock + 1) * kBytesPerBlock;
   at.cumulative = at.weights + align(k * (call.type == ElementType::kDouble ? 8 : 4));
   at.guide = at.cumulative + (searches ? align(k * 8) : 0);
-  at.masked = at.guide + (searches ? align((k + 1) * 4) : 0);
+  at.freed = at.guide + (searches ? align((k + 1) * 4) : 0);
+  at.masked = at.freed + (call.keep_slots ? align(2 * (k + 1) * 4) : 0);
   // Of the live particles: slot, log weight, ancestor, offspring, new log weight.
   at.bytes = at.masked + (call.mask != nullptr ? 5 * k * 8 : 0);
   return at;

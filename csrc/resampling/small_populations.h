@@ -77,7 +77,7 @@ inline void load_small(const T* from, int64_t stride, int64_t particles, int64_t
 }
 
 template <int kMost>
-inline void weigh_small(int64_t k, SmallPopulations* s) {
+__attribute__((flatten)) inline void weigh_small(int64_t k, SmallPopulations* s) {
   const float infinity = std::numeric_limits<float>::infinity();
   f32x16 top = -infinity;
   i32x16 nan = 0;
@@ -133,7 +133,6 @@ inline bool decide_small(const ResampleCall& call, SmallPopulations* s) {
   const auto particles = static_cast<double>(call.particles);
   const double below = call.ess_threshold < 0 ? std::numeric_limits<double>::infinity()
                                               : call.ess_threshold * particles;
-  const f64x8 log_particles = log_wide(wide(particles));
   for (int h = 0; h < 2; ++h) {
     f64x8 w[kMost];
     f64x8 squares[kMost];
@@ -143,7 +142,9 @@ inline bool decide_small(const ResampleCall& call, SmallPopulations* s) {
     }
     const f64x8 sum = lanes_sum<kMost>(w);
     const f64x8 square_sum = lanes_sum<kMost>(squares);
-    const f64x8 log_z = log_wide(sum) - log_particles + load_wide(s->top + h * kWide);
+    f64x8 mean;
+    for (int p = 0; p < kParts; ++p) mean.part[p] = sum.part[p] / particles;
+    const f64x8 log_z = log_wide(mean) + load_wide(s->top + h * kWide);
     for (int p = 0; p < kParts; ++p) {
       const int at = h * kWide + p * (kWide / kParts);
       const DoublePart ess = sum.part[p] * sum.part[p] / square_sum.part[p];

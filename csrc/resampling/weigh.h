@@ -54,7 +54,7 @@ inline void block_top(const double* x, int64_t n, Block* block) {
 // Writes n weights, and zeros up to a multiple of kLanes. With an infinite top the infinite log
 // weights share the mass; a NaN weighs nothing.
 template <typename T>
-inline void block_weights(const T* x, int64_t n, double top, float* w) {
+__attribute__((flatten)) inline void block_weights(const T* x, int64_t n, double top, float* w) {
   const float none = -std::numeric_limits<float>::infinity();
   const float highest = static_cast<float>(top);
   const auto each = [&](auto weight) {

@@ -16,6 +16,7 @@
 #include "common/philox.h"
 #include "common/tensors.h"
 #include "unmasking/logit_distribution.h"
+#include "unmasking/logit_outputs.h"
 #include "unmasking/logit_stats_simd.h"
 #include "unmasking/logit_truncation_simd.h"
 
@@ -98,9 +99,14 @@ Row finish_row(const LogitRows& rows, int64_t row, LogitSliceSums* sums,
   if (options.truncates()) {
     scratch.resize(static_cast<size_t>(rows.vocab));
     const auto reference = static_cast<float>(top);
+    double mass = 0.0;
+    for (int64_t s = 0; s < slices; ++s) {
+      const double weight = std::exp((sums[s].reference - top) / options.draw_temperature);
+      if (weight > 0.0) mass += weight * sums[s].drawn_mass;
+    }
     WINNOW_SIMD(find_truncation)
-    (rows, row, reference, options.draw_temperature, options.top_k, options.top_p, scratch.data(),
-     &drawn);
+    (rows, row, reference, options.draw_temperature, options.top_k, options.top_p, mass,
+     scratch.data(), &drawn);
     WINNOW_SIMD(sum_kept_slices)(rows, row, reference, options.draw_temperature, drawn, sums);
     if (!options.raw) {
       const LogitDistribution full = measured;
@@ -129,59 +135,6 @@ Row finish_row(const LogitRows& rows, int64_t row, LogitSliceSums* sums,
   if (target != nullptr) stats.target_log_prob = log_prob(*target);
   return result;
 }
-
-// One statistic of every row, float or double.
-struct Column {
-  Tensor tensor;
-  float* narrow;
-  double* wide;
-
-  Column(bool present, const Shape& rows, const Tensor& like)
-      : tensor(empty(present ? rows : Shape{0}, statistics_dtype(like), like)) {
-    const bool is_double = statistics_dtype(like) == ScalarType::Double;
-    narrow = present && !is_double ? static_cast<float*>(tensor.data_ptr()) : nullptr;
-    wide = present && is_double ? static_cast<double*>(tensor.data_ptr()) : nullptr;
-  }
-
-  void put(int64_t row, double value) const {
-    if (narrow != nullptr) narrow[row] = static_cast<float>(value);
-    if (wide != nullptr) wide[row] = value;
-  }
-};
-
-struct Outputs {
-  Tensor token, argmax;
-  Column log_prob, max_prob, margin, entropy, logsumexp, target_log_prob, kl;
-  int64_t* tokens;
-  int64_t* argmaxes;
-
-  Outputs(const Shape& rows, const Tensor& like, bool has_target, bool has_previous)
-      : token(empty(rows, ScalarType::Long, like)),
-        argmax(empty(rows, ScalarType::Long, like)),
-        log_prob(true, rows, like),
-        max_prob(true, rows, like),
-        margin(true, rows, like),
-        entropy(true, rows, like),
-        logsumexp(true, rows, like),
-        target_log_prob(has_target, rows, like),
-        kl(has_previous, rows, like),
-        tokens(static_cast<int64_t*>(token.data_ptr())),
-        argmaxes(static_cast<int64_t*>(argmax.data_ptr())) {}
-
-  void put(int64_t row, const RowStats& stats) const {
-    tokens[row] = stats.token;
-    argmaxes[row] = stats.argmax;
-    log_prob.put(row, stats.log_prob);
-    max_prob.put(row, stats.max_prob);
-    margin.put(row, stats.margin);
-    entropy.put(row, stats.entropy);
-    logsumexp.put(row, stats.logsumexp);
-    target_log_prob.put(row, stats.target_log_prob);
-    kl.put(row, stats.kl);
-  }
-};
-
-constexpr RowStats kSkipped = {-1, 0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0};
 
 void check_like_logits(const char* argument, const Tensor& tensor, const Tensor& logits) {
   check_cpu(argument, tensor);

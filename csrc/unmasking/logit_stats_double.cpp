@@ -136,9 +136,9 @@ RowStats double_row_stats(const LogitRows& rows, const LogitRows* previous, int6
       if (p > 0.0) divergence += p * (log_p - ((y[i] - before.top) / t - before.log_mass));
     }
     if (before.top == -kInfinity) divergence = kInfinity;
-    const bool lost =
-        before.top == kInfinity ||
-        std::any_of(y.begin(), y.end(), [](double logit) { return std::isnan(logit); });
+    const bool lost = before.top == kInfinity || std::any_of(y.begin(), y.end(), [](double logit) {
+                        return std::isnan(logit);
+                      });
     stats.kl = lost ? kNan : divergence > 0.0 ? divergence : 0.0;
   }
   return stats;

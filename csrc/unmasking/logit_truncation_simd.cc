@@ -4,6 +4,8 @@
 // cache for all but the longest.
 #include "unmasking/logit_truncation_simd.h"
 
+#include <cmath>
+
 #include "unmasking/logit_block.h"
 
 namespace winnow::CPU_CAPABILITY {
@@ -103,19 +105,20 @@ class Truncator {
       : rows_(rows),
         row_(row),
         reference_(reference),
+        temperature_(temperature),
         scale_(exponent_scale(temperature)),
         bin_scale_(bin_scale(temperature)),
         scratch_(scratch) {}
 
-  Truncation find(int64_t top_k, double top_p) {
-    fill_bins();
+  Truncation find(int64_t top_k, double top_p, double mass) {
+    fill_bins(top_k, top_p, mass);
     Truncation kept = {kNoLogit, 0, -1};
     int64_t counted = 0;
     int bin = 0;
     double above = 0.0;
     int last_bin = kBins - 1;
-    double target_mass = total_;
-    if (top_k > 0 && top_k < finite_) {
+    double target_mass = mass;
+    if (top_k > 0 && (dropped_ || top_k < counted_)) {
       for (; counted + bins_[bin].count < top_k; ++bin) {
         counted += bins_[bin].count;
         above += bins_[bin].mass;
@@ -175,33 +178,46 @@ class Truncator {
     }
   }
 
-  void fill_bins() {
+  // Fills the bins up to the last that can matter. For top-k that is the one in which the k-th so
+  // far lies. For top-p alone: all logits that are more than log(vocab / ((1 - top_p) mass)) below
+  // the top have less than the share 1 - top_p together.
+  void fill_bins(int64_t top_k, double top_p, double mass) {
     for (Bin& bin : bins_) bin = {0.0, 0};
+    int32_t last = kBins - 1;
+    if (top_k == 0) {
+      const double spare = (1.0 - top_p) * mass / static_cast<double>(rows_.vocab);
+      const float cutoff = reference_ + static_cast<float>(std::log(spare) * temperature_);
+      alignas(64) int32_t b[kLanes];
+      store_ints(b, bin_of(f32x16(cutoff), reference_, bin_scale_));
+      last = spare > 0.0 && b[0] >= 0 && b[0] < last ? b[0] + 1 : last;
+    }
     each_block([&](LogitBlock block, int64_t) {
       for (int64_t v = 0; v < block.vectors; ++v) {
         const f32x16 x = load_lanes(block.data + v * kLanes);
+        const i32x16 bin = bin_of(x, reference_, bin_scale_);
+        const i32x16 matters = (bin < (last + 1)) & (x > f32x16(kNoLogit));
+        if (!any(matters)) continue;
         alignas(64) float w[kLanes];
         alignas(64) int32_t b[kLanes];
         store_lanes(w, exp_scaled(scaled_exponent(x, reference_, scale_)));
-        store_ints(b, bin_of(x, reference_, bin_scale_));
+        store_ints(b, select(matters, bin, lane_index() + kBins));
         for (int i = 0; i < kLanes; ++i) {
           bins_[b[i]].mass += w[i];
           ++bins_[b[i]].count;
         }
-        const i32x16 none = x == f32x16(kNoLogit);
-        if (!any(none)) continue;
-        for (int i = 0; i < kLanes; ++i) {  // take back what has no probability
-          if (block.data[v * kLanes + i] != kNoLogit) continue;
-          bins_[b[i]].mass -= w[i];
-          --bins_[b[i]].count;
-        }
+        counted_ += kLanes;
+      }
+      for (int i = kBins; i < kBins + kLanes; ++i) {
+        counted_ -= bins_[i].count;
+        bins_[i] = {0.0, 0};
+      }
+      while (top_k > 0 && last > 0 && counted_ - bins_[last].count >= top_k) {
+        counted_ -= bins_[last].count;
+        bins_[last--] = {0.0, 0};
+        dropped_ = true;
       }
       return true;
     });
-    for (const Bin& bin : bins_) {
-      total_ += bin.mass;
-      finite_ += bin.count;
-    }
   }
 
   // The logits of a bin, in order of the vocabulary.
@@ -243,13 +259,16 @@ class Truncator {
   const LogitRows& rows_;
   const int64_t row_;
   const float reference_;
+  const double temperature_;
   const float scale_;
   const float bin_scale_;
   float* scratch_;
-  double total_ = 0.0;
-  int64_t finite_ = 0;
+  int64_t counted_ = 0;   // logits in the bins
+  bool dropped_ = false;  // whether there were others, too small for top-k
   alignas(64) float buffer_[kLogitBlock];
-  Bin bins_[kBins];
+  // One more per lane for logits that need none: a branch would be mispredicted, and additions to
+  // one bin wait for each other.
+  Bin bins_[kBins + kLanes];
 };
 
 inline i32x16 vocabulary_index(int64_t begin, int64_t vector) {
@@ -259,10 +278,10 @@ inline i32x16 vocabulary_index(int64_t begin, int64_t vector) {
 }  // namespace
 
 void find_truncation(const LogitRows& rows, int64_t row, float reference, double temperature,
-                     int64_t top_k, double top_p, float* scratch, Truncation* kept) {
+                     int64_t top_k, double top_p, double mass, float* scratch, Truncation* kept) {
   dispatch_logits(rows.type, [&](auto zero) {
-    *kept =
-        Truncator<decltype(zero)>(rows, row, reference, temperature, scratch).find(top_k, top_p);
+    *kept = Truncator<decltype(zero)>(rows, row, reference, temperature, scratch)
+                .find(top_k, top_p, mass);
   });
 }
 

@@ -5,10 +5,10 @@
 
 namespace winnow {
 
-// What top-k (0: all) and then top-p (1: all) keep of a row whose largest logit is `reference`.
-// `scratch` holds vocab floats.
+// What top-k (0: all) and then top-p (1: all) keep of a row whose largest logit is `reference` and
+// whose sum of exp((x - reference) / temperature) is `mass`. `scratch` holds vocab floats.
 WINNOW_SIMD_DECLARE(find_truncation, const LogitRows& rows, int64_t row, float reference,
-                    double temperature, int64_t top_k, double top_p, float* scratch,
+                    double temperature, int64_t top_k, double top_p, double mass, float* scratch,
                     Truncation* kept)
 
 // Sums of the kept part of every slice of a row, relative to `reference`.

@@ -56,32 +56,38 @@ void sort_candidates(std::vector<Candidate>& candidates, Order order) {
                    });
 }
 
+// Both sides in the dtype of the scores: a float32 score of 0.9 meets a threshold of 0.9.
+template <typename T>
 bool meets(const Rule& rule, double score) {
+  const auto threshold = static_cast<double>(static_cast<T>(rule.threshold));
   switch (rule.criterion) {
     case kBelow:
-      return score < rule.threshold;
+      return score < threshold;
     case kAtLeast:
-      return score >= rule.threshold;
+      return score >= threshold;
     default:
       return true;  // a number of tokens takes NaNs too, last
   }
 }
 
 // How many of the candidates, which are in the rule's order, it unmasks.
+template <typename T>
 int64_t count_prefix(const std::vector<Candidate>& candidates, const Rule& rule) {
   const auto n = static_cast<int64_t>(candidates.size());
+  const auto threshold = static_cast<T>(rule.threshold);
   int64_t count = 0;
   if (rule.criterion == kEntropyBound) {
     // Ascending, so the sum without the largest is the sum of those before.
     double before = 0.0;
-    while (count < n && before <= rule.threshold) before += candidates[count++].score;
+    while (count < n && static_cast<T>(before) <= threshold) before += candidates[count++].score;
     while (count > 0 && std::isnan(candidates[count - 1].score)) --count;
   } else if (rule.criterion == kConfidenceFactor) {
     for (int64_t i = 1; i <= n; ++i) {
-      if (static_cast<double>(i + 1) * (1.0 - candidates[i - 1].score) < rule.threshold) count = i;
+      const double bound = static_cast<double>(i + 1) * (1.0 - candidates[i - 1].score);
+      if (static_cast<T>(bound) < threshold) count = i;
     }
   } else {
-    while (count < n && meets(rule, candidates[count].score)) ++count;
+    while (count < n && meets<T>(rule, candidates[count].score)) ++count;
   }
   return rule.limit >= 0 ? std::min(count, rule.limit) : count;
 }
@@ -99,11 +105,11 @@ int64_t select_row(const T* score, const bool* mask, int64_t start, int64_t end,
     candidates.push_back({static_cast<double>(score[l]), lot, l});
   }
   // A left-to-right run ends at a NaN, so it is counted before NaNs are put last.
-  int64_t count = rule.order == kLeftToRight ? count_prefix(candidates, rule) : 0;
+  int64_t count = rule.order == kLeftToRight ? count_prefix<T>(candidates, rule) : 0;
   const int64_t least =
       std::min(std::max<int64_t>(at_least, 1), static_cast<int64_t>(candidates.size()));
   if (rule.order != kLeftToRight || count < least) sort_candidates(candidates, rule.order);
-  if (rule.order != kLeftToRight) count = count_prefix(candidates, rule);
+  if (rule.order != kLeftToRight) count = count_prefix<T>(candidates, rule);
   count = std::max(count, least);
   for (int64_t i = 0; i < count; ++i) transfer[candidates[static_cast<size_t>(i)].position] = true;
   return count;

@@ -90,9 +90,9 @@ def logit_stats(
 
     All of them describe one distribution: the softmax of the logits after guidance
     (``unconditional + (cfg_scale + 1) * (logits - unconditional)``, Ho and Salimans 2022; equal
-    logits stay as they are, infinite ones included), suppression, division by the temperature, top-k and
-    top-p. Computed in float32 without a float32 copy of the logits; bitwise the same on every instruction
-    set and for any number of threads.
+    logits stay as they are, infinite ones included), suppression, division by the temperature,
+    top-k and top-p. Computed in float32 without a float32 copy of the logits; bitwise the same on
+    every instruction set and for any number of threads.
 
     A draw is exact in the tail: 64-bit uniforms choose a slice of the vocabulary by its mass and a
     token in it. (With 24-bit Gumbel noise a token 17 nats below the top comes at 0.44 of its rate:
@@ -100,14 +100,14 @@ def logit_stats(
     dimensions, and the row. Not differentiable.
 
     Args:
-        logits: ``(..., V)`` float32, bfloat16, float16 or float64; any strides with contiguous rows.
+        logits: ``(..., V)`` float32, bfloat16, float16 or float64; strided rows are fine.
         mask: ``(...)`` bool. Rows where it is false are never read: they hold zeros and token -1.
         temperature: a number >= 0. 0 takes the argmax, with the statistics of temperature 1.
         suppress_ids: token ids that get no probability.
         target_ids: ``(...)`` int64, tokens whose log-probability is wanted.
-        previous_logits: like ``logits``, those of the step before, for ``kl``: KL(current || previous)
-            with the same ids suppressed and the same temperature; +inf where the previous has no
-            mass. Guidance and truncation are not applied to them.
+        previous_logits: like ``logits``, those of the step before, for ``kl``: KL(current ||
+            previous) with the same ids suppressed and the same temperature; +inf where the previous
+            has no mass. Guidance and truncation are not applied to them.
         unconditional_logits: like ``logits``, for classifier-free guidance.
         cfg_scale: its strength; 0 leaves ``logits`` as they are.
         top_k: keeps so many of the largest logits; ties are kept from the lowest id on.
@@ -130,7 +130,7 @@ def logit_stats(
         >>> from torch_winnow.unmasking import logit_stats
         >>> stats = logit_stats(torch.tensor([[0.0, 3.0, 1.0], [2.0, 2.0, 2.0]]))
         >>> stats.token, stats.entropy
-        (tensor([1, 0]), tensor([0.5275, 1.0986]))
+        (tensor([1, 0]), tensor([0.5243, 1.0986]))
     """
     guided = unconditional_logits is not None and cfg_scale != 0.0
     token, log_prob, argmax, max_prob, margin, entropy, logsumexp, target_log_prob, kl = (
@@ -162,7 +162,7 @@ def logit_stats(
     )
 
 
-@torch.library.register_fake("winnow::logit_stats")
+@torch.library.register_fake("winnow::logit_stats")  # type: ignore[untyped-decorator]
 def _(
     logits: Tensor,
     mask: Tensor | None,

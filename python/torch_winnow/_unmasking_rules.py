@@ -170,6 +170,14 @@ Rule = (
 )
 
 
+def check_rule(rule: object) -> None:
+    if not isinstance(rule, Rule):
+        raise ValueError(
+            "rule: expected EntropyThreshold, EntropyBound, ConfidenceThreshold, "
+            f"ConfidenceFactor, TopK or PrefixThreshold, got {type(rule).__name__}"
+        )
+
+
 def _plan(rule: Rule, step: int) -> tuple[int, int, float, int]:
     """Order, criterion, threshold and limit (-1: none) of the native selection."""
     match rule:
@@ -190,11 +198,6 @@ def _plan(rule: Rule, step: int) -> tuple[int, int, float, int]:
         case PrefixThreshold():
             criterion = _BELOW if rule.score == "entropy" else _AT_LEAST
             return _LEFT_TO_RIGHT, criterion, rule.threshold, -1
-        case _:
-            raise ValueError(
-                "rule: expected EntropyThreshold, EntropyBound, ConfidenceThreshold, "
-                f"ConfidenceFactor, TopK or PrefixThreshold, got {type(rule).__name__}"
-            )
 
 
 def select(
@@ -230,7 +233,8 @@ def select_positions(
 
     At least one in every row that has a masked position in its window, never one outside. Equal
     scores go to the lowest position; a NaN comes last. Boundaries are part of the definitions:
-    entropy < threshold, EntropyBound <=, confidence, margin and prefix >=.
+    entropy < threshold, EntropyBound <=, confidence, margin and prefix >=; compared in the dtype of
+    the scores, so that 0.9 in float32 reaches a threshold of 0.9.
 
     Args:
         score: ``(B, L)`` the rule's own quantity, as in :class:`LogitStats`: entropy is better low,
@@ -255,10 +259,11 @@ def select_positions(
         >>> select_positions(entropy, masked, EntropyThreshold(0.2))
         (tensor([[ True, False,  True]]), tensor([2]))
     """
+    check_rule(rule)
     return select(score, mask, rule, window=window, step=step)
 
 
-@torch.library.register_fake("winnow::select_positions")
+@torch.library.register_fake("winnow::select_positions")  # type: ignore[untyped-decorator]
 def _(
     score: Tensor,
     mask: Tensor,

@@ -298,6 +298,8 @@ def merge_attention(
     """
     outs = outs.unbind(0) if isinstance(outs, Tensor) else outs
     lses = lses.unbind(0) if isinstance(lses, Tensor) else lses
+    if len(outs) == 0:  # an operator without a tensor has no device to be dispatched to
+        raise ValueError("outs: expected at least one partial result, got none")
     return _merge_attention(outs, lses)  # type: ignore[no-any-return]
 
 

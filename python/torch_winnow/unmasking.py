@@ -1,10 +1,10 @@
 """Parallel decoding of masked diffusion models.
 
-A masked diffusion language model predicts every masked position at once. How many of them to accept
-per call, and which, decides both quality and speed. Multi-token entropy decoding
-(:class:`EntropyThreshold`, arXiv 2510.19990) accepts all positions that the model is sure of and needs
-about a third of the calls of one-at-a-time decoding at equal quality; use it by default, with a
-threshold of about 0.2 nats.
+A masked diffusion language model predicts every masked position at once. How many of them to
+accept per call, and which, decides both quality and speed. Multi-token entropy decoding
+(:class:`EntropyThreshold`, arXiv 2510.19990) accepts all positions that the model is sure of and
+needs about a third of the calls of one-at-a-time decoding at equal quality; use it by default, with
+a threshold of about 0.2 nats.
 
 - :func:`logit_stats`: token, confidence, margin, entropy of each row from one read of the logits.
 - :func:`select_positions`: which positions a rule accepts.
@@ -30,6 +30,7 @@ from torch_winnow._unmasking_rules import (
     PrefixThreshold,
     Rule,
     TopK,
+    check_rule,
     select,
     select_positions,
 )
@@ -65,7 +66,7 @@ class StepResult(NamedTuple):
     """
 
     transfer: Tensor
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count
     stats: LogitStats
 
 
@@ -96,7 +97,8 @@ class AnswerEntropy:
     decoded; those already written count as 0.
 
     Attributes:
-        positions: ``(B, L)`` or ``(L,)`` bool, where the answer stands. A row without one never stops.
+        positions: ``(B, L)`` or ``(L,)`` bool, where the answer stands; a row without one never
+            stops.
         gamma: nats, for the whole answer; 0.1 in the paper.
     """
 
@@ -160,8 +162,8 @@ def unmask_step_(
     Args:
         tokens: ``(B, L)`` int64 or int32, changed in place where it equals ``mask_id``.
         logits: ``(B, L, V)``; only those of masked positions in the window are read.
-        mask_id: the mask's token id. It is suppressed, so it is never written; it may lie outside the
-            vocabulary.
+        mask_id: the mask's token id. It is suppressed, so it is never written; it may lie outside
+            the vocabulary.
         rule: one of the rule classes of this module.
         window: ``(B, 2)`` int64, [start, end) of the positions to choose from.
         step: which step of a :class:`TopK` schedule this is.
@@ -185,6 +187,7 @@ def unmask_step_(
     """
     _check_tokens(tokens)
     _check_logits(logits, tokens)
+    check_rule(rule)
     masked = tokens == mask_id
     narrowed = logit_stats_options.pop("mask", None)
     if narrowed is not None:
@@ -233,8 +236,8 @@ def generate(
     """Fills the masks of ``tokens`` by calling a masked diffusion model until none is left.
 
     Each row is decoded in blocks of ``block_length`` positions from its first mask on; it moves to
-    its next block when the current one is complete, whatever the other rows do. Every step writes at
-    least one token in every unfinished row.
+    its next block when the current one is complete, whatever the other rows do. Every step writes
+    at least one token in every unfinished row.
 
     Args:
         model: maps tokens ``(B, L)`` to logits ``(B, L, V)``, or to an object whose ``logits`` they
@@ -243,8 +246,9 @@ def generate(
         mask_id: the mask's token id; never written.
         rule: one of the rule classes of this module.
         block_length: positions per block; None for one block.
-        steps: at most this many calls per block: a step writes at least ceil(masks left in the block
-            / steps left) tokens of a row, best first. With ``TopK(1)`` this is LLaDA's schedule.
+        steps: at most this many calls per block: a step writes at least ceil(masks left in the
+            block / steps left) tokens of a row, best first. With ``TopK(1)`` this is LLaDA's
+            schedule.
         stop: ends rows early, see :class:`AnswerEntropy`.
         seed, generator: key of the draws, as in :func:`logit_stats`; noise is fresh at every step.
         logit_stats_options: further options of :func:`logit_stats`.
@@ -259,16 +263,17 @@ def generate(
     Example:
         >>> import torch
         >>> from torch_winnow.unmasking import EntropyThreshold, generate
-        >>> table = 20.0 * torch.eye(4)
+        >>> table = 20.0 * torch.eye(5)[:4]
         >>> def model(tokens):  # the token at position i is i
-        ...     return table.expand(tokens.shape[0], 4, 4)
+        ...     return table.expand(tokens.shape[0], 4, 5)
         >>> result = generate(
-        ...     model, torch.full((1, 4), 3), mask_id=3, rule=EntropyThreshold(0.2), block_length=2
+        ...     model, torch.full((1, 4), 4), mask_id=4, rule=EntropyThreshold(0.2), block_length=2
         ... )
-        >>> result.tokens[:, :3], result.calls
-        (tensor([[0, 1, 2]]), 2)
+        >>> result.tokens, result.calls
+        (tensor([[0, 1, 2, 3]]), 2)
     """
     _check_tokens(tokens)
+    check_rule(rule)
     for name, value in (("block_length", block_length), ("steps", steps)):
         if value is not None and value < 1:
             raise ValueError(f"{name}: expected None or at least 1, got {value}")

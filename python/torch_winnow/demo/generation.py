@@ -1,4 +1,4 @@
-"""Generating with a Compress & Attend Transformer at several chunk sizes against a dense decoder."""
+"""Generating with a CAT at several chunk sizes against a dense decoder of its width."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Tokens per second of the whole batch, cache bytes of one sequence, bits per byte of windows."""
+    """Speed of the whole batch, cache of one sequence, and bits per byte of each window."""
 
     tokens_per_second: float
     cache_bytes: int
@@ -94,7 +94,8 @@ def measure(models: Models, text: Text) -> dict[str, Outcome]:
     outcomes = {}
     for contender in tqdm(contenders, desc="bits per byte", unit="model"):
         nats = [
-            next_token_loss(contender.logits(window), window).item() for window in windows.split(1)
+            next_token_loss(contender.logits(window[None]), window[None]).item()
+            for window in windows
         ]
         name = contender.name
         outcomes[name] = Outcome(
@@ -129,15 +130,15 @@ def run(context: Context) -> Section:
     return Section(
         title="generation",
         meaning=(
-            f"{_BATCH} texts of {_PROMPT} held-out bytes are continued together, byte by byte. A dense "
-            "decoder keeps keys and values of every byte and looks at all of them for each new one. "
-            "The Compress & Attend Transformer (CAT) keeps one vector per finished chunk and the "
-            "bytes of the current one; the chunk size is chosen when it is called, all rows are one "
-            "set of weights. Both have decoders of the same width and depth, read the cache with the "
-            "same operator and were trained on the same text. Bits per byte say how well held-out "
-            f"text is predicted, in windows of {_WINDOW} (8 would be a blind guess, lower is "
-            "better), with the difference to the dense decoder and its standard error. Speeds are "
-            f"medians of {_ROUNDS} rounds in alternation."
+            f"{_BATCH} texts of {_PROMPT} held-out bytes are continued together, byte by byte. A "
+            "dense decoder keeps keys and values of every byte and looks at all of them for each "
+            "new one. The Compress & Attend Transformer (CAT) keeps one vector per finished chunk "
+            "and the bytes of the current one; the chunk size is chosen when it is called, and all "
+            "its lines come from one set of weights. Both have decoders of the same width and "
+            "depth and read the cache with the same operator. Bits per byte say how well held-out "
+            f"text is predicted, in {_WINDOWS} windows of {_WINDOW} (8 would be a blind guess, "
+            "lower is better), with the difference to the dense decoder and its standard error. "
+            f"Speeds are medians of {_ROUNDS} rounds in alternation."
         ),
         rows=rows,
         draw=lambda axis: draw(axis, outcomes),

@@ -1,7 +1,7 @@
 """The demo's text: the Python standard library's own sources, as bytes.
 
-Every machine that runs the demo has them. Whole files are held out, chosen by a hash of their path, so
-that no held-out byte comes from a file that the models have read.
+Every machine that runs the demo has them. Whole files are held out, chosen by a hash of their path,
+so that no held-out byte comes from a file that the models have read.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch import Tensor
 
 __all__ = ["Text", "load"]
 
-# Not sources of the library (installed packages, bundled wheels), or no prose of programs (tests with
-# their data, tables of characters, generated documentation).
+# Not sources of the library (installed packages, bundled wheels), or no prose of programs (tests
+# with their data, tables of characters, generated documentation).
 _SKIPPED = {
     "site-packages",
     "dist-packages",
@@ -70,8 +70,8 @@ def load(folder: Path | None = None) -> Text:
         raise RuntimeError(
             f"{folder}: expected the Python standard library's sources (at least "
             f"{_LEAST_BYTES:,} bytes of *.py files), found {len(train) + len(held_out):,} bytes. "
-            "Run the demo with a Python that carries them, such as python.org's or a distribution's "
-            "full package."
+            "Run the demo with a Python that carries them, such as python.org's or a "
+            "distribution's full package."
         )
     return Text(_bytes(train), _bytes(held_out), digest.hexdigest())
 

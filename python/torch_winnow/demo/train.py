@@ -75,7 +75,7 @@ def _cat_loss(model: nn.Module, text: Text, step: int, generator: torch.Generato
 
 
 def _dense_loss(model: nn.Module, text: Text, step: int, generator: torch.Generator) -> Tensor:
-    # Attention to 2048 tokens takes most of a step: short windows first, the full context at the end.
+    # Attention to 2048 tokens takes most of a step: the full context comes at the end.
     long = step >= 0.8 * _DENSE.steps
     tokens = text.windows(*((2, 2048) if long else (8, 512)), generator)
     return next_token_loss(model(tokens), tokens)

@@ -1,9 +1,9 @@
 """The Compress & Attend Transformer (CAT), arXiv 2511.05313.
 
-A sequence is cut into chunks of C tokens. A bidirectional *compressor* maps every chunk to one vector;
-a causal *decoder* decodes a chunk from the vectors of all earlier chunks and its own tokens so far. So
-N tokens of context cost N/C + C rows of cache instead of N. One set of weights serves several chunk
-sizes; which one is chosen at every call, trading speed against quality.
+A sequence is cut into chunks of C tokens. A bidirectional *compressor* maps every chunk to one
+vector; a causal *decoder* decodes a chunk from the vectors of all earlier chunks and its own tokens
+so far. So N tokens of context cost N/C + C rows of cache instead of N. One set of weights serves
+several chunk sizes; which one is chosen at every call, trading speed against quality.
 
 Rows of the decoder. Block n is ``[vector n, separator, tokens of chunk n]``: vector 0 is a learned
 dummy, vector n is the compression of chunk n - 1, so a token never sees its own chunk's vector. The
@@ -13,8 +13,8 @@ sequence reaches the decoder through the compressor, which reads it from a prefi
 
 The chunk's last token needs no row of its own: the next token is the first of a new chunk and is
 predicted from that chunk's vector and separator, and nothing else could see the row. Leaving it out
-changes no logit, and saves a row per chunk in training and a decoder call per chunk in generation. The
-block length is therefore ``C + 1`` with a separator, ``C`` without.
+changes no logit, and saves a row per chunk in training and a decoder call per chunk in generation.
+The block length is therefore ``C + 1`` with a separator, ``C`` without.
 """
 
 from __future__ import annotations
@@ -82,10 +82,11 @@ class Compressor(nn.Module):
         # them before training has seen every place many times.
         self.position_rows = nn.Parameter(_waves(max_chunks, width))
         self.stack = Stack(config.compressor, _PREFIX + max(config.chunk_sizes))
-        self.projections = nn.ModuleList(
+        projections = [
             nn.Linear(size * width, config.decoder.width, bias=False) for size in config.chunk_sizes
-        )
-        for projection in self.projections:
+        ]
+        self.projections = nn.ModuleList(projections)
+        for projection in projections:
             nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
 
     def forward(self, chunks: Tensor, first: int = 0) -> Tensor:
@@ -276,7 +277,7 @@ class CATDecoding(Decoding):
         """Replaces the finished chunk's rows by the first rows of the next block."""
         model, done = self._model, self.length // self._size
         self.cache.truncate_([done] * self.cache.batch_size)
-        rows = model.compressor(self._chunk.unsqueeze(1), first=done - 1)
+        rows: Tensor = model.compressor(self._chunk.unsqueeze(1), first=done - 1)
         if model.separators is None:
             return rows
         separator = model._separator(self._size).expand(rows.shape[0], 1, -1)

@@ -1,7 +1,7 @@
 """Generating token by token: what the dense decoder and the CAT share.
 
-A ``Decoding`` holds the sequences of one batch, which grow in lockstep, and their keys and values in
-pages. What the rows of the cache mean is the model's business, and stays in the model's file.
+A ``Decoding`` holds the sequences of one batch, which grow in lockstep, and their keys and values
+in pages. What the rows of the cache mean is the model's business, and stays in the model's file.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def check_length(prompt: Tensor, num_tokens: int, max_tokens: int) -> int:
     total = prompt.shape[-1] + num_tokens
     if num_tokens < 0 or total > max_tokens:
         raise ValueError(
-            f"num_tokens: expected at least 0 and at most max_tokens={max_tokens} with the prompt's "
-            f"{prompt.shape[-1]}, got {num_tokens}"
+            f"num_tokens: expected at least 0 and with the prompt's {prompt.shape[-1]} at most "
+            f"max_tokens={max_tokens}, got {num_tokens}"
         )
     return total
 
@@ -53,8 +53,8 @@ class Decoding:
     """Sequences that grow by one token each per ``step``.
 
     Attributes:
-        cache: the paged keys and values; forking or permuting it directly would leave the model's own
-            state behind, so use ``fork_`` and ``permute_``.
+        cache: the paged keys and values. Forking or permuting it directly would leave the model's
+            own state behind, so use ``fork_`` and ``permute_``.
         logits: ``(B, V)``, the distribution of the next token of each sequence.
         length: tokens so far, prompt included.
     """
@@ -66,7 +66,7 @@ class Decoding:
         self.cache = cache
         self.length = length
         self._max_tokens = max_tokens
-        # One view per layer, made once: indexing the pages at every step costs as much as a small op.
+        # One view per layer, made once: indexing the pages costs as much as a small op.
         self._pages = list(zip(cache.pool.key_pages, cache.pool.value_pages, strict=True))
 
     def step(self, tokens: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ class Decoding:
         raise NotImplementedError
 
     def fork_(self, parents: Tensor) -> None:
-        """Becomes ``len(parents)`` sequences, ``parents`` of today's; pages are shared, not copied."""
+        """Becomes ``len(parents)`` sequences, copies of ``parents`` that share their pages."""
         self.cache = self.cache.fork(parents)
         self._select(parents)
 
@@ -108,7 +108,9 @@ class Decoding:
         cache = self.cache
         cache.append(layer, key, value)
         key_pages, value_pages = self._pages[layer]
-        return paged_attention(query, key_pages, value_pages, cache.block_table, cache.seq_lens)
+        return paged_attention(  # type: ignore[return-value]
+            query, key_pages, value_pages, cache.block_table, cache.seq_lens
+        )
 
 
 @torch.inference_mode()

@@ -1,7 +1,8 @@
 """The transformer that every model here is made of: RMSNorm, rotary positions, SwiGLU.
 
-One stack serves the causal decoders, the compressor and the diffusion model. They differ only in the
-function that attends, so it is handed in: training, prefill and decoding against pages are one code.
+One stack serves the causal decoders, the compressor and the diffusion model. They differ only in
+the function that attends, so it is handed in: training, prefill and decoding against pages are one
+code.
 """
 
 from __future__ import annotations
@@ -143,12 +144,13 @@ class Stack(nn.Module):
         super().__init__()
         self.config = config
         self.rotary = Rotary(positions, config.head_dim, config.rotary_base)
-        self.layers = nn.ModuleList(_Layer(config) for _ in range(config.depth))
+        layers = [_Layer(config) for _ in range(config.depth)]
+        self.layers = nn.ModuleList(layers)
         self.norm = Norm(config.width)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
-        for layer in self.layers:  # a layer starts as the identity
+        for layer in layers:  # a layer starts as the identity
             nn.init.zeros_(layer.out.weight)
             nn.init.zeros_(layer.down.weight)
 

@@ -1,7 +1,8 @@
 """A masked diffusion model: a bidirectional transformer that fills in masked tokens.
 
-Trained as LLaDA is (Nie et al., 2025, arXiv 2502.09992): a share t ~ U(0, 1] of the tokens is masked,
-and the cross-entropy of the masked ones, weighted by 1/t, bounds the negative log-likelihood.
+Trained as LLaDA is (Nie et al., 2025, arXiv 2502.09992): a share t ~ U(0, 1] of the tokens is
+masked, and the cross-entropy of the masked ones, weighted by 1/t, bounds the negative
+log-likelihood.
 """
 
 from __future__ import annotations

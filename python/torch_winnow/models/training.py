@@ -1,9 +1,9 @@
 """Training small models in minutes on a CPU: one loop, two optimizers, one schedule.
 
-Matrices inside the layers are trained with Muon (Jordan et al., 2024): the momentum is replaced by the
-nearest orthogonal matrix, so that every direction of a weight learns at the same pace. With a budget of
-a few hundred steps this reaches what AdamW reaches in about twice as many. Embeddings, heads, learned
-rows and norms are trained with AdamW.
+Matrices that map rows to rows are trained with Muon (Jordan et al., 2024): the momentum is replaced by
+the nearest orthogonal matrix, so that every direction of a weight learns at the same pace. With a
+budget of a few hundred steps that counts. Embeddings, heads, learned rows and norms are trained
+with AdamW.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torch_winnow import _library
-from torch_winnow.models.layers import Stack
 
 __all__ = ["Muon", "Recipe", "bits_per_token", "fit", "mixed_precision", "next_token_loss"]
 
@@ -30,7 +29,7 @@ class Recipe:
 
     Attributes:
         steps: optimizer steps.
-        matrix_rate: peak learning rate of the layers' matrices (Muon).
+        matrix_rate: peak learning rate of matrices that map rows to rows (Muon).
         rate: peak learning rate of everything else (AdamW).
         warmup: share of the steps in which the rates rise; from there they fall linearly to zero.
         clip: largest norm of the gradient of everything else than matrices.
@@ -110,13 +109,14 @@ def fit(
 
 
 def _split(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """The matrices inside the model's stacks, and all other parameters."""
+    """The matrices that map rows to rows, and all other parameters.
+
+    The head belongs to the others: its outputs are as unequal as the tokens' frequencies.
+    """
     matrices = {
-        parameter
-        for stack in model.modules()
-        if isinstance(stack, Stack)
-        for parameter in stack.parameters()
-        if parameter.dim() == 2
+        module.weight
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name != "head"
     }
     ordered = list(model.parameters())
     return [p for p in ordered if p in matrices], [p for p in ordered if p not in matrices]
@@ -125,15 +125,15 @@ def _split(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum, orthogonalised by five Newton-Schulz steps (Jordan et al., 2024).
 
-    torch.optim.Muon computes in bfloat16 whatever the CPU, and one matrix at a time; here matrices of
-    one shape are orthogonalised together, in the precision of :func:`mixed_precision`.
+    torch.optim.Muon computes in bfloat16 whatever the CPU, and one matrix at a time; here matrices
+    of one shape are orthogonalised together, in the precision of :func:`mixed_precision`.
     """
 
     def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             by_shape = defaultdict(list)
             for parameter in group["params"]:
@@ -141,7 +141,7 @@ class Muon(torch.optim.Optimizer):
                     by_shape[parameter.shape].append(parameter)
             for (rows, columns), parameters in by_shape.items():
                 updates = [self._momentum(p, group["momentum"]) for p in parameters]
-                # The root keeps the change of a row's output the same for tall matrices as for wide.
+                # The root lets tall matrices change their outputs as much as wide ones do.
                 scale = -group["lr"] * math.sqrt(max(1.0, rows / columns))
                 orthogonal = _orthogonalise(torch.stack(updates)).unbind()
                 torch._foreach_add_(parameters, orthogonal, alpha=scale)
@@ -166,4 +166,5 @@ def _orthogonalise(matrices: Tensor) -> Tensor:
         for _ in range(5):
             gram = x @ x.mT
             x = 3.4445 * x + (2.0315 * gram @ gram - 4.7750 * gram) @ x
-    return (x.mT if tall else x).to(matrices.dtype)
+    result: Tensor = x.mT if tall else x
+    return result.to(matrices.dtype)

@@ -25,7 +25,7 @@ __all__ = ["generate", "logit_stats", "select_positions", "unmask_step_"]
 INF = float("inf")
 
 
-def _truncated(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
+def truncated(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
     """Top-k, then the smallest set of mass >= top_p; ties are kept from the lowest index on."""
     order = logits.argsort(dim=-1, descending=True, stable=True)
     ordered = logits.gather(-1, order)
@@ -68,7 +68,7 @@ def logit_stats(
         x = x.index_fill(-1, ids, -INF)
         previous = None if previous is None else previous.index_fill(-1, ids, -INF)
     draw_temperature = temperature if temperature > 0 else 1.0
-    drawn = _truncated(x, draw_temperature, top_k, top_p) / draw_temperature
+    drawn = truncated(x, draw_temperature, top_k, top_p) / draw_temperature
     measure_temperature = 1.0 if statistics == "raw" else draw_temperature
     measured = x if statistics == "raw" else drawn
 
@@ -80,7 +80,7 @@ def logit_stats(
     token = argmax
     if temperature > 0 and (seed is not None or generator is not None):
         if generator is None:
-            generator = torch.Generator().manual_seed(int(seed))  # type: ignore[arg-type]
+            generator = torch.Generator().manual_seed(int(torch.as_tensor(seed)))
         clock = torch.empty(x.shape, dtype=torch.float64).exponential_(generator=generator)
         arrival = clock.log() - drawn.double().log_softmax(-1)
         token = torch.where(top == INF, argmax, arrival.argmin(-1))
@@ -113,30 +113,37 @@ def logit_stats(
         }
         ids_of["token"] = ids_of["token"].masked_fill(~mask, -1)
         ids_of["argmax"] = ids_of["argmax"].masked_fill(~mask, 0)
-    return LogitStats(**ids_of, **stats)  # type: ignore[arg-type]
+    return LogitStats(**ids_of, **stats)
 
 
-def _prefix(scores: list[float], rule: Rule, step: int) -> int:
-    """How many of the scores, in the rule's order, it takes."""
+def _prefix(scores: list[float], rule: Rule, step: int, dtype: torch.dtype) -> int:
+    """How many of the scores, in the rule's order, it takes, compared in the scores' dtype."""
+
+    def rounded(x: float) -> float:
+        return float(torch.tensor(x, dtype=dtype))
+
+    sizes = range(1, len(scores) + 1)
     match rule:
         case EntropyThreshold():
-            hits = [score < rule.threshold for score in scores]
+            hits = [score < rounded(rule.threshold) for score in scores]
             limit = len(scores) if rule.max_tokens is None else rule.max_tokens
             return min([*hits, False].index(False), limit)
         case EntropyBound():
-            sizes = range(1, len(scores) + 1)
+            bound = rounded(rule.gamma)
             return max(
-                (n for n in sizes if sum(scores[: n - 1]) <= rule.gamma and scores[n - 1] < INF),
-                default=0,
+                (n for n in sizes if rounded(math.fsum(scores[: n - 1])) <= bound), default=0
             )
         case ConfidenceThreshold():
-            return [*(score >= rule.threshold for score in scores), False].index(False)
+            return [*(s >= rounded(rule.threshold) for s in scores), False].index(False)
         case ConfidenceFactor():
-            sizes = range(1, len(scores) + 1)
-            return max((n for n in sizes if (n + 1) * (1 - scores[n - 1]) < rule.factor), default=0)
+            factor = rounded(rule.factor)
+            return max(
+                (n for n in sizes if rounded((n + 1) * (1 - scores[n - 1])) < factor), default=0
+            )
         case PrefixThreshold():
+            threshold = rounded(rule.threshold)
             low = rule.score == "entropy"
-            hits = [s < rule.threshold if low else s >= rule.threshold for s in scores]
+            hits = [s < threshold if low else s >= threshold for s in scores]
             return [*hits, False].index(False)
         case TopK():
             schedule = rule.schedule()
@@ -158,6 +165,7 @@ def select_positions(
         isinstance(rule, EntropyThreshold) and rule.order == "left_to_right"
     )
     sign = 1 if rule.score == "entropy" else -1
+    dtype = torch.float64 if score.dtype == torch.float64 else torch.float32
     for b in range(score.shape[0]):
         start, end = (0, score.shape[1]) if window is None else window[b].tolist()
         start, end = max(start, 0), min(end, score.shape[1])
@@ -170,11 +178,13 @@ def select_positions(
         else:
             valid.sort(key=lambda i: sign * value[i])
             run = [value[i] for i in valid]
-        count = _prefix(run, rule, step)
+        count = _prefix(run, rule, step, dtype)
         least = min(max(1, 1 if at_least is None else at_least[b]), len(positions))
-        chosen = positions[:count] if left_to_right and count >= least else (valid + lost)[
-            : max(count, least)
-        ]
+        chosen = (
+            positions[:count]
+            if left_to_right and count >= least
+            else (valid + lost)[: max(count, least)]
+        )
         transfer[b, chosen] = True
     return transfer, transfer.sum(1)
 

@@ -1,0 +1,243 @@
+"""Attention over pages against SDPA on dense keys, and the choice of blocks against reading all.
+
+The limit is the bytes of keys and values over the read bandwidth of the same run.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from torch_winnow import reference
+from torch_winnow.kvcache import (
+    BlockPool,
+    PagedKVCache,
+    block_summaries,
+    paged_attention,
+    score_blocks,
+    select_blocks,
+)
+
+HEADS, KEY_HEADS, DIM, BLOCK = 32, 8, 128, 64
+GROUP = HEADS // KEY_HEADS
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def make_call(batch: int, length: int, dtype: torch.dtype, queries: int = 1):
+    """Scattered pages, and the same keys and values dense, (B, Hkv, N, D)."""
+    count = length // BLOCK
+    key_pages = torch.randn(batch * count, KEY_HEADS, BLOCK, DIM, dtype=dtype)
+    value_pages = torch.randn(batch * count, KEY_HEADS, BLOCK, DIM, dtype=dtype)
+    table = torch.randperm(batch * count).int().view(batch, count)
+    lengths = torch.full((batch,), length, dtype=torch.int32)
+    query = torch.randn(batch, HEADS, queries, DIM, dtype=dtype)
+    return query, key_pages, value_pages, table, lengths
+
+
+def dense(pages: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    return pages[table.long()].transpose(1, 2).flatten(2, 3)
+
+
+def agrees(result: torch.Tensor, call, **options) -> None:
+    """The first row against the definition."""
+    query, key_pages, value_pages, table, lengths = call
+    first = (query[:1], key_pages, value_pages, table[:1], lengths[:1])
+    options = {k: v[:1] if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+    tolerance = {"rtol": 2e-2, "atol": 2e-3} if query.dtype == torch.bfloat16 else {}
+    torch.testing.assert_close(
+        result[:1], reference.paged_attention(*first, **options), **tolerance
+    )
+
+
+def sdpa_gqa(query, key, value):
+    return F.scaled_dot_product_attention(query, key, value, enable_gqa=True)
+
+
+def sdpa_packed(query, key, value):
+    """The heads of a group as positions: each key is read once."""
+    batch = query.shape[0]
+    packed = query.view(batch, KEY_HEADS, GROUP, DIM)
+    return F.scaled_dot_product_attention(packed, key, value).view(batch, HEADS, 1, DIM)
+
+
+@pytest.mark.parametrize("impl", ["winnow", "sdpa_gqa", "sdpa_packed", "gather+sdpa"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("batch", "length"), [(4, 8192), (1, 32768), (64, 512)])
+def test_decode(measure, batch, length, dtype, impl):
+    call = make_call(batch, length, DTYPES[dtype])
+    query, key_pages, value_pages, table, _ = call
+    if impl == "winnow":
+        function, inputs = paged_attention, call
+    elif impl == "gather+sdpa":
+
+        def function(query, key_pages, value_pages, table, _):
+            return sdpa_packed(query, dense(key_pages, table), dense(value_pages, table))
+
+        inputs = call
+    else:
+        function = sdpa_gqa if impl == "sdpa_gqa" else sdpa_packed
+        inputs = (query, dense(key_pages, table), dense(value_pages, table))
+    if length <= 8192:
+        agrees(function(*inputs), call)
+    measure(
+        f"paged_attention decode {batch}x{length} {dtype}",
+        impl,
+        function,
+        inputs=[inputs],
+        moved_bytes=2 * key_pages.nbytes,
+        rounds=7,
+    )
+
+
+@pytest.mark.parametrize("impl", ["winnow", "winnow, all blocks", "gather+sdpa"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("share", [0.25, 0.1])
+def test_selected_blocks(measure, share, dtype, impl):
+    """Each key head reads blocks of its own."""
+    batch, length = 4, 8192
+    call = make_call(batch, length, DTYPES[dtype])
+    query, key_pages, value_pages, table, _ = call
+    count = int(share * length / BLOCK)
+    order = torch.rand(batch, KEY_HEADS, length // BLOCK).argsort(-1)
+    chosen = order[..., :count].sort(-1).values.int()
+
+    def attend(*call):
+        return paged_attention(*call, block_indices=chosen)
+
+    def gather(query, key_pages, value_pages, table, _):
+        heads = torch.arange(KEY_HEADS)[:, None]
+        blocks = table.long()[torch.arange(batch)[:, None, None], chosen.long()]
+        key, value = (
+            key_pages[blocks, heads].flatten(2, 3),
+            value_pages[blocks, heads].flatten(2, 3),
+        )
+        return sdpa_packed(query, key, value)
+
+    function = {"winnow": attend, "winnow, all blocks": paged_attention, "gather+sdpa": gather}[
+        impl
+    ]
+    if impl != "winnow, all blocks":
+        agrees(function(*call), call, block_indices=chosen)
+    measure(
+        f"paged_attention {share:.0%} of blocks {batch}x{length} {dtype}",
+        impl,
+        function,
+        inputs=[call],
+        moved_bytes=2 * key_pages.nbytes * count / (length // BLOCK),
+        rounds=7,
+    )
+
+
+@pytest.mark.parametrize("impl", ["winnow", "sdpa_gqa"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_prefill(measure, dtype, impl):
+    length = 1024
+    call = make_call(1, length, DTYPES[dtype], queries=length)
+    query, key_pages, value_pages, table, _ = call
+    if impl == "winnow":
+        function, inputs = paged_attention, call
+    else:
+
+        def function(query, key, value):
+            return F.scaled_dot_product_attention(
+                query, key, value, is_causal=True, enable_gqa=True
+            )
+
+        inputs = (query, dense(key_pages, table), dense(value_pages, table))
+    expected = sdpa_gqa(query[:, :, -1:], dense(key_pages, table), dense(value_pages, table))
+    torch.testing.assert_close(function(*inputs)[:, :, -1:], expected, rtol=2e-2, atol=2e-3)
+    measure(
+        f"paged_attention prefill 1x{length} {dtype}",
+        impl,
+        function,
+        inputs=[inputs],
+        operations=2.0 * HEADS * length * length * DIM,  # two products over half a square
+        bf16=dtype == "bfloat16",
+        rounds=5,
+    )
+
+
+@pytest.mark.parametrize("impl", ["winnow", "definition"])
+def test_choose_blocks(measure, impl):
+    """Score and select for one step; the summaries are there."""
+    call = make_call(4, 8192, torch.float32)
+    query, key_pages, _, table, lengths = call
+    summaries = block_summaries(key_pages, table, lengths)
+    module = reference if impl == "definition" else None
+    score = module.score_blocks if module else score_blocks
+    select = module.select_blocks if module else select_blocks
+
+    def choose(query, summaries):
+        return select(score(query, summaries), 13, seq_lens=lengths, block_size=BLOCK)
+
+    assert choose(query, summaries).shape == (4, KEY_HEADS, 13)
+    measure(
+        "score_blocks + select_blocks 4x8192",
+        impl,
+        choose,
+        inputs=[(query, summaries)],
+        moved_bytes=summaries.nbytes,
+    )
+
+
+class Concatenation:
+    """What a plain dynamic cache does."""
+
+    def __init__(self, key: torch.Tensor) -> None:
+        self.key, self.value = key, key
+
+    def append(self, key: torch.Tensor) -> None:
+        self.key = torch.cat([self.key, key], 2)
+        self.value = torch.cat([self.value, key], 2)
+
+    def permute(self, ancestors: torch.Tensor) -> None:
+        self.key, self.value = self.key[ancestors], self.value[ancestors]
+
+
+@pytest.mark.parametrize("impl", ["winnow", "concatenation"])
+def test_append_a_token(measure, impl):
+    """One token for each of 8 rows of a tiny model, then rolled back: the overhead of a call."""
+    key = torch.randn(8, 2, 1, 32)
+    start = torch.randn(8, 2, 256, 32)
+    if impl == "winnow":
+        pool = BlockPool(64, num_layers=1, num_kv_heads=2, head_dim=32, dtype=torch.float32)
+        cache = PagedKVCache(pool, 8)
+        cache.append(0, start, start)
+
+        def step():
+            cache.append(0, key, key)
+            if cache.seq_lens[0] > 500:
+                cache.truncate_([256] * 8)
+    else:
+        dynamic = Concatenation(start)
+
+        def step():
+            dynamic.append(key)
+            if dynamic.key.shape[2] > 500:
+                dynamic.__init__(start)
+
+    measure("append 8x1 token", impl, step)
+
+
+@pytest.mark.parametrize("impl", ["winnow", "index_select"])
+@pytest.mark.parametrize("blocks", [64, 1024])
+def test_permute(measure, blocks, impl):
+    """A resample of 64 sequences: a fork and its bookkeeping, against copying keys of one layer."""
+    ancestors = torch.randint(64, (64,))
+    if impl == "winnow":
+        pool = BlockPool(
+            64 * blocks, num_layers=1, num_kv_heads=1, head_dim=1, block_size=4, dtype=torch.float32
+        )
+        cache = PagedKVCache(pool, 64)
+        tokens = torch.randn(64, 1, 4 * blocks, 1)
+        cache.append(0, tokens, tokens)
+
+        def function(ancestors):
+            cache.fork(range(64)).permute_(ancestors)  # from all blocks distinct every time
+
+        inputs = [(ancestors,)]
+    else:
+        dynamic = Concatenation(torch.randn(64, 1, 4 * blocks, 64))
+        function, inputs = dynamic.permute, [(ancestors,)]
+    measure(f"permute_ 64 sequences of {blocks} blocks", impl, function, inputs=inputs, rounds=5)
