@@ -28,8 +28,8 @@ if(NOT CMAKE_CUDA_COMPILER)
   if(WINNOW_CUDA STREQUAL "ON")
     message(FATAL_ERROR
       "torch-winnow: WINNOW_CUDA=ON, but no working CUDA compiler was found. Install the CUDA toolkit "
-      "12.8 or newer (nvcc and the cudart headers suffice), and put nvcc on the PATH or set CUDACXX "
-      "to it. nvcc refuses host compilers newer than itself: CUDAHOSTCXX names another one.\n"
+      "(13.0 is what we test; nvcc and cudart suffice), and put nvcc on the PATH or set CUDACXX to "
+      "it. nvcc refuses host compilers newer than itself: CUDAHOSTCXX names another one.\n"
       "Without CUDA: WINNOW_CUDA=OFF.")
   endif()
   message(STATUS "CUDA operators: not built, no working nvcc")

@@ -8,7 +8,7 @@ import torch
 import torch_winnow
 from torch_winnow import kvcache
 from torch_winnow.resampling import effective_sample_size
-from torch_winnow.unmasking import logit_stats
+from torch_winnow.unmasking import EntropyThreshold, logit_stats, unmask_step_
 
 pytestmark = pytest.mark.skipif(
     not (torch.cuda.is_available() and torch_winnow.build_info().cuda_library),
@@ -64,3 +64,21 @@ def test_effective_sample_size_replays():
     log_weights.normal_()
     graph.replay()
     assert torch.equal(ess, effective_sample_size(log_weights))
+
+
+def test_an_unmasking_step_replays():
+    tokens = torch.full((2, 16), 99, device="cuda")
+    logits = torch.randn(2, 16, 100, device="cuda")
+
+    def step(tokens, logits):
+        return unmask_step_(tokens, logits, mask_id=99, rule=EntropyThreshold(3.0)).count
+
+    graph, count = captured(step, tokens, logits)
+    for _ in range(3):
+        logits.normal_().mul_(3)
+        tokens.fill_(99)
+        graph.replay()
+        written = tokens.clone()
+        tokens.fill_(99)
+        assert torch.equal(step(tokens, logits), count)
+        assert torch.equal(tokens, written)
