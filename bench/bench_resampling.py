@@ -1,4 +1,4 @@
-"""resample against the strongest rivals: a torch composition, ``particles`` (numba), blackjax (XLA).
+"""resample against the strongest rivals: a torch composition, ``particles``, blackjax.
 
 Ours returns ancestors, offspring, carried weights, ESS and log Z; the torch composition returns
 ancestors, ESS and log Z; ``particles`` and blackjax normalise and return ancestors only.
@@ -50,9 +50,7 @@ def blackjax(log_weights, scheme="systematic"):
     if "call" not in _compiled:
         _compiled["call"] = jax.jit(
             jax.vmap(
-                lambda key, log_w: resampling.systematic(
-                    key, jax.nn.softmax(log_w), log_w.shape[0]
-                )
+                lambda key, log_w: resampling.systematic(key, jax.nn.softmax(log_w), log_w.shape[0])
             )
         )
     keys = jax.random.split(jax.random.PRNGKey(0), log_weights.shape[0])
@@ -121,10 +119,7 @@ def test_schemes(measure, shape, scheme, impl):
             pytest.skip("particles resamples one population")
     if impl == "torch" and scheme == "residual":
         pytest.skip("no composition of torch operators without a loop over populations")
-    if impl == "torch" and scheme == "multinomial" and shape[1] > 2**17:
-        rounds = 3  # half a second each
-    else:
-        rounds = 15
+    slow = impl == "torch" and scheme == "multinomial" and shape[1] > 2**17  # half a second a call
     functions = {
         "winnow": winnow,
         "torch": torch_composition,
@@ -136,5 +131,5 @@ def test_schemes(measure, shape, scheme, impl):
         lambda log_weights: functions[impl](log_weights, scheme),
         inputs=inputs_for(impl, shape),
         moved_bytes=least_bytes(shape),
-        rounds=rounds,
+        rounds=3 if slow else 15,
     )

@@ -3,29 +3,29 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(winnow, m) {
-  // attention
+  // attention: sizes are SymInt, so that torch.compile does not specialise on them
   m.def(
-      "cat_attention(Tensor query, Tensor key, Tensor value, int block_size, float? scale)"
+      "cat_attention(Tensor query, Tensor key, Tensor value, SymInt block_size, float? scale)"
       " -> (Tensor out, Tensor lse)");
   m.def(
       "cat_attention_backward(Tensor grad_out, Tensor grad_lse, Tensor query, Tensor key,"
-      " Tensor value, Tensor out, Tensor lse, int block_size, float? scale)"
+      " Tensor value, Tensor out, Tensor lse, SymInt block_size, float? scale)"
       " -> (Tensor, Tensor, Tensor)");
   m.def(
       "chunk_attention(Tensor query, Tensor key, Tensor value, Tensor slot_key, Tensor slot_value,"
-      " int chunk_size, int slots_per_chunk, int initial_slots, int lookback, float? scale,"
+      " SymInt chunk_size, SymInt slots_per_chunk, SymInt initial_slots, SymInt lookback, float? scale,"
       " Tensor? cu_seqlens=None) -> (Tensor out, Tensor lse)");
   m.def(
       "chunk_attention_backward(Tensor grad_out, Tensor grad_lse, Tensor query, Tensor key,"
-      " Tensor value, Tensor slot_key, Tensor slot_value, Tensor out, Tensor lse, int chunk_size,"
-      " int slots_per_chunk, int initial_slots, int lookback, float? scale, Tensor? cu_seqlens=None)"
+      " Tensor value, Tensor slot_key, Tensor slot_value, Tensor out, Tensor lse, SymInt chunk_size,"
+      " SymInt slots_per_chunk, SymInt initial_slots, SymInt lookback, float? scale, Tensor? cu_seqlens=None)"
       " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "block_diagonal_attention(Tensor query, Tensor key, Tensor value, int block_size, bool causal,"
+      "block_diagonal_attention(Tensor query, Tensor key, Tensor value, SymInt block_size, bool causal,"
       " float? scale) -> (Tensor out, Tensor lse)");
   m.def(
       "block_diagonal_attention_backward(Tensor grad_out, Tensor grad_lse, Tensor query, Tensor key,"
-      " Tensor value, Tensor out, Tensor lse, int block_size, bool causal, float? scale)"
+      " Tensor value, Tensor out, Tensor lse, SymInt block_size, bool causal, float? scale)"
       " -> (Tensor, Tensor, Tensor)");
   m.def("merge_attention(Tensor[] outs, Tensor[] lses) -> (Tensor out, Tensor lse)");
   m.def(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from torch_winnow.attention import block_diagonal_attention, cat_attention, chunk_attention
 
 NAN = float("nan")
@@ -16,7 +17,6 @@ NAN = float("nan")
 def cat_mask(rows, block):
     j, i = torch.arange(rows)[:, None], torch.arange(rows)[None, :]
     return (i <= j) & ((i // block == j // block) | (i % block == 0))
-
 
 
 @pytest.mark.parametrize("poison", [NAN, float("inf"), 1e4])
@@ -40,7 +40,9 @@ def test_cat_rows_see_no_excluded_row(block, poison, dtype, cpu_capability):
 # (slots of chunk i before it is complete): slot 0 dummy and slot n+1 compresses chunk n; slot n
 # compresses chunk n; two slots per chunk.
 @pytest.mark.parametrize(("initial", "per_chunk", "lookback"), [(1, 1, 0), (0, 1, 1), (2, 2, 2)])
-def test_no_token_sees_the_future_through_slots(initial, per_chunk, lookback, dtype, cpu_capability):
+def test_no_token_sees_the_future_through_slots(
+    initial, per_chunk, lookback, dtype, cpu_capability
+):
     rows, chunk, dim = 60, 7, 16
     chunks = -(-rows // chunk)
     slots = initial + (chunks - 1) * per_chunk
@@ -77,7 +79,9 @@ def test_no_token_sees_the_future_through_slots(initial, per_chunk, lookback, dt
 
 def test_sequences_do_not_see_each_other(cpu_capability):
     seqlens = torch.tensor([0, 20, 20, 51, 60])
-    inputs = list(torch.randn(3, 1, 2, 60, 16).unbind(0)) + list(torch.randn(2, 1, 2, 9, 16).unbind(0))
+    inputs = list(torch.randn(3, 1, 2, 60, 16).unbind(0)) + list(
+        torch.randn(2, 1, 2, 9, 16).unbind(0)
+    )
     owned = [(0, 3), (3, 4), (4, 8), (8, 9)]  # chunks of 8: ceil(20/8), none, ceil(31/8), ceil(9/8)
     owned[3] = (8, 10)
     inputs[3], inputs[4] = torch.randn(2, 1, 2, 10, 16).unbind(0)

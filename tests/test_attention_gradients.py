@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from torch_winnow import reference
 from torch_winnow.attention import block_diagonal_attention, cat_attention, chunk_attention
 
@@ -53,9 +54,7 @@ SHAPES = [  # batch, query heads, kv heads, rows, dim, chunk
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_cat(shape, dtype, cpu_capability):
     batch, heads, kv_heads, rows, dim, block = shape
-    inputs = leaves(
-        (batch, heads, rows, dim), *[(batch, kv_heads, rows, dim)] * 2, dtype=dtype
-    )
+    inputs = leaves((batch, heads, rows, dim), *[(batch, kv_heads, rows, dim)] * 2, dtype=dtype)
     check_gradients(cat_attention, reference.cat_attention, inputs, block_size=block)
 
 
@@ -63,9 +62,7 @@ def test_cat(shape, dtype, cpu_capability):
 @pytest.mark.parametrize("shape", SHAPES[1:], ids=str)
 def test_block_diagonal(shape, causal, dtype):
     batch, heads, kv_heads, rows, dim, block = shape
-    inputs = leaves(
-        (batch, heads, rows, dim), *[(batch, kv_heads, rows, dim)] * 2, dtype=dtype
-    )
+    inputs = leaves((batch, heads, rows, dim), *[(batch, kv_heads, rows, dim)] * 2, dtype=dtype)
     check_gradients(
         block_diagonal_attention,
         reference.block_diagonal_attention,
@@ -128,7 +125,9 @@ def test_any_pattern(data):
     check_gradients(
         chunk_attention,
         reference.chunk_attention,
-        leaves((1, heads, rows, dim), *[(1, kv_heads, rows, dim)] * 2, *[(1, kv_heads, slots, dim)] * 2),
+        leaves(
+            (1, heads, rows, dim), *[(1, kv_heads, rows, dim)] * 2, *[(1, kv_heads, slots, dim)] * 2
+        ),
         chunk_size=data.draw(st.integers(1, 300)),
         slots_per_chunk=data.draw(st.integers(1, 5)),
         initial_slots=data.draw(st.integers(0, 3)),
@@ -191,7 +190,9 @@ def test_expanded_and_strided_upstream():
 
 def test_only_lse():
     inputs = leaves(*[(1, 1, 20, 8)] * 3, dtype=torch.float64)
-    grads = torch.autograd.grad(cat_attention(*inputs, block_size=5, return_lse=True)[1].sum(), inputs)
+    grads = torch.autograd.grad(
+        cat_attention(*inputs, block_size=5, return_lse=True)[1].sum(), inputs
+    )
     expected = torch.autograd.grad(
         reference.cat_attention(*inputs, block_size=5, return_lse=True)[1].sum(),
         inputs,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from conftest import TOLERANCE
 from torch_winnow import reference
 from torch_winnow.attention import block_diagonal_attention, chunk_attention, merge_attention
@@ -31,9 +32,7 @@ def test_parts_make_the_whole():
     query, key, value = torch.randn(3, 1, 2, 40, 16).unbind(0)
     slots = torch.randn(2, 1, 2, 6, 16)
     whole = chunk_attention(query, key, value, *slots, chunk_size=8, return_lse=True)
-    local = block_diagonal_attention(
-        query, key, value, block_size=8, causal=True, return_lse=True
-    )
+    local = block_diagonal_attention(query, key, value, block_size=8, causal=True, return_lse=True)
     nothing = torch.full_like(key, -INF)
     scores = query @ slots[0].mT / 4
     visible = torch.arange(6) < 1 + torch.arange(40)[:, None] // 8
@@ -91,9 +90,17 @@ def test_gradients():
         ([], [], "outs: expected at least one partial result"),
         ([torch.zeros(2, 3)], [], "lses: expected 1 tensors"),
         ([torch.zeros(3)], [torch.zeros(())], r"outs\[0\]: expected \(\.\.\., N, D\)"),
-        ([torch.zeros(2, 3)] * 2, [torch.zeros(2), torch.zeros(3)], r"lses\[1\]: expected the shape"),
+        (
+            [torch.zeros(2, 3)] * 2,
+            [torch.zeros(2), torch.zeros(3)],
+            r"lses\[1\]: expected the shape",
+        ),
         ([torch.zeros(2, 3), torch.zeros(2, 4)], [torch.zeros(2)] * 2, r"outs\[1\]: .*\(2, 3\)"),
-        ([torch.zeros(2, 3)], [torch.zeros(2).double()], r"lses\[0\]: expected float32, got float64"),
+        (
+            [torch.zeros(2, 3)],
+            [torch.zeros(2).double()],
+            r"lses\[0\]: expected float32, got float64",
+        ),
         ([torch.zeros(2, 3).int()], [torch.zeros(2)], r"outs\[0\]: expected float32"),
     ],
 )

@@ -42,9 +42,16 @@ def _one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["separator", "no separator"])
+LAYOUTS = {
+    "separator": {"separator": True},
+    "no separator": {"separator": False},
+    "sequence positions": {"positions": "sequence"},
+}
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
 def cat(request):
-    config = CATConfig(GROUPED, SMALL, CHUNK_SIZES, separator=request.param, max_tokens=64)
+    config = CATConfig(GROUPED, SMALL, CHUNK_SIZES, max_tokens=64, **LAYOUTS[request.param])
     return loud(CompressAttendTransformer(config))
 
 
@@ -101,7 +108,7 @@ def test_diffusion_sees_both_sides(diffusion, tokens):
 def test_a_chunk_is_seen_through_its_vector_alone(cat, tokens, chunk_size):
     """With the compressor silenced, earlier chunks are out of sight."""
     silenced = copy.deepcopy(cat)
-    silenced.compressor.projections[CHUNK_SIZES.index(chunk_size)].weight.zero_()
+    silenced.compressor.projection.weight.zero_()
     seen = seen_by(silenced, tokens[:1], chunk_size=chunk_size)
     chunk = torch.arange(LENGTH) // chunk_size
     within = chunk[:, None] == chunk[None, :]
@@ -187,13 +194,11 @@ def test_no_tokens_and_no_sequences(cat, dense):
 
 
 @pytest.mark.parametrize("chunk_size", CHUNK_SIZES)
-def test_every_weight_of_a_chunk_size_learns(cat, tokens, chunk_size):
+def test_every_weight_learns(cat, tokens, chunk_size):
     cat.zero_grad()
     cat(tokens, chunk_size=chunk_size).float().logsumexp(-1).sum().backward()
-    which = CHUNK_SIZES.index(chunk_size)
-    idle = {f"compressor.projections.{i}.weight" for i in range(len(CHUNK_SIZES)) if i != which}
-    if chunk_size == 1:  # the only token of a chunk is seen through its vector
-        idle.add("embedding.weight")
+    # The only token of a chunk of one is seen through its vector.
+    idle = {"embedding.weight"} if chunk_size == 1 else set()
     for name, parameter in cat.named_parameters():
         silent = parameter.grad is None or not parameter.grad.any()
         assert silent == (name in idle), name
@@ -243,6 +248,7 @@ def test_errors_name_the_argument(cat, tokens, call, message):
         (lambda: StackConfig(width=32, depth=0, heads=4), "depth: expected at least 1"),
         (lambda: CATConfig(chunk_sizes=()), "chunk_sizes: expected distinct positive"),
         (lambda: CATConfig(chunk_sizes=(4, 4)), "chunk_sizes: expected distinct positive"),
+        (lambda: CATConfig(positions="rows"), "positions: expected .* got 'rows'"),
     ],
 )
 def test_bad_configurations_are_refused(make, message):

@@ -6,6 +6,8 @@ import itertools
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from torch_winnow import reference
 from torch_winnow.resampling import Status, resample
@@ -274,6 +276,58 @@ def test_survivors_keep_their_slot(scheme):
     assert torch.equal(kept.ancestors == torch.arange(500), survives)
     counts = torch.stack([torch.bincount(row, minlength=500) for row in kept.ancestors])
     assert torch.equal(counts, kept.offspring)
+
+
+extremes = st.sampled_from([0.0, -INF, INF, NAN, 3e38, -3e38, -87.4, -40.0, 1e-30, -1e-7, 88.0])
+log_weight = st.one_of(extremes, st.floats(-50, 50, width=32), st.floats(width=32))
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    weights=st.lists(log_weight, max_size=40),
+    scheme=st.sampled_from(SCHEMES),
+    samples=st.one_of(st.none(), st.integers(0, 100)),
+    seed=st.integers(0, 2**63 - 1),
+)
+def test_contracts_for_any_weights(weights, scheme, samples, seed):
+    log_weights = torch.tensor(weights)
+    if not weights or samples is None:
+        samples = len(weights)
+    keep_slots = samples == len(weights)
+    result = resample(
+        log_weights, scheme=scheme, num_samples=samples, keep_slots=keep_slots, seed=seed
+    )
+    assert int(result.offspring.sum()) == samples
+    assert torch.equal(torch.bincount(result.ancestors, minlength=len(weights)), result.offspring)
+    if result.resampled:
+        share = reference.resampling.normalised(log_weights)
+        assert (result.offspring[share == 0] == 0).all()
+        if scheme == "systematic":
+            error = result.offspring.cumsum(0) - samples * share.cumsum(0)
+            assert error.abs().max() < 1 + 1e-4  # of the float32 weights
+        if scheme == "residual":
+            assert (result.offspring >= (samples * share - 1e-4).floor()).all()
+
+
+def test_small_populations_as_large_ones():
+    """Populations of at most 16 are done sixteen at a time; a mask that is true takes the other
+    path, and uniforms too. Decisions and statistics are bitwise the same."""
+    for particles, rows in itertools.product(range(1, 18), (1, 15, 16, 17, 50)):
+        log_weights = 3 * torch.randn(rows, particles)
+        log_weights[torch.rand(rows, particles) < 0.1] = -INF
+        log_weights[rows // 2] = NAN
+        log_weights[rows // 3, 0] = INF
+        mask = torch.ones(rows, particles, dtype=torch.bool)
+        for threshold, keep_slots in itertools.product((None, 0.5), (False, True)):
+            options = {"ess_threshold": threshold, "keep_slots": keep_slots, "seed": particles}
+            small = resample(log_weights, **options)
+            large = resample(log_weights, mask=mask, **options)
+            assert all(torch.equal(a, b) for a, b in zip(small, large, strict=True))
+            apart = resample(log_weights.T.contiguous().T, **options)
+            assert all(torch.equal(a, b) for a, b in zip(small, apart, strict=True))
+            padded = torch.nn.functional.pad(log_weights, (2, 3))[:, 2:-3]
+            apart = resample(padded, **options)
+            assert all(torch.equal(a, b) for a, b in zip(small, apart, strict=True))
 
 
 def test_strided_input_needs_no_copy():

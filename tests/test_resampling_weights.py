@@ -7,12 +7,15 @@ import torch
 
 from conftest import TOLERANCE
 from torch_winnow import reference
-from torch_winnow.resampling import effective_sample_size
+from torch_winnow.resampling import effective_sample_size, resample
 
 INF = float("inf")
 
 
-@pytest.mark.parametrize("shape", [(1,), (15,), (16,), (17,), (3, 64), (2, 3, 1000), (0, 4), (2, 0)])
+SHAPES = [(1,), (15,), (16,), (17,), (3, 64), (2, 3, 1000), (0, 4), (2, 0)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 def test_matches_definition(shape, dtype, cpu_capability):
     log_weights = (3 * torch.randn(shape)).to(dtype)
     result = effective_sample_size(log_weights)
@@ -56,6 +59,13 @@ def test_bitwise_equal_everywhere(on_every_capability, on_thread_counts):
     results = on_every_capability(lambda: effective_sample_size(log_weights))
     results += on_thread_counts(lambda: effective_sample_size(log_weights))
     assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.parametrize("wide", [torch.float32, torch.bfloat16, torch.float64])
+def test_says_the_same_as_resample(wide, cpu_capability):
+    for shape in ((40, 3), (5, 300), (2, 20_000)):
+        log_weights = (3 * torch.randn(shape)).to(wide)
+        assert torch.equal(effective_sample_size(log_weights), resample(log_weights, seed=0).ess)
 
 
 def test_opcheck_and_compile():

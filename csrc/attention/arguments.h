@@ -35,10 +35,10 @@ inline void check_source(const char* argument, const Tensor& tensor, const Tenso
                          const char* layout) {
   check_dtype(argument, tensor, query.scalar_type());
   check_cpu(argument, tensor);
-  WINNOW_CHECK(tensor.dim() == 4 && tensor.size(0) == query.size(0) &&
-                   tensor.size(3) == query.size(3),
-               argument, ": expected ", layout, " with B=", query.size(0), " and D=", query.size(3),
-               " as in query, got ", shape_of(tensor));
+  WINNOW_CHECK(
+      tensor.dim() == 4 && tensor.size(0) == query.size(0) && tensor.size(3) == query.size(3),
+      argument, ": expected ", layout, " with B=", query.size(0), " and D=", query.size(3),
+      " as in query, got ", shape_of(tensor));
   check_last_contiguous(argument, tensor);
 }
 

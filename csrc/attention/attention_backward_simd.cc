@@ -126,7 +126,8 @@ class Backward {
     visible_ranges(pattern_, row, count, &slots_, &locals_);
     for (int64_t i = 0; i < ld_ * kTile; ++i) grad_query_[i] = 0;
     if (own) {
-      attend(slots_, forward_.slot_key, forward_.slot_value, slot_key_sums_, slot_value_sums_, true);
+      attend(slots_, forward_.slot_key, forward_.slot_value, slot_key_sums_, slot_value_sums_,
+             true);
       // Keys of earlier splits: their own split accumulates them.
       LaneRanges earlier = locals_;
       earlier.clip(0, split_.row_begin);
@@ -211,8 +212,8 @@ class Backward {
     const int64_t first = group.begin * ld_;
     Vec factor[W];
     for (Vec& vec : factor) vec = Vec(static_cast<Acc>(forward_.scale * kLog2E));
-    product<Math, W, false>(keys, {key_ + first, ld_, 1}, query_lanes_ + lane, kTile, dim_, weights_,
-                            kLanesWide, factor);
+    product<Math, W, false>(keys, {key_ + first, ld_, 1}, query_lanes_ + lane, kTile, dim_,
+                            weights_, kLanesWide, factor);
     for (Vec& vec : factor) vec = Vec(Acc(1));
     product<Math, W, false>(keys, {value_ + first, ld_, 1}, grad_lanes_ + lane, kTile, dim_,
                             grad_scores_, kLanesWide, factor);
@@ -222,20 +223,21 @@ class Backward {
     }
     if (value_sums) {
       const Acc* grad = grad_is_finite_ ? grad_ : finite_grad_;
-      product_columns<Math>(keys, {weights_, kLanesWide, 1}, grad + lane * ld_, ld_, kLanesWide, ld_,
-                            value_sums + first, ld_);
-      if (!grad_is_finite_) add_nonfinite_rows(mask, group, kLanesWide, weights_, grad_, value_sums);
+      product_columns<Math>(keys, {weights_, kLanesWide, 1}, grad + lane * ld_, ld_, kLanesWide,
+                            ld_, value_sums + first, ld_);
+      if (!grad_is_finite_)
+        add_nonfinite_rows(mask, group, kLanesWide, weights_, grad_, value_sums);
       const Acc* query = query_is_finite_ ? query_ : finite_query_;
-      product_columns<Math>(keys, {grad_scores_, kLanesWide, 1}, query + lane * ld_, ld_, kLanesWide,
-                            ld_, key_sums + first, ld_);
+      product_columns<Math>(keys, {grad_scores_, kLanesWide, 1}, query + lane * ld_, ld_,
+                            kLanesWide, ld_, key_sums + first, ld_);
       if (!query_is_finite_) {
         add_nonfinite_rows(mask, group, kLanesWide, grad_scores_, query_, key_sums);
       }
     }
     if (queries) {
       const Acc* key = (key_is_finite_ ? key_ : finite_key_) + first;
-      product<Math, W, true>(dim_, {key, 1, ld_}, grad_scores_, kLanesWide, keys, grad_query_ + lane,
-                             kTile, factor);
+      product<Math, W, true>(dim_, {key, 1, ld_}, grad_scores_, kLanesWide, keys,
+                             grad_query_ + lane, kTile, factor);
       if (!key_is_finite_) add_nonfinite_keys(mask, group, kLanesWide);
     }
   }
@@ -332,8 +334,9 @@ void sum_splits(const BackwardProblem& problem, int64_t unit) {
       for (int64_t index = 0; index < problem.splits; ++index) {
         const Split split = split_of(pattern, index, problem.splits);
         if (slot < split.slot_begin || slot >= split.slot_end) continue;
-        const Acc* part = static_cast<const Acc*>(problem.slot_sums) +
-                          (((unit * problem.splits + index) * 2 + kind) * pattern.slots + slot) * ld;
+        const Acc* part =
+            static_cast<const Acc*>(problem.slot_sums) +
+            (((unit * problem.splits + index) * 2 + kind) * pattern.slots + slot) * ld;
         for (int64_t d = 0; d < dim; ++d) sum[d] += part[d];
       }
       T* place = pattern.interleaved

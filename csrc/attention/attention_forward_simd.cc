@@ -1,7 +1,7 @@
-// Online softmax over tiles of 64 query rows by up to 64 keys, first the slots, then the local rows.
-// Queries lie in vector lanes: a tile's queries are transposed once, keys and values are packed as
-// they are, running maximum, sum and output are kept per lane. Reads each key once per tile of
-// queries, writes each output once.
+// Online softmax over tiles of 64 query rows by up to 64 keys, first the slots, then the local
+// rows. Queries lie in vector lanes: a tile's queries are transposed once, keys and values are
+// packed as they are, running maximum, sum and output are kept per lane. Reads each key once per
+// tile of queries, writes each output once.
 #include "attention/attention_forward_simd.h"
 
 #include <limits>
@@ -65,7 +65,8 @@ class Forward {
     int64_t last;
     ranges.bounds(&first, &last);
     const T* keys = static_cast<const T*>(key.data) + batch * key.batch + kv_head * key.head;
-    const T* values = static_cast<const T*>(value.data) + batch * value.batch + kv_head * value.head;
+    const T* values =
+        static_cast<const T*>(value.data) + batch * value.batch + kv_head * value.head;
     for (int64_t j = first; j < last; j += kTile) {
       const int64_t count = smaller(kTile, last - j);
       const TileMask<Math> mask(ranges, j, count);
@@ -95,8 +96,9 @@ class Forward {
     const int keys = group.end - group.begin;
     Vec factor[W];
     for (Vec& vec : factor) vec = Vec(static_cast<Acc>(problem_.scale * kLog2E));
-    product<Math, W, false>(keys, {k.data + group.begin * k.ld, k.ld, 1}, query_ + first_lane, kTile,
-                            (dim_ + Math::kDepth - 1) / Math::kDepth, scores_, kLanesWide, factor);
+    product<Math, W, false>(keys, {k.data + group.begin * k.ld, k.ld, 1}, query_ + first_lane,
+                            kTile, (dim_ + Math::kDepth - 1) / Math::kDepth, scores_, kLanesWide,
+                            factor);
     Operand* weights = Packed::weights(scores_, weights_);
     for (int w = 0; w < W; ++w) {
       factor[w] = softmax(mask, group, group.vector + w, scores_ + w * kSize, kLanesWide,

@@ -18,13 +18,17 @@ AttentionProblem cat_problem(const Tensor& query, const Tensor& key, const Tenso
 }
 
 std::tuple<Tensor, Tensor> cat_attention(const Tensor& query, const Tensor& key,
-                                         const Tensor& value, int64_t block_size, std::optional<double> scale) {
+                                         const Tensor& value, int64_t block_size,
+                                         std::optional<double> scale) {
   return run_forward(cat_problem(query, key, value, block_size, scale), query);
 }
 
-std::tuple<Tensor, Tensor, Tensor> cat_attention_backward(
-    const Tensor& grad_out, const Tensor& grad_lse, const Tensor& query, const Tensor& key,
-    const Tensor& value, const Tensor& out, const Tensor& lse, int64_t block_size, std::optional<double> scale) {
+std::tuple<Tensor, Tensor, Tensor> cat_attention_backward(const Tensor& grad_out,
+                                                          const Tensor& grad_lse,
+                                                          const Tensor& query, const Tensor& key,
+                                                          const Tensor& value, const Tensor& out,
+                                                          const Tensor& lse, int64_t block_size,
+                                                          std::optional<double> scale) {
   const AttentionProblem problem = cat_problem(query, key, value, block_size, scale);
   InputGradients grads =
       run_backward(problem, {grad_out, grad_lse, out, lse}, query, key, std::nullopt);

@@ -39,8 +39,9 @@ Sequences read_sequences(const Tensor& cu_seqlens, const Tensor& query, int64_t 
   for (int64_t i = 1; i < count; ++i) {
     const int64_t begin = sequences.row_begin.back();
     const int64_t end = entry(i);
-    WINNOW_CHECK(end >= begin && end <= rows, "cu_seqlens: expected ascending values up to N=", rows,
-                 ", got ", end, " after ", begin, " at index ", i);
+    WINNOW_CHECK(end >= begin && end <= rows,
+                 "cu_seqlens: expected ascending values up to N=", rows, ", got ", end, " after ",
+                 begin, " at index ", i);
     // Each factor is at most the number of rows or was compared with the number of slots.
     const int64_t chunks = (end - begin + options.chunk_size - 1) / options.chunk_size;
     const int64_t seen = larger(chunks - 1, 0);
@@ -100,10 +101,9 @@ std::tuple<Tensor, Tensor> chunk_attention(const Tensor& query, const Tensor& ke
                                            int64_t lookback, std::optional<double> scale,
                                            const std::optional<Tensor>& cu_seqlens) {
   Sequences sequences;
-  const AttentionProblem problem =
-      chunk_problem(query, key, value, slot_key, slot_value,
-                    {chunk_size, slots_per_chunk, initial_slots, lookback}, scale, cu_seqlens,
-                    &sequences);
+  const AttentionProblem problem = chunk_problem(
+      query, key, value, slot_key, slot_value,
+      {chunk_size, slots_per_chunk, initial_slots, lookback}, scale, cu_seqlens, &sequences);
   return run_forward(problem, query);
 }
 
@@ -113,10 +113,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> chunk_attention_backward(
     const Tensor& lse, int64_t chunk_size, int64_t slots_per_chunk, int64_t initial_slots,
     int64_t lookback, std::optional<double> scale, const std::optional<Tensor>& cu_seqlens) {
   Sequences sequences;
-  const AttentionProblem problem =
-      chunk_problem(query, key, value, slot_key, slot_value,
-                    {chunk_size, slots_per_chunk, initial_slots, lookback}, scale, cu_seqlens,
-                    &sequences);
+  const AttentionProblem problem = chunk_problem(
+      query, key, value, slot_key, slot_value,
+      {chunk_size, slots_per_chunk, initial_slots, lookback}, scale, cu_seqlens, &sequences);
   InputGradients grads =
       run_backward(problem, {grad_out, grad_lse, out, lse}, query, key, slot_key);
   return {grads.query, grads.key, grads.value, *grads.slot_key, *grads.slot_value};

@@ -20,8 +20,8 @@ struct Bf16Pair {
 
 // Sixteen pairs (low, high) of two vectors of floats.
 inline __m512i pair_up(const VecOf<float>& low, const VecOf<float>& high) {
-  alignas(64) static constexpr int16_t kOrder[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,
-                                                     21, 6, 22, 7, 23, 8,  24, 9,  25, 10, 26,
+  alignas(64) static constexpr int16_t kOrder[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                     21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
                                                      11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
   const __m512bh both = _mm512_cvtne2ps_pbh(high, low);
   return _mm512_permutexvar_epi16(_mm512_load_si512(kOrder), (__m512i)both);
@@ -54,8 +54,8 @@ inline __mmask32 first_shorts(int64_t count) {
 // `finite`.
 inline void interleave(const c10::BFloat16* a, const c10::BFloat16* b, int64_t dim, Bf16Pair* dst,
                        bool* finite) {
-  alignas(64) static constexpr int16_t kLow[32] = {0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5,
-                                                   37, 6, 38, 7, 39, 8, 40, 9, 41, 10, 42,
+  alignas(64) static constexpr int16_t kLow[32] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,
+                                                   37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
                                                    11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
   const __m512i low = _mm512_load_si512(kLow);
   const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
@@ -86,10 +86,6 @@ struct Pack<c10::BFloat16, DotBf16> {
 
   static OperandTile<Bf16Pair> rows(const T* src, int64_t stride, int64_t count, int64_t dim,
                                     Bf16Pair* buffer) {
-    if (dim % 2 == 0 && stride % 2 == 0 && count % 2 == 0 &&
-        stride * static_cast<int64_t>(sizeof(T)) <= kCloseRows) {
-      return {reinterpret_cast<const Bf16Pair*>(src), stride / 2};
-    }
     const int64_t ld = leading(dim);
     copy_rows(src, stride, count, dim, buffer);
     if (count % 2 == 1) std::memset(buffer + count * ld, 0, static_cast<size_t>(ld) * 4);
@@ -136,9 +132,8 @@ struct Pack<c10::BFloat16, DotBf16> {
     const int64_t ld = leading(dim);
     for (int64_t r = 0; r < count; ++r) {
       for (int64_t d = 0; d < dim; d += 32) {
-        _mm512_storeu_si512(
-            dst + r * ld + d / 2,
-            _mm512_maskz_loadu_epi16(first_shorts(dim - d), src + r * stride + d));
+        _mm512_storeu_si512(dst + r * ld + d / 2,
+                            _mm512_maskz_loadu_epi16(first_shorts(dim - d), src + r * stride + d));
       }
     }
   }

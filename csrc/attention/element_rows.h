@@ -1,8 +1,6 @@
 // Rows of any element type in and out of the tiles, which hold float (or double).
 #pragma once
 
-#include <ATen/cpu/vec/vec.h>
-
 #include "common/lanes.h"
 
 namespace winnow::CPU_CAPABILITY {
@@ -38,8 +36,12 @@ inline void store_shorts(void* p, i32x16 v, int64_t n) {
 inline void store_first(float* p, f32x16 v, int64_t n) {
   std::memcpy(p, &v, static_cast<size_t>(n) * sizeof(float));
 }
-inline void store_first(c10::BFloat16* p, f32x16 v, int64_t n) { store_shorts(p, nearest_bf16(v), n); }
-inline void store_first(c10::Half* p, f32x16 v, int64_t n) { store_shorts(p, nearest_half(v), n); }
+inline void store_first(c10::BFloat16* p, f32x16 v, int64_t n) {
+  store_shorts(p, nearest_bf16(v), n);
+}
+inline void store_first(c10::Half* p, f32x16 v, int64_t n) {
+  store_shorts(p, nearest_half(v), n);
+}
 
 // One row out of a tile, rounded to the element type.
 template <typename T>
@@ -53,8 +55,8 @@ inline void store_row(const double* src, int64_t dim, double* dst) {
   std::memcpy(dst, src, static_cast<size_t>(dim) * sizeof(double));
 }
 
-// `rows` rows, `stride` elements apart, to a tile of leading dimension `ld` (a multiple of 16), with
-// zeros from dim to ld. Returns whether every number is finite.
+// `rows` rows, `stride` elements apart, to a tile of leading dimension `ld` (a multiple of 16),
+// with zeros from dim to ld. Returns whether every number is finite.
 template <typename T>
 inline bool load_rows(const T* src, int64_t stride, int64_t rows, int64_t dim, float* dst,
                       int64_t ld) {
@@ -88,27 +90,6 @@ inline bool load_rows(const double* src, int64_t stride, int64_t rows, int64_t d
     for (int64_t d = dim; d < ld; ++d) dst[r * ld + d] = 0.0;
   }
   return probe == probe;
-}
-
-template <typename Acc>
-inline bool all_finite(const Acc* src, int64_t stride, int64_t rows, int64_t dim) {
-  using Vec = at::vec::Vectorized<Acc>;
-  constexpr int kSize = Vec::size();
-  Vec probe[2] = {Vec(Acc(0)), Vec(Acc(0))};
-  Acc tail = 0;
-  for (int64_t r = 0; r < rows; ++r) {
-    const Acc* row = src + r * stride;
-    int64_t d = 0;
-    for (; d + 2 * kSize <= dim; d += 2 * kSize) {
-      probe[0] = at::vec::fmadd(Vec::loadu(row + d), Vec(Acc(0)), probe[0]);
-      probe[1] = at::vec::fmadd(Vec::loadu(row + d + kSize), Vec(Acc(0)), probe[1]);
-    }
-    for (; d < dim; ++d) tail += row[d] * Acc(0);
-  }
-  Acc lanes[kSize];
-  (probe[0] + probe[1]).store(lanes);
-  for (const Acc lane : lanes) tail += lane;
-  return tail == tail;
 }
 
 }  // namespace

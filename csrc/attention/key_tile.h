@@ -55,8 +55,8 @@ inline void visible_ranges(const Pattern& pattern, int64_t row, int64_t count, L
   }
 }
 
-// Neighbouring vectors of lanes that go through the keys [begin, end) of a tile together. Every lane
-// sees all of [full_begin, full_end); for the other keys the lanes are masked.
+// Neighbouring vectors of lanes that go through the keys [begin, end) of a tile together. Every
+// lane sees all of [full_begin, full_end); for the other keys the lanes are masked.
 struct Group {
   int vector;
   int width;

@@ -92,9 +92,10 @@ std::tuple<Tensor, Tensor> merge_attention_backward(const Tensor& grad_out, cons
   check_dtype("grad_lse", grad_lse, statistics_dtype(outs[0]));
   check_dtype("out", out, outs[0].scalar_type());
   check_dtype("lse", lse, statistics_dtype(outs[0]));
-  for (const auto& [name, tensor, like] :
-       {std::tuple{"grad_out", &grad_out, &outs[0]}, {"grad_lse", &grad_lse, &lses[0]},
-        {"out", &out, &outs[0]}, {"lse", &lse, &lses[0]}}) {
+  for (const auto& [name, tensor, like] : {std::tuple{"grad_out", &grad_out, &outs[0]},
+                                           {"grad_lse", &grad_lse, &lses[0]},
+                                           {"out", &out, &outs[0]},
+                                           {"lse", &lse, &lses[0]}}) {
     WINNOW_CHECK(shape(*tensor) == shape(*like), name, ": expected shape ", shape_of(*like),
                  ", got ", shape_of(*tensor));
   }
@@ -114,12 +115,11 @@ std::tuple<Tensor, Tensor> merge_attention_backward(const Tensor& grad_out, cons
     operands.push_back(operand_of(outs[i], lses[i]));
     parts.push_back(operands.back().rows);
     const auto offset = static_cast<int64_t>(i) * rows;
-    part_grads.push_back(
-        {static_cast<char*>(grad_outs.data_ptr()) +
-             offset * dim * static_cast<int64_t>(grad_outs.element_size()),
-         static_cast<char*>(grad_lses.data_ptr()) +
-             offset * static_cast<int64_t>(grad_lses.element_size()),
-         dim, 1});
+    part_grads.push_back({static_cast<char*>(grad_outs.data_ptr()) +
+                              offset * dim * static_cast<int64_t>(grad_outs.element_size()),
+                          static_cast<char*>(grad_lses.data_ptr()) +
+                              offset * static_cast<int64_t>(grad_lses.element_size()),
+                          dim, 1});
   }
   const Operand merged = operand_of(out, lse);
   const Operand grad = operand_of(grad_out, grad_lse);

@@ -70,7 +70,8 @@ class Merge {
         }
         store(problem_.part_grad[p], r, d, count, x);
       }
-      *lse_of(problem_.part_grad[p], r) = seen ? weight * (sum + *lse_of(problem_.grad, r)) : Acc(0);
+      *lse_of(problem_.part_grad[p], r) =
+          seen ? weight * (sum + *lse_of(problem_.grad, r)) : Acc(0);
     }
   }
 

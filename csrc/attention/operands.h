@@ -1,5 +1,6 @@
-// Queries, keys and values as the operands of tile_product.h, for one way of multiplying. Rows that
-// already lie right are used where they are.
+// Queries, keys and values as the operands of tile_product.h, for one way of multiplying. Keys and
+// values are packed even where they could be used in place: products read an operand in small
+// pieces, which waits for memory far longer than one pass over whole rows does.
 #pragma once
 
 #include <type_traits>
@@ -10,10 +11,6 @@
 
 namespace winnow::CPU_CAPABILITY {
 namespace {
-
-// Rows further apart than this are packed: many of them would share few sets of the first-level
-// cache.
-constexpr int64_t kCloseRows = 512;
 
 template <typename Operand>
 struct OperandTile {
@@ -46,9 +43,6 @@ struct Pack<T, Multiply<Acc>> {
   // (row, dim), for products over dim.
   static OperandTile<Acc> rows(const T* src, int64_t stride, int64_t count, int64_t dim,
                                Acc* buffer) {
-    if constexpr (kSameType) {
-      if (stride * static_cast<int64_t>(sizeof(T)) <= kCloseRows) return {src, stride};
-    }
     load_rows(src, stride, count, dim, buffer, leading(dim));
     return {buffer, leading(dim)};
   }
@@ -56,12 +50,6 @@ struct Pack<T, Multiply<Acc>> {
   // (row, dim), for products over rows: with zeros for what is not finite, which is reported.
   static OperandTile<Acc> columns(const T* src, int64_t stride, int64_t count, int64_t dim,
                                   Acc* buffer, bool* finite) {
-    if constexpr (kSameType) {
-      if (stride * static_cast<int64_t>(sizeof(T)) <= kCloseRows) {
-        *finite = all_finite(src, stride, count, dim);
-        if (*finite) return {src, stride};
-      }
-    }
     *finite = load_rows(src, stride, count, dim, buffer, leading(dim));
     if (!*finite) copy_finite(buffer, count * leading(dim), buffer);
     return {buffer, leading(dim)};

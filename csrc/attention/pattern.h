@@ -32,8 +32,12 @@ struct Chunk {
   int64_t slot_begin, slot_end;  // slots that they see
 };
 
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+inline int64_t smaller(int64_t a, int64_t b) {
+  return a < b ? a : b;
+}
+inline int64_t larger(int64_t a, int64_t b) {
+  return a > b ? a : b;
+}
 
 inline Chunk chunk_of(const Pattern& pattern, int64_t row) {
   int64_t first = 0;
@@ -58,8 +62,8 @@ inline Chunk chunk_of(const Pattern& pattern, int64_t row) {
   chunk.end = smaller(chunk.begin + pattern.chunk_size, last);
   chunk.local_begin = larger(first, chunk.begin - pattern.lookback * pattern.chunk_size);
   chunk.slot_begin = slot_first;
-  chunk.slot_end = smaller(
-      slot_last, slot_first + pattern.initial_slots + index * pattern.slots_per_chunk);
+  chunk.slot_end =
+      smaller(slot_last, slot_first + pattern.initial_slots + index * pattern.slots_per_chunk);
   return chunk;
 }
 

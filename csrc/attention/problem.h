@@ -31,8 +31,12 @@ struct AttentionProblem {
 // tile fit the second-level cache at D = 256 and the scores the first level.
 constexpr int64_t kTile = 64;
 
-constexpr int64_t padded_dim(int64_t dim) { return (dim + 15) / 16 * 16; }
+constexpr int64_t padded_dim(int64_t dim) {
+  return (dim + 15) / 16 * 16;
+}
 
-constexpr int64_t row_tiles(int64_t rows) { return (rows + kTile - 1) / kTile; }
+constexpr int64_t row_tiles(int64_t rows) {
+  return (rows + kTile - 1) / kTile;
+}
 
 }  // namespace winnow

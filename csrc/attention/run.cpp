@@ -62,7 +62,8 @@ InputGradients run_backward(const AttentionProblem& problem, const Gradients& gr
   check_same_shape("out", gradients.out, "query", query);
   check_dtype("lse", gradients.lse, statistics_dtype(query));
   check_dtype("grad_lse", gradients.grad_lse, statistics_dtype(query));
-  for (const auto& [name, tensor] : {std::pair{"lse", &gradients.lse}, {"grad_lse", &gradients.grad_lse}}) {
+  for (const auto& [name, tensor] :
+       {std::pair{"lse", &gradients.lse}, {"grad_lse", &gradients.grad_lse}}) {
     WINNOW_CHECK(shape(*tensor) == leading_shape(query), name,
                  ": expected (B, Hq, N) as in query, ", shape_of(query), ", got ",
                  shape_of(*tensor));
@@ -99,12 +100,11 @@ InputGradients run_backward(const AttentionProblem& problem, const Gradients& gr
 
   const auto loop = WINNOW_SIMD(attention_backward);
   const int64_t rows_per_unit = problem.pattern.rows / backward.splits + 1;
-  torch::stable::parallel_for(
-      0, backward_units(backward), grain_of(problem, rows_per_unit),
-      [&](int64_t begin, int64_t end) {
-        const auto memory = scratch_memory(backward_scratch_bytes(problem));
-        loop(backward, begin, end, memory.get());
-      });
+  torch::stable::parallel_for(0, backward_units(backward), grain_of(problem, rows_per_unit),
+                              [&](int64_t begin, int64_t end) {
+                                const auto memory = scratch_memory(backward_scratch_bytes(problem));
+                                loop(backward, begin, end, memory.get());
+                              });
   if (problem.pattern.slots > 0) {
     const auto slots_loop = WINNOW_SIMD(attention_backward_slots);
     const int64_t per_head = backward.splits * problem.pattern.slots * problem.dim;

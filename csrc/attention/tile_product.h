@@ -1,6 +1,6 @@
 // The one matrix product of this family, C = scale * A B or C = C * scale + A B, on packed tiles.
-// A block of C stays in registers: R rows, whose A operands are broadcast, by W vectors of B. All six
-// products of attention and its gradient have this form; scores are kept with keys in rows and
+// A block of C stays in registers: R rows, whose A operands are broadcast, by W vectors of B. All
+// six products of attention and its gradient have this form; scores are kept with keys in rows and
 // queries in lanes, so that no product needs a transposed copy of the keys and softmax needs no
 // reduction within a vector.
 #pragma once
@@ -18,13 +18,19 @@ namespace {
 // 32 registers of AVX-512 and 16 of AVX2.
 #if defined(__AVX512F__)
 constexpr int kMaxWidth = 4;
-constexpr int block_rows(int width) { return width == 4 ? 6 : 8; }
+constexpr int block_rows(int width) {
+  return width == 4 ? 6 : 8;
+}
 #elif defined(__AVX2__)
 constexpr int kMaxWidth = 2;
-constexpr int block_rows(int width) { return width == 2 ? 6 : 8; }
+constexpr int block_rows(int width) {
+  return width == 2 ? 6 : 8;
+}
 #else
 constexpr int kMaxWidth = 1;
-constexpr int block_rows(int) { return 4; }
+constexpr int block_rows(int) {
+  return 4;
+}
 #endif
 
 // How operands multiply: one number each. An operand is what one broadcast of A and one lane of B
@@ -61,8 +67,8 @@ inline void product_block(Broadcasts<typename Math::Operand> a, const typename M
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
     for (int w = 0; w < W; ++w) {
-      sum[r][w] = kAccumulate ? Vec::loadu(c + r * ldc + w * kSize) * scale[w]
-                              : Vec(typename Math::Acc(0));
+      sum[r][w] =
+          kAccumulate ? Vec::loadu(c + r * ldc + w * kSize) * scale[w] : Vec(typename Math::Acc(0));
     }
   }
   const typename Math::Operand* column = a.a;
@@ -93,7 +99,9 @@ inline void product(int64_t rows, Broadcasts<typename Math::Operand> a,
                     typename Math::Acc* c, int64_t ldc, const typename Math::Vec* scale) {
   constexpr int kRows = block_rows(W);
   int64_t r = 0;
-  const auto from = [&] { return Broadcasts<typename Math::Operand>{a.a + r * a.row, a.row, a.step}; };
+  const auto from = [&] {
+    return Broadcasts<typename Math::Operand>{a.a + r * a.row, a.row, a.step};
+  };
   for (; r + kRows <= rows; r += kRows) {
     product_block<Math, kRows, W, kAccumulate>(from(), b, ldb, depth, c + r * ldc, ldc, scale);
   }

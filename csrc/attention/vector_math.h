@@ -47,8 +47,7 @@ inline VecOf<float> exp2_lanes(const VecOf<float>& x) {
   const VecOf<float> p = exp2_fraction(VecOf<float>(bounded) - VecOf<float>(n));
   const __m256i power = _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23);
   const __m256 kept = _mm256_cmp_ps(x, _mm256_set1_ps(-126.0f), _CMP_NLT_UQ);
-  return _mm256_and_ps(
-      kept, _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), power)));
+  return _mm256_and_ps(kept, _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), power)));
 }
 #else
 inline VecOf<float> exp2_lanes(const VecOf<float>& x) {
@@ -117,8 +116,8 @@ inline void transpose_block(const float* src, int64_t ld_src, float* dst, int64_
   }
 #pragma GCC unroll 4
   for (int c = 0; c < 4; ++c) {
-    const __m512 low01 = _mm512_shuffle_f32x4(a[c], a[4 + c], 0x88);    // quarters 0, 2
-    const __m512 high01 = _mm512_shuffle_f32x4(a[c], a[4 + c], 0xdd);   // quarters 1, 3
+    const __m512 low01 = _mm512_shuffle_f32x4(a[c], a[4 + c], 0x88);   // quarters 0, 2
+    const __m512 high01 = _mm512_shuffle_f32x4(a[c], a[4 + c], 0xdd);  // quarters 1, 3
     const __m512 low23 = _mm512_shuffle_f32x4(a[8 + c], a[12 + c], 0x88);
     const __m512 high23 = _mm512_shuffle_f32x4(a[8 + c], a[12 + c], 0xdd);
     _mm512_storeu_ps(dst + c * ld_dst, _mm512_shuffle_f32x4(low01, low23, 0x88));

@@ -20,7 +20,7 @@ namespace {
 
 constexpr int64_t kTile = 256;  // cumulative weights and counts of a tile: 4 KB on the stack
 // Below this a search over all of a population takes as long as finding its start.
-constexpr int64_t kGuideFrom = 128;
+constexpr int64_t kGuideFrom = 32;
 
 static_assert(sizeof(Block) <= kBytesPerBlock, "a block's sums have a cache line of their own");
 
@@ -174,33 +174,48 @@ void guide_block(const Work<T>& work, int64_t b, uint64_t total) {
   if (b + 1 == p.blocks) work.guide[cells] = static_cast<uint32_t>(p.particles - 1);
 }
 
-// Independent draws [begin, end) from cumulative weights: counted, and written where asked.
+// Independent draws [begin, end) from cumulative weights: counted, and written where asked. A huge
+// population's cells, cumulative weights and counts are each a cache miss per draw, so they are
+// asked for a batch ahead.
 template <typename T>
 void draw(const Work<T>& work, uint64_t total, int64_t begin, int64_t end, int64_t* offspring,
           int64_t* ancestors) {
+  constexpr int64_t kBatch = 4 * kLanes;
   const Population& p = work.population;
   const int bits = guide_bits(p.particles);
-  for (int64_t j = begin; j < end; j += kLanes) {
-    uint64_t element[kLanes];
-    uint64_t uniform[kLanes];
-    for (int l = 0; l < kLanes; ++l) element[l] = static_cast<uint64_t>(j + l);
-    uniform_lanes(work.call, p.row, element, end, uniform);
-    const int64_t n = end - j < kLanes ? end - j : kLanes;
-    for (int64_t l = 0; l < n; ++l) {
-      const uint64_t point = multiply_high(uniform[l], total);
-      int64_t low = 0;
-      int64_t high = p.particles - 1;
-      if (bits != 0) {
+  uint64_t uniform[kBatch];
+  uint32_t low[kBatch];
+  uint32_t high[kBatch];
+  for (int64_t j = begin; j < end; j += kBatch) {
+    const int64_t n = end - j < kBatch ? end - j : kBatch;
+    for (int64_t l = 0; l < n; l += kLanes) {
+      uint64_t element[kLanes];
+      for (int i = 0; i < kLanes; ++i) element[i] = static_cast<uint64_t>(j + l + i);
+      uniform_lanes(work.call, p.row, element, end, uniform + l);
+    }
+    if (bits == 0) {
+      for (int64_t l = 0; l < n; ++l) low[l] = 0;
+      for (int64_t l = 0; l < n; ++l) high[l] = static_cast<uint32_t>(p.particles - 1);
+    } else {
+      for (int64_t l = 0; l < n; ++l) __builtin_prefetch(work.guide + (uniform[l] >> (64 - bits)));
+      for (int64_t l = 0; l < n; ++l) {
         const uint64_t cell = uniform[l] >> (64 - bits);
-        low = work.guide[cell];
-        high = work.guide[cell + 1];
+        low[l] = work.guide[cell];
+        high[l] = work.guide[cell + 1];
+        __builtin_prefetch(work.cumulative + low[l]);
       }
-      const int64_t index = search(work.cumulative, low, high, point);
-      if (ancestors != nullptr) ancestors[j + l] = index;
+    }
+    for (int64_t l = 0; l < n; ++l) {
+      low[l] = static_cast<uint32_t>(
+          search(work.cumulative, low[l], high[l], multiply_high(uniform[l], total)));
+      __builtin_prefetch(offspring + low[l], 1);
+      if (ancestors != nullptr) ancestors[j + l] = low[l];
+    }
+    for (int64_t l = 0; l < n; ++l) {
       if (work.call.shared) {
-        __atomic_fetch_add(offspring + index, int64_t{1}, __ATOMIC_RELAXED);
+        __atomic_fetch_add(offspring + low[l], int64_t{1}, __ATOMIC_RELAXED);
       } else {
-        ++offspring[index];
+        ++offspring[low[l]];
       }
     }
   }

@@ -92,7 +92,7 @@ constexpr int64_t kBytesPerBlock = 64;
   at.blocks = align(sizeof(Population));
   at.weights = at.blocks + (call.particles / kBlock + 1) * kBytesPerBlock;
   at.cumulative = at.weights + align(k * (call.type == ElementType::kDouble ? 8 : 4));
-  at.guide = at.cumulative + (searches ? align(k * 8) : 0);
+  at.guide = at.cumulative + (searches ? align((k + 8) * 8) : 0);  // a search reads 4 beyond
   at.freed = at.guide + (searches ? align((k + 1) * 4) : 0);
   at.masked = at.freed + (call.keep_slots ? align(2 * (k + 1) * 4) : 0);
   // Of the live particles: slot, log weight, ancestor, offspring, new log weight.

@@ -107,19 +107,29 @@ inline void carry(const double* x, int64_t n, double* result) {
   }
 }
 
-template <typename W>
-inline void block_sums(const W* w, int64_t n, Block* block) {
+// Sum and sum of squares of the weights of a block, which may come in pieces of whole lanes.
+struct Sums {
   f64x8 sum[2] = {wide(0.0), wide(0.0)};
   f64x8 squares[2] = {wide(0.0), wide(0.0)};
-  for (int64_t i = 0; i < n; i += kLanes) {
-    for (int h = 0; h < 2; ++h) {
-      const f64x8 v = load_wide(w + i + h * kWide);
-      sum[h] = sum[h] + v;
-      squares[h] = squares[h] + v * v;
+
+  template <typename W>
+  void add(const W* w, int64_t n) {
+    for (int64_t i = 0; i < n; i += kLanes) {
+      for (int h = 0; h < 2; ++h) {
+        const f64x8 v = load_wide(w + i + h * kWide);
+        sum[h] = sum[h] + v;
+        squares[h] = squares[h] + v * v;
+      }
     }
   }
-  block->sum = sum_wide(sum[0] + sum[1]);
-  block->squares = sum_wide(squares[0] + squares[1]);
+};
+
+template <typename W>
+inline void block_sums(const W* w, int64_t n, Block* block) {
+  Sums sums;
+  sums.add(w, n);
+  block->sum = sum_wide(sums.sum[0] + sums.sum[1]);
+  block->squares = sum_wide(sums.squares[0] + sums.squares[1]);
 }
 
 template <typename W>

@@ -5,7 +5,7 @@
 
 namespace winnow {
 
-// Numbered as in torch_winnow/_unmasking_rules.py.
+// Numbered as in torch_winnow/_unmasking/rules.py.
 enum Order : int64_t { kLowestFirst, kHighestFirst, kLeftToRight, kRandom };
 enum Criterion : int64_t { kBelow, kAtLeast, kEntropyBound, kConfidenceFactor, kAny };
 

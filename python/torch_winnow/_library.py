@@ -70,7 +70,7 @@ def _load_cpu() -> ctypes.CDLL:
             "torch_winnow: the compiled operators are missing (torch_winnow/_cpu.so). From a source "
             "checkout, build them first: pip install --no-build-isolation -e ."
         )
-    torch.ops.load_library(path)
+    torch.ops.load_library(path)  # type: ignore[no-untyped-call]
     library = ctypes.CDLL(path)
     library.winnow_cpu_capability.restype = ctypes.c_char_p
     library.winnow_best_cpu_capability.restype = ctypes.c_char_p

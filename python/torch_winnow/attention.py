@@ -72,8 +72,8 @@ def cat_attention(
     blocks. The last block may be short. (arXiv 2511.05313, section 3.)
 
     Args:
-        query: ``(B, Hq, S, D)``, D from 1 to 256; float32, bfloat16, float16 or float64. Any strides
-            with a contiguous last dimension, here and below, without a copy.
+        query: ``(B, Hq, S, D)``, D from 1 to 256; float32, bfloat16, float16 or float64. Here
+            and below any strides with a contiguous last dimension, without a copy.
         key: ``(B, Hkv, S, D)`` of the same dtype; ``Hkv`` divides ``Hq``.
         value: as ``key``.
         block_size: rows per block, one vector and its tokens.
@@ -81,8 +81,8 @@ def cat_attention(
         return_lse: also return the natural log of each row's sum of exponentials.
 
     Returns:
-        ``(B, Hq, S, D)`` in the query's dtype; with ``return_lse`` a pair with ``(B, Hq, S)`` float32
-        (float64 for float64).
+        ``(B, Hq, S, D)`` in the query's dtype; with ``return_lse`` a pair with ``(B, Hq, S)``
+        float32 (float64 for float64).
 
     Raises:
         ValueError: shapes, dtypes or options that do not fit; the message names the argument.
@@ -149,14 +149,14 @@ def chunk_attention(
 
     Token t of chunk ``i = t // chunk_size`` sees the slots
     ``[0, min(M, initial_slots + i * slots_per_chunk))`` and the tokens
-    ``[max(0, (i - lookback) * chunk_size), t]``. With the defaults slot 0 is a learned dummy and slot
-    n + 1 the compression of chunk n, so that no token sees its own chunk's vector. **Whether that is
-    causal depends on what the slots hold:** slots that chunk i may see must be computed from tokens
-    before it.
+    ``[max(0, (i - lookback) * chunk_size), t]``. With the defaults slot 0 is a learned dummy and
+    slot n + 1 the compression of chunk n, so that no token sees its own chunk's vector. **Whether
+    that is causal depends on what the slots hold:** slots that chunk i may see must be computed
+    from tokens before it.
 
     Args:
-        query: ``(B, Hq, N, D)``, D from 1 to 256; float32, bfloat16, float16 or float64. Any strides
-            with a contiguous last dimension, here and below, without a copy.
+        query: ``(B, Hq, N, D)``, D from 1 to 256; float32, bfloat16, float16 or float64. Here
+            and below any strides with a contiguous last dimension, without a copy.
         key: ``(B, Hkv, N, D)`` of the same dtype; ``Hkv`` divides ``Hq``.
         value: as ``key``.
         slot_key: ``(B, Hkv, M, D)``; slots beyond those that are visible are never read.
@@ -173,8 +173,8 @@ def chunk_attention(
         return_lse: also return the natural log of each row's sum of exponentials.
 
     Returns:
-        ``(B, Hq, N, D)`` in the query's dtype; with ``return_lse`` a pair with ``(B, Hq, N)`` float32
-        (float64 for float64).
+        ``(B, Hq, N, D)`` in the query's dtype; with ``return_lse`` a pair with ``(B, Hq, N)``
+        float32 (float64 for float64).
 
     Raises:
         ValueError: shapes, dtypes or options that do not fit; the message names the argument.
@@ -241,8 +241,8 @@ def block_diagonal_attention(
     without reshaping and without padding.
 
     Args:
-        query: ``(B, Hq, N, D)``, D from 1 to 256; float32, bfloat16, float16 or float64. Any strides
-            with a contiguous last dimension, here and below, without a copy.
+        query: ``(B, Hq, N, D)``, D from 1 to 256; float32, bfloat16, float16 or float64. Here
+            and below any strides with a contiguous last dimension, without a copy.
         key: ``(B, Hkv, N, D)`` of the same dtype; ``Hkv`` divides ``Hq``.
         value: as ``key``.
         block_size: rows per block.
@@ -251,8 +251,8 @@ def block_diagonal_attention(
         return_lse: also return the natural log of each row's sum of exponentials.
 
     Returns:
-        ``(B, Hq, N, D)`` in the query's dtype; with ``return_lse`` a pair with ``(B, Hq, N)`` float32
-        (float64 for float64).
+        ``(B, Hq, N, D)`` in the query's dtype; with ``return_lse`` a pair with ``(B, Hq, N)``
+        float32 (float64 for float64).
 
     Raises:
         ValueError: shapes, dtypes or options that do not fit; the message names the argument.
@@ -261,7 +261,8 @@ def block_diagonal_attention(
         >>> import torch
         >>> from torch_winnow.attention import block_diagonal_attention
         >>> x = torch.randn(2, 1, 50, 8)
-        >>> first = block_diagonal_attention(x[:, :, :17], x[:, :, :17], x[:, :, :17], block_size=17)
+        >>> x_0 = x[:, :, :17]
+        >>> first = block_diagonal_attention(x_0, x_0, x_0, block_size=17)
         >>> torch.equal(block_diagonal_attention(x, x, x, block_size=17)[:, :, :17], first)
         True
     """
@@ -378,7 +379,7 @@ def _(
     return out.new_empty((len(outs), *out.shape)), lse.new_empty((len(outs), *lse.shape))
 
 
-# Autograd: each backward is one operator on the forward's tensor inputs, its results and its options.
+# Autograd: each backward is one operator on the forward's inputs, results and options.
 
 
 def _differentiable(name: str, tensors: int) -> None:

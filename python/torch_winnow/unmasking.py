@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from torch_winnow._logit_stats import LogitStats, id_tensor, logit_stats, seed_tensor
-from torch_winnow._unmasking_rules import (
+from torch_winnow._unmasking.logit_stats import LogitStats, id_tensor, logit_stats, seed_tensor
+from torch_winnow._unmasking.rules import (
     ConfidenceFactor,
     ConfidenceThreshold,
     EntropyBound,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from torch_winnow import reference
-from torch_winnow._unmasking_rules import select
+from torch_winnow._unmasking.rules import select
 from torch_winnow.unmasking import (
     ConfidenceFactor,
     ConfidenceThreshold,

@@ -105,13 +105,13 @@ def gather_particles_(tree: Tree, ancestors: Tensor, dim: int | None = None) -> 
     return tree
 
 
-@torch.library.register_fake("winnow::gather_particles")  # type: ignore[untyped-decorator]
+@torch.library.register_fake("winnow::gather_particles")
 def _(state: Tensor, ancestors: Tensor, dim: int) -> Tensor:
     shape = list(state.shape)
     shape[dim] = ancestors.shape[-1]
     return state.new_empty(shape)
 
 
-@torch.library.register_fake("winnow::gather_particles_")  # type: ignore[untyped-decorator]
+@torch.library.register_fake("winnow::gather_particles_")
 def _(state: Tensor, ancestors: Tensor, dim: int) -> None:
     return None

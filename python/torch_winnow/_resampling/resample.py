@@ -145,7 +145,7 @@ def resample(
     )
 
 
-@torch.library.register_fake("winnow::resample")  # type: ignore[untyped-decorator]
+@torch.library.register_fake("winnow::resample")
 def _(
     log_weights: Tensor,
     scheme: str,

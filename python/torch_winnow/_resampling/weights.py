@@ -41,6 +41,6 @@ def effective_sample_size(log_weights: Tensor) -> Tensor:
     return _effective_sample_size(log_weights)  # type: ignore[no-any-return]
 
 
-@torch.library.register_fake("winnow::effective_sample_size")  # type: ignore[untyped-decorator]
+@torch.library.register_fake("winnow::effective_sample_size")
 def _(log_weights: Tensor) -> Tensor:
     return log_weights.new_empty(log_weights.shape[:-1], dtype=statistics_dtype(log_weights.dtype))

@@ -68,16 +68,24 @@ class Job:
     recipe: Recipe
 
 
+def _growing_windows(text: Text, progress: float, generator: torch.Generator) -> Tensor:
+    """4096 bytes in windows that grow in the course of training.
+
+    What lies close is learned first, and faster where nothing far away competes; the full context
+    comes at the end, when there is something to find in it.
+    """
+    length = 128 if progress < 0.4 else 512 if progress < 0.7 else 2048
+    return text.windows(4096 // length, length, generator)
+
+
 def _cat_loss(model: nn.Module, text: Text, step: int, generator: torch.Generator) -> Tensor:
-    tokens = text.windows(2, 2048, generator)
+    tokens = _growing_windows(text, step / _CAT.steps, generator)
     # Adaptive: one chunk size per step, in turn.
     return next_token_loss(model(tokens, chunk_size=CHUNK_SIZES[step % len(CHUNK_SIZES)]), tokens)
 
 
 def _dense_loss(model: nn.Module, text: Text, step: int, generator: torch.Generator) -> Tensor:
-    # Attention to 2048 tokens takes most of a step: the full context comes at the end.
-    long = step >= 0.8 * _DENSE.steps
-    tokens = text.windows(*((2, 2048) if long else (8, 512)), generator)
+    tokens = _growing_windows(text, step / _DENSE.steps, generator)
     return next_token_loss(model(tokens), tokens)
 
 
@@ -86,14 +94,16 @@ def _diffusion_loss(model: nn.Module, text: Text, step: int, generator: torch.Ge
     return model.loss(text.windows(16, 256, generator), generator=generator)
 
 
-_CAT = Recipe(400, matrix_rate=0.04, rate=0.03)
+_CAT = Recipe(440, matrix_rate=0.04, rate=0.03)
 _DENSE = Recipe(220, matrix_rate=0.04, rate=0.03)
 _DIFFUSION = Recipe(300, matrix_rate=0.04, rate=0.03)
 
 JOBS = (
     Job(
         "cat",
-        lambda: CompressAttendTransformer(CATConfig(_DECODER, _COMPRESSOR, CHUNK_SIZES)),
+        lambda: CompressAttendTransformer(
+            CATConfig(_DECODER, _COMPRESSOR, CHUNK_SIZES, positions="sequence")
+        ),
         _cat_loss,
         _CAT,
     ),

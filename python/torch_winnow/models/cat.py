@@ -8,8 +8,10 @@ several chunk sizes; which one is chosen at every call, trading speed against qu
 Rows of the decoder. Block n is ``[vector n, separator, tokens of chunk n]``: vector 0 is a learned
 dummy, vector n is the compression of chunk n - 1, so a token never sees its own chunk's vector. The
 separator is one learned row per chunk size (adaptive models; ``separator=False`` is the layout of
-fixed-size ones). A row's rotary position is its offset in the block: the place of a chunk in the
-sequence reaches the decoder through the compressor, which reads it from a prefix row.
+fixed-size ones). In the paper a row's rotary position is its offset in the block: the place of a
+chunk reaches the decoder through the compressor alone, which reads it from a prefix row, and which
+vector is the latest has to be learned. With ``positions="sequence"`` a row's position is its place
+among all rows, and attention knows it from the start; short trainings want that.
 
 The chunk's last token needs no row of its own: the next token is the first of a new chunk and is
 predicted from that chunk's vector and separator, and nothing else could see the row. Leaving it out
@@ -21,8 +23,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torch_winnow.attention import block_diagonal_attention, cat_attention
@@ -44,6 +48,8 @@ class CATConfig:
         compressor: the bidirectional layers, usually fewer and no wider.
         chunk_sizes: the sizes that a call may choose from.
         separator: whether a learned row per chunk size follows each vector.
+        positions: of the decoder's rows, "block" (the offset in the block, the paper's) or
+            "sequence" (the place among all rows).
         vocab_size: number of token ids.
         max_tokens: longest sequence.
     """
@@ -54,6 +60,7 @@ class CATConfig:
     )
     chunk_sizes: tuple[int, ...] = (4, 8, 16, 32)
     separator: bool = True
+    positions: Literal["block", "sequence"] = "block"
     vocab_size: int = 256
     max_tokens: int = 4096
 
@@ -61,11 +68,29 @@ class CATConfig:
         sizes = self.chunk_sizes
         if not sizes or min(sizes) < 1 or len(set(sizes)) != len(sizes):
             raise ValueError(f"chunk_sizes: expected distinct positive sizes, got {sizes}")
+        if self.positions not in ("block", "sequence"):
+            raise ValueError(f'positions: expected "block" or "sequence", got {self.positions!r}')
 
     @property
     def leading_rows(self) -> int:
         """Rows of a block before its tokens."""
         return 2 if self.separator else 1
+
+    def block_rows(self, chunk_size: int) -> int:
+        """Rows of a block: those before its tokens, and all of its tokens but the last."""
+        return self.leading_rows + chunk_size - 1
+
+    def block_start(self, block: int, chunk_size: int) -> int:
+        """Rotary position of a block's first row."""
+        return block * self.block_rows(chunk_size) if self.positions == "sequence" else 0
+
+    @property
+    def rotary_positions(self) -> int:
+        """How many rotary positions there are."""
+        return max(
+            self.block_start(self.max_tokens // size, size) + self.block_rows(size)
+            for size in self.chunk_sizes
+        )
 
 
 class Compressor(nn.Module):
@@ -82,12 +107,12 @@ class Compressor(nn.Module):
         # them before training has seen every place many times.
         self.position_rows = nn.Parameter(_waves(max_chunks, width))
         self.stack = Stack(config.compressor, _PREFIX + max(config.chunk_sizes))
-        projections = [
-            nn.Linear(size * width, config.decoder.width, bias=False) for size in config.chunk_sizes
-        ]
-        self.projections = nn.ModuleList(projections)
-        for projection in projections:
-            nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
+        # One projection, for the largest chunk; a smaller one uses the part of its last places, so
+        # that the bytes just before a chunk's end, which matter most, are read alike at every size.
+        self.projection = nn.Linear(
+            max(config.chunk_sizes) * width, config.decoder.width, bias=False
+        )
+        nn.init.normal_(self.projection.weight, std=self.projection.in_features**-0.5)
 
     def forward(self, chunks: Tensor, first: int = 0) -> Tensor:
         """Vectors ``(B, K, decoder width)`` of tokens ``(B, K, C)``.
@@ -109,7 +134,10 @@ class Compressor(nn.Module):
 
         hidden = self.stack(rows.flatten(1, 2), positions, within_block)
         hidden = hidden.view(batch, count, block, width)[:, :, _PREFIX:].flatten(2)
-        return self.projections[which](hidden)  # type: ignore[no-any-return]
+        weight = self.projection.weight
+        # The root gives the vectors of all sizes one magnitude.
+        scale = math.sqrt(weight.shape[1] / hidden.shape[-1])
+        return scale * F.linear(hidden, weight[:, -hidden.shape[-1] :])
 
 
 class CompressAttendTransformer(nn.Module):
@@ -136,7 +164,7 @@ class CompressAttendTransformer(nn.Module):
         self.separators = (
             nn.Parameter(torch.randn(len(config.chunk_sizes), width)) if config.separator else None
         )
-        self.stack = Stack(config.decoder, config.leading_rows + max(config.chunk_sizes))
+        self.stack = Stack(config.decoder, config.rotary_positions)
         self.head = nn.Linear(width, config.vocab_size, bias=False)
         nn.init.normal_(self.head.weight, std=0.1 * width**-0.5)
 
@@ -151,15 +179,14 @@ class CompressAttendTransformer(nn.Module):
         batch, length = tokens.shape
         count = math.ceil(length / chunk_size)
         padding = count * chunk_size - length  # after every row that is read: it changes nothing
-        chunks = torch.nn.functional.pad(tokens, (0, padding)).view(batch, count, chunk_size)
-        lead = self.config.leading_rows
-        block = lead + chunk_size - 1
+        chunks = F.pad(tokens, (0, padding)).view(batch, count, chunk_size)
+        lead, block = self.config.leading_rows, self.config.block_rows(chunk_size)
         vectors = self._vectors(chunks[:, :-1]).unsqueeze(2)[:, :count]
         rows = [vectors, self.embedding(chunks[:, :, :-1])]
         if self.separators is not None:
             separator = self._separator(chunk_size)
             rows.insert(1, separator.expand(batch, count, 1, -1))
-        positions = torch.arange(block, device=tokens.device).repeat(count)
+        positions = self._positions(torch.arange(count * block, device=tokens.device), block)
 
         def interleaved(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             return cat_attention(query, key, value, block_size=block)
@@ -170,7 +197,7 @@ class CompressAttendTransformer(nn.Module):
 
     def cache_rows(self, max_tokens: int, chunk_size: int) -> int:
         """Most cache rows that a sequence of ``max_tokens`` holds at once."""
-        return max_tokens // chunk_size + self.config.leading_rows + chunk_size - 1
+        return max_tokens // chunk_size + self.config.block_rows(chunk_size)
 
     def block_pool(
         self, batch_size: int, max_tokens: int, *, chunk_size: int, spare_blocks: int = 0
@@ -221,6 +248,10 @@ class CompressAttendTransformer(nn.Module):
         vectors = self.compressor(chunks)
         return torch.cat((dummy.to(vectors.dtype), vectors), dim=1)
 
+    def _positions(self, rows: Tensor, block: int) -> Tensor:
+        """Rotary positions of rows that are numbered through all blocks."""
+        return rows if self.config.positions == "sequence" else rows % block
+
     def _separator(self, chunk_size: int) -> Tensor:
         assert self.separators is not None
         return self.separators[self.config.chunk_sizes.index(chunk_size)]
@@ -248,23 +279,25 @@ class CATDecoding(Decoding):
         if model.separators is not None:
             rows.append(model._separator(chunk_size).expand(batch, 1, -1))
         rows.append(model.embedding(rest))
-        offsets = torch.arange(1, self._lead + tail, device=prompt.device)
-        positions = torch.cat((offsets.new_zeros(full + 1), offsets))
+        block = model.config.block_rows(chunk_size)
+        vectors = torch.arange(full + 1, device=prompt.device) * block
+        others = vectors[-1] + torch.arange(1, self._lead + tail, device=prompt.device)
+        positions = model._positions(torch.cat((vectors, others)), block)
         hidden = self._stack(torch.cat(rows, dim=1), positions, self._prefill)
         self.logits = model.head(hidden[:, -1])
 
     @torch.inference_mode()
     def step(self, tokens: Tensor) -> Tensor:
         model = self._model
-        offset = self.length % self._size
+        done, offset = divmod(self.length, self._size)
         self._lengthen()
         self._chunk[:, offset] = tokens
         if offset + 1 < self._size:
             rows = model.embedding(tokens).unsqueeze(1)
-            start = self._lead + offset
+            start = model.config.block_start(done, self._size) + self._lead + offset
         else:
             rows = self._turn_chunk()
-            start = 0
+            start = model.config.block_start(done + 1, self._size)
         hidden = self._stack(rows, slice(start, start + rows.shape[1]), self._append)
         self.logits = model.head(hidden[:, -1])
         return self.logits

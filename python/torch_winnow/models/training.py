@@ -1,8 +1,8 @@
 """Training small models in minutes on a CPU: one loop, two optimizers, one schedule.
 
-Matrices that map rows to rows are trained with Muon (Jordan et al., 2024): the momentum is replaced by
-the nearest orthogonal matrix, so that every direction of a weight learns at the same pace. With a
-budget of a few hundred steps that counts. Embeddings, heads, learned rows and norms are trained
+Matrices that map rows to rows are trained with Muon (Jordan et al., 2024): the momentum is replaced
+by the nearest orthogonal matrix, so that every direction of a weight learns at the same pace. With
+a budget of a few hundred steps that counts. Embeddings, heads, learned rows and norms are trained
 with AdamW.
 """
 

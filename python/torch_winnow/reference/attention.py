@@ -87,9 +87,9 @@ def chunk_attention(
         chunk = (row // chunk_size)[:, None]
         slot = torch.arange(slots - first_slot)
         mask[begin:end, first_slot:slots] = slot < initial_slots + chunk * slots_per_chunk
-        mask[begin:end, slots + begin : slots + end] = (
-            (chunk - lookback) * chunk_size <= row
-        ) & (row <= row[:, None])
+        mask[begin:end, slots + begin : slots + end] = ((chunk - lookback) * chunk_size <= row) & (
+            row <= row[:, None]
+        )
         chunks = -((begin - end) // chunk_size)
         first_slot += initial_slots + max(chunks - 1, 0) * slots_per_chunk
     keys = torch.cat([slot_key, key], dim=2)

@@ -86,7 +86,8 @@ def score_blocks(query: Tensor, summaries: Tensor) -> Tensor:
     """Per key head, the largest score of a block over query heads and positions."""
     batch, heads, queries, dim = query.shape
     key_heads = summaries.shape[1]
-    q = query.to(summaries.dtype).reshape(batch, key_heads, -1, 1, dim)  # heads and positions in one
+    # Heads of a group and positions in one dimension.
+    q = query.to(summaries.dtype).reshape(batch, key_heads, -1, 1, dim)
     if summaries.dim() == 5:
         low, high = summaries[:, :, None, :, 0], summaries[:, :, None, :, 1]
         products = torch.maximum(q * low, q * high)

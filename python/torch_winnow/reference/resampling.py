@@ -44,6 +44,14 @@ def _draws(seed: int, row: int, count: int) -> Tensor:
     return torch.tensor(bits, dtype=torch.float64) * 2.0**-53
 
 
+def normalised(log_w: Tensor) -> Tensor:
+    """Shares of the mass, in float64, by the rules of :func:`effective_sample_size`."""
+    log_w = log_w.double().nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    top = log_w.amax(-1, keepdim=True)
+    w = torch.where(log_w == top, 1.0, torch.exp(log_w - top).nan_to_num(nan=0.0))
+    return w / w.sum(-1, keepdim=True)
+
+
 def _inverse_cdf(weights: Tensor, points: Tensor) -> Tensor:
     """The first particle whose cumulative share exceeds the point: never one without weight."""
     cumulative = weights.cumsum(-1)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_winnow._logit_stats import LogitStats
-from torch_winnow._unmasking_rules import (
+from torch_winnow._unmasking.logit_stats import LogitStats
+from torch_winnow._unmasking.rules import (
     ConfidenceFactor,
     ConfidenceThreshold,
     EntropyBound,

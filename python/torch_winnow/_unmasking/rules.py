@@ -14,7 +14,7 @@ from torch_winnow import _library  # noqa: F401  (registers the operators)
 
 _select_positions = torch.ops.winnow.select_positions
 
-# Numbered as in csrc/unmasking/select_positions.cpp.
+# Numbered as in csrc/unmasking/selection_rule.h.
 _LOWEST_FIRST, _HIGHEST_FIRST, _LEFT_TO_RIGHT, _RANDOM = range(4)
 _BELOW, _AT_LEAST, _ENTROPY_BOUND, _CONFIDENCE_FACTOR, _ANY = range(5)
 _ORDER_OF_SCORE = {
@@ -263,7 +263,7 @@ def select_positions(
     return select(score, mask, rule, window=window, step=step)
 
 
-@torch.library.register_fake("winnow::select_positions")  # type: ignore[untyped-decorator]
+@torch.library.register_fake("winnow::select_positions")
 def _(
     score: Tensor,
     mask: Tensor,

@@ -162,7 +162,7 @@ def logit_stats(
     )
 
 
-@torch.library.register_fake("winnow::logit_stats")  # type: ignore[untyped-decorator]
+@torch.library.register_fake("winnow::logit_stats")
 def _(
     logits: Tensor,
     mask: Tensor | None,

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from torch_winnow._kvcache_attention import refuse_gradients
+from torch_winnow._kvcache.attention import refuse_gradients
 
 # Bound once: a look-up through torch.ops costs as much as a small op.
 _block_summaries = torch.ops.winnow.block_summaries
@@ -130,7 +130,7 @@ def _wide(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-@torch.library.register_fake("winnow::block_summaries")  # type: ignore[untyped-decorator]
+@torch.library.register_fake("winnow::block_summaries")
 def _(key_pages: Tensor, block_table: Tensor, seq_lens: Tensor, minmax: bool = True) -> Tensor:
     batch, width = block_table.shape
     _, heads, _, dim = key_pages.shape
@@ -138,12 +138,12 @@ def _(key_pages: Tensor, block_table: Tensor, seq_lens: Tensor, minmax: bool = T
     return key_pages.new_empty(sizes, dtype=_wide(key_pages))
 
 
-@torch.library.register_fake("winnow::score_blocks")  # type: ignore[untyped-decorator]
+@torch.library.register_fake("winnow::score_blocks")
 def _(query: Tensor, summaries: Tensor) -> Tensor:
     return summaries.new_empty(summaries.shape[:3])
 
 
-@torch.library.register_fake("winnow::select_blocks")  # type: ignore[untyped-decorator]
+@torch.library.register_fake("winnow::select_blocks")
 def _(
     scores: Tensor,
     k: int,

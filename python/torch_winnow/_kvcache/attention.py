@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,38 @@ def refuse_gradients(argument: str, tensor: Tensor) -> None:
         )
 
 
+@overload
+def paged_attention(
+    query: Tensor,
+    key_pages: Tensor,
+    value_pages: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    *,
+    causal: bool = ...,
+    block_indices: Tensor | None = ...,
+    window: int | None = ...,
+    sinks: int = ...,
+    key_bias: Tensor | None = ...,
+    scale: float | None = ...,
+    return_lse: Literal[False] = ...,
+) -> Tensor: ...
+@overload
+def paged_attention(
+    query: Tensor,
+    key_pages: Tensor,
+    value_pages: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    *,
+    causal: bool = ...,
+    block_indices: Tensor | None = ...,
+    window: int | None = ...,
+    sinks: int = ...,
+    key_bias: Tensor | None = ...,
+    scale: float | None = ...,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 def paged_attention(
     query: Tensor,
     key_pages: Tensor,
@@ -99,7 +133,7 @@ def paged_attention(
     return (out, lse) if return_lse else out
 
 
-@torch.library.register_fake("winnow::paged_attention")  # type: ignore[untyped-decorator]
+@torch.library.register_fake("winnow::paged_attention")
 def _(
     query: Tensor,
     key_pages: Tensor,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torch_winnow import _core
-from torch_winnow._kvcache_attention import refuse_gradients
+from torch_winnow._kvcache.attention import refuse_gradients
 
 # Bound once: a look-up through torch.ops costs as much as a small op.
 _paged_write_ = torch.ops.winnow.paged_write_
@@ -350,7 +350,7 @@ class PagedKVCache:
         return f"PagedKVCache({self.pool!r}, batch_size={self.batch_size})"
 
 
-@torch.library.register_fake("winnow::paged_write_")  # type: ignore[untyped-decorator]
+@torch.library.register_fake("winnow::paged_write_")
 def _(
     key_pages: Tensor,
     value_pages: Tensor,
@@ -362,6 +362,6 @@ def _(
     return None
 
 
-@torch.library.register_fake("winnow::copy_blocks_")  # type: ignore[untyped-decorator]
+@torch.library.register_fake("winnow::copy_blocks_")
 def _(key_pages: Tensor, value_pages: Tensor, source: Tensor, target: Tensor) -> None:
     return None

@@ -1,0 +1,1 @@
+"""What :mod:`torch_winnow.kvcache` exports, one topic a module."""

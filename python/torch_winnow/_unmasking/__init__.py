@@ -1,0 +1,1 @@
+"""What :mod:`torch_winnow.unmasking` exports, one topic a module."""
