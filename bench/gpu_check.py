@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -55,17 +56,20 @@ class Step:
             return
         with (out / f"{self.name}.log").open("w") as log:
             try:
-                done = subprocess.run(
+                process = subprocess.Popen(
                     self.command,
                     cwd=self.cwd,
                     # A container's own Python may be marked as externally managed.
                     env={**os.environ, "PIP_BREAK_SYSTEM_PACKAGES": "1"},
                     stdout=log,
                     stderr=subprocess.STDOUT,
-                    timeout=limit,
+                    start_new_session=True,
                 )
-                self.status = "ok" if done.returncode == 0 else f"failed ({done.returncode})"
+                code = process.wait(limit)
+                self.status = "ok" if code == 0 else f"failed ({code})"
             except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)  # with the compilers that it started
+                process.wait()
                 self.status = f"stopped after {limit:.0f} s"
             except OSError as error:
                 self.status = f"failed ({error})"

@@ -4,12 +4,12 @@
 // kernel therefore uses these names only, never threadIdx, __shared__ or <<<>>>.
 //
 //   WINNOW_KERNEL(threads), WINNOW_DEVICE     qualifiers; blocks are one-dimensional
-//   thread_index() block_index() block_index_y() block_size() grid_size() lane_index() warp_index()
+//   thread_index() block_index() block_index_y() lane_index() warp_index()
 //   Global<T>, Shared<T>                      pointers; plain ones under nvcc. Read an element into
 //   a
 //                                             typed variable (never `auto x = p[i]`)
 //   WINNOW_SHARED(T, name, count)             an array that the block shares, uninitialised
-//   block_sync() block_sync_or(flag) warp_sync(mask)
+//   block_sync() warp_sync(mask)
 //   shuffle(mask, value, lane) shuffle_xor(mask, value, offset) shuffle_up(mask, value, offset)
 //   ballot(mask, flag)
 //   atomic_add(pointer, value) atomic_or(pointer, bits)

@@ -34,12 +34,6 @@ WINNOW_DEVICE int64_t block_index() {
 WINNOW_DEVICE int64_t block_index_y() {
   return blockIdx.y;
 }
-WINNOW_DEVICE int block_size() {
-  return static_cast<int>(blockDim.x);
-}
-WINNOW_DEVICE int64_t grid_size() {
-  return gridDim.x;
-}
 WINNOW_DEVICE int lane_index() {
   return static_cast<int>(threadIdx.x) % kWarp;
 }
@@ -49,9 +43,6 @@ WINNOW_DEVICE int warp_index() {
 
 WINNOW_DEVICE void block_sync() {
   __syncthreads();
-}
-WINNOW_DEVICE bool block_sync_or(bool flag) {
-  return __syncthreads_or(flag) != 0;
 }
 WINNOW_DEVICE void warp_sync(uint32_t mask) {
   __syncwarp(mask);
@@ -149,10 +140,6 @@ inline void check_cuda_call(const char* what, cudaError_t status) {
 inline void check_device(const char* argument, const Tensor& tensor) {
   WINNOW_CHECK(tensor.is_cuda(), argument,
                ": expected a CUDA tensor like the other arguments, got one on another device");
-}
-
-inline bool same_device(const Tensor& a, const Tensor& b) {
-  return a.get_device_index() == b.get_device_index();
 }
 
 // torch's runtime and ours are two copies; both are told, and torch's is restored.

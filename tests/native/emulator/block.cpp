@@ -36,13 +36,11 @@ void Block::thread_main(void* argument) {
   block->fibers_[static_cast<size_t>(self)]->suspend();
 }
 
-bool Block::barrier(Site site, bool flag) {
+void Block::barrier(Site site) {
   Thread& self = state_[static_cast<size_t>(running_)];
   self.state = State::kAtBarrier;
   self.site = site;
-  self.flag = flag;
   fibers_[static_cast<size_t>(running_)]->suspend();
-  return any_flag_;
 }
 
 // Only where all threads wait: a thread that has returned while others wait is a divergence too,
@@ -51,8 +49,6 @@ void Block::release_barrier() {
   for (const Thread& thread : state_) {
     if (thread.state != State::kAtBarrier || !(thread.site == state_[0].site)) explain_standstill();
   }
-  any_flag_ =
-      std::any_of(state_.begin(), state_.end(), [](const Thread& thread) { return thread.flag; });
   shared_.order_all();
   for (Thread& thread : state_) thread.state = State::kReady;
 }
@@ -144,7 +140,7 @@ void Block::explain_standstill() const {
 }
 
 void Block::run_block() {
-  state_.assign(static_cast<size_t>(count_), Thread{State::kReady, {}, false, nullptr});
+  state_.assign(static_cast<size_t>(count_), Thread{State::kReady, {}, nullptr});
   open_.clear();
   open_.resize(static_cast<size_t>((count_ + kLanes - 1) / kLanes));
   shared_.start_block(count_);
@@ -179,7 +175,6 @@ void Block::run(const char* kernel, int64_t grid_x, int64_t grid_y, int threads,
                 const std::function<void()>& body) {
   kernel_ = kernel;
   body_ = &body;
-  grid_x_ = grid_x;
   count_ = threads;
   if (threads < 1 || threads > kMaxThreads || grid_y > 65535) {
     throw Fault(std::string(kernel) + ": no GPU launches such a grid");

@@ -49,14 +49,12 @@ class Block {
   static Block& current();
 
   int thread() const { return running_; }
-  int threads() const { return count_; }
   int64_t index_x() const { return x_; }
   int64_t index_y() const { return y_; }
-  int64_t grid_x() const { return grid_x_; }
   SharedMemory& shared() { return shared_; }
 
-  // Every thread must come, and to the same line. Returns whether any brought a true flag.
-  bool barrier(Site site, bool flag);
+  // Every thread must come, and to the same line.
+  void barrier(Site site);
   // Returns the meeting with everyone's value in it; call leave() when they have been read.
   Meeting& meet(uint32_t mask, const void* value, size_t bytes, Site site, bool orders_memory);
   void leave(Meeting& meeting);
@@ -74,7 +72,6 @@ class Block {
   struct Thread {
     State state;
     Site site;
-    bool flag;
     Meeting* meeting;
   };
 
@@ -86,12 +83,10 @@ class Block {
 
   const char* kernel_ = "";
   const std::function<void()>* body_ = nullptr;
-  int64_t grid_x_ = 1;
   int64_t x_ = 0;
   int64_t y_ = 0;
   int count_ = 0;
   int running_ = 0;
-  bool any_flag_ = false;
   std::string failure_;
   SharedMemory shared_;
   std::vector<Thread> state_;

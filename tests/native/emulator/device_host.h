@@ -66,12 +66,6 @@ inline int64_t block_index() {
 inline int64_t block_index_y() {
   return host::Block::current().index_y();
 }
-inline int block_size() {
-  return host::Block::current().threads();
-}
-inline int64_t grid_size() {
-  return host::Block::current().grid_x();
-}
 inline int lane_index() {
   return thread_index() % kWarp;
 }
@@ -80,10 +74,7 @@ inline int warp_index() {
 }
 
 inline void block_sync(WINNOW_SITE) {
-  host::Block::current().barrier(site, false);
-}
-inline bool block_sync_or(bool flag, WINNOW_SITE) {
-  return host::Block::current().barrier(site, flag);
+  host::Block::current().barrier(site);
 }
 inline void warp_sync(uint32_t mask, WINNOW_SITE) {
   host::Block& block = host::Block::current();
