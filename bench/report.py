@@ -89,7 +89,7 @@ def plot(groups: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
     axis.tick_params(axis="y", labelsize=7)
     axis.axvline(1, color="black", linewidth=0.8)
     axis.set_xscale("log")
-    axis.set_xlabel("time of the strongest rival / time of torch-winnow (right of 1: ours is faster)")
+    axis.set_xlabel("time of the strongest rival over ours (right of 1: ours is faster)")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
@@ -101,7 +101,8 @@ def machine(data: dict[str, Any]) -> str:
     cpu = info.get("cpu", {}).get("brand_raw", platform.processor())
     return (
         f"{cpu}, {extra['threads']} threads, {extra['cpu_capability']}, torch "
-        f"{extra['torch']}; measured in this run: read {limits['read_bytes_per_s'] / 1e9:.1f} GB/s, "
+        f"{extra['torch']}; measured in this run: "
+        f"read {limits['read_bytes_per_s'] / 1e9:.1f} GB/s, "
         f"fp32 multiply-add {limits['fma_per_s'] / 1e9:.0f} GFLOP/s, "
         f"bf16 {limits['bf16_fma_per_s'] / 1e9:.0f} GFLOP/s"
     )

@@ -9,7 +9,15 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
     -mprefer-vector-width=512)
   set(WINNOW_FLAGS_AVX512_BF16 ${WINNOW_FLAGS_AVX512} -mavx512bf16)
   list(APPEND WINNOW_CAPABILITIES AVX2 AVX512 AVX512_BF16)
-  set(WINNOW_X86 ON)
+endif()
+
+# GCC 12.2 at -O3 was seen to compile a loop over slots wrongly (csrc/resampling/small_populations.h,
+# AVX-512, 16 particles: every slot got the last one's ancestor) where the sanitizers find nothing;
+# either of the first two flags makes it right. Loop distribution also turns loops of a few stores into
+# `rep stos`, which costs more than the stores.
+if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
+  set(WINNOW_SIMD_FLAGS
+    -fno-strict-aliasing -fno-tree-loop-distribution -fno-tree-loop-distribute-patterns)
 endif()
 
 function(winnow_add_simd target)
@@ -21,14 +29,10 @@ function(winnow_add_simd target)
     # at::vec knows three macros; the bf16 variant is AVX-512 with one more instruction.
     string(REPLACE "_BF16" "" vec_capability ${capability})
     target_compile_definitions(${objects} PRIVATE
-      CPU_CAPABILITY=${capability} CPU_CAPABILITY_${vec_capability} WINNOW_SIMD_UNIT)
-    # Vectors are loaded from plain arrays all over these units: GCC 12 at -O3 was seen to reorder
-    # such stores and loads wrongly under strict aliasing.
-    target_compile_options(${objects} PRIVATE -fno-strict-aliasing ${WINNOW_FLAGS_${capability}})
+      CPU_CAPABILITY=${capability} CPU_CAPABILITY_${vec_capability})
+    target_compile_options(${objects} PRIVATE
+      ${WINNOW_SIMD_FLAGS} ${WINNOW_FLAGS_${capability}})
     target_link_libraries(${objects} PRIVATE winnow_flags)
     target_sources(${target} PRIVATE $<TARGET_OBJECTS:${objects}>)
   endforeach()
-  if(WINNOW_X86)
-    target_compile_definitions(${target} PRIVATE WINNOW_X86)
-  endif()
 endfunction()

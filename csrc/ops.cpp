@@ -13,18 +13,23 @@ STABLE_TORCH_LIBRARY(winnow, m) {
       " -> (Tensor, Tensor, Tensor)");
   m.def(
       "chunk_attention(Tensor query, Tensor key, Tensor value, Tensor slot_key, Tensor slot_value,"
-      " SymInt chunk_size, SymInt slots_per_chunk, SymInt initial_slots, SymInt lookback, float? scale,"
+      " SymInt chunk_size, SymInt slots_per_chunk, SymInt initial_slots, SymInt lookback, float? "
+      "scale,"
       " Tensor? cu_seqlens=None) -> (Tensor out, Tensor lse)");
   m.def(
       "chunk_attention_backward(Tensor grad_out, Tensor grad_lse, Tensor query, Tensor key,"
-      " Tensor value, Tensor slot_key, Tensor slot_value, Tensor out, Tensor lse, SymInt chunk_size,"
-      " SymInt slots_per_chunk, SymInt initial_slots, SymInt lookback, float? scale, Tensor? cu_seqlens=None)"
+      " Tensor value, Tensor slot_key, Tensor slot_value, Tensor out, Tensor lse, SymInt "
+      "chunk_size,"
+      " SymInt slots_per_chunk, SymInt initial_slots, SymInt lookback, float? scale, Tensor? "
+      "cu_seqlens=None)"
       " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "block_diagonal_attention(Tensor query, Tensor key, Tensor value, SymInt block_size, bool causal,"
+      "block_diagonal_attention(Tensor query, Tensor key, Tensor value, SymInt block_size, bool "
+      "causal,"
       " float? scale) -> (Tensor out, Tensor lse)");
   m.def(
-      "block_diagonal_attention_backward(Tensor grad_out, Tensor grad_lse, Tensor query, Tensor key,"
+      "block_diagonal_attention_backward(Tensor grad_out, Tensor grad_lse, Tensor query, Tensor "
+      "key,"
       " Tensor value, Tensor out, Tensor lse, SymInt block_size, bool causal, float? scale)"
       " -> (Tensor, Tensor, Tensor)");
   m.def("merge_attention(Tensor[] outs, Tensor[] lses) -> (Tensor out, Tensor lse)");

@@ -67,12 +67,12 @@ def test_an_old_torch_is_refused():
 
 def test_the_operator_library_needs_only_the_stable_abi():
     path = _library._path_of("_cpu")
-    symbols = subprocess.run(["nm", "-DC", "--undefined-only", path], capture_output=True, text=True)
+    symbols = subprocess.run(
+        ["nm", "-DC", "--undefined-only", path], capture_output=True, text=True
+    )
     if symbols.returncode:
         pytest.skip("nm is not installed")
-    foreign = [
-        line for line in symbols.stdout.splitlines() if " at::" in line or " c10::" in line
-    ]
+    foreign = [line for line in symbols.stdout.splitlines() if " at::" in line or " c10::" in line]
     assert not foreign
 
 

@@ -22,8 +22,8 @@ template <typename... Args>
   throw std::invalid_argument(text.str());
 }
 
-#define WINNOW_CHECK(condition, ...)              \
-  do {                                            \
+#define WINNOW_CHECK(condition, ...)               \
+  do {                                             \
     if (!(condition)) ::winnow::fail(__VA_ARGS__); \
   } while (0)
 
@@ -92,10 +92,10 @@ inline void check_cpu(const char* argument, const Tensor& tensor) {
 
 inline void check_last_contiguous(const char* argument, const Tensor& tensor) {
   const int64_t last = tensor.dim() - 1;
-  WINNOW_CHECK(last < 0 || tensor.size(last) <= 1 || tensor.stride(last) == 1 ||
-                   tensor.numel() == 0, argument,
-               ": the last dimension must be contiguous (stride 1), got stride ",
-               last < 0 ? 1 : tensor.stride(last));
+  WINNOW_CHECK(
+      last < 0 || tensor.size(last) <= 1 || tensor.stride(last) == 1 || tensor.numel() == 0,
+      argument, ": the last dimension must be contiguous (stride 1), got stride ",
+      last < 0 ? 1 : tensor.stride(last));
 }
 
 }  // namespace winnow

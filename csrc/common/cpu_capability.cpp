@@ -50,7 +50,9 @@ std::atomic<CpuCapability>& current() {
 
 }  // namespace
 
-CpuCapability cpu_capability() { return current().load(std::memory_order_relaxed); }
+CpuCapability cpu_capability() {
+  return current().load(std::memory_order_relaxed);
+}
 
 }  // namespace winnow
 

@@ -27,7 +27,7 @@ CpuCapability cpu_capability();
   namespace AVX512_BF16 {              \
   void name(__VA_ARGS__);              \
   }
-#define WINNOW_SIMD(name)                                                                    \
+#define WINNOW_SIMD(name)                                                                        \
   (::winnow::pick_simd(&::winnow::DEFAULT::name, &::winnow::AVX2::name, &::winnow::AVX512::name, \
                        &::winnow::AVX512_BF16::name))
 #else

@@ -90,7 +90,7 @@ inline Rows as_rows(const Tensor& tensor) {
   const int64_t count = length == 0 ? product(leading_shape(tensor)) : tensor.numel() / length;
   bool regular = length <= 1 || tensor.stride(last) == 1;
   int64_t stride = 0;  // distance of neighbouring rows, once a dimension of more than one fixes it
-  int64_t expected = -1;   // stride of the next dimension outwards; an expanded one may have 0
+  int64_t expected = -1;  // stride of the next dimension outwards; an expanded one may have 0
   for (int64_t d = last - 1; d >= 0 && regular; --d) {
     if (tensor.size(d) == 1) continue;
     if (expected < 0) {

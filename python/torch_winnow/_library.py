@@ -67,8 +67,8 @@ def _load_cpu() -> ctypes.CDLL:
     path = _path_of("_cpu")
     if path is None:
         raise ImportError(
-            "torch_winnow: the compiled operators are missing (torch_winnow/_cpu.so). From a source "
-            "checkout, build them first: pip install --no-build-isolation -e ."
+            "torch_winnow: the compiled operators are missing (torch_winnow/_cpu.so). From a "
+            "source checkout, build them first: pip install --no-build-isolation -e ."
         )
     torch.ops.load_library(path)  # type: ignore[no-untyped-call]
     library = ctypes.CDLL(path)

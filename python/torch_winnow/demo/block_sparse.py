@@ -148,11 +148,11 @@ def run(context: Context) -> Section:
         title="block-sparse",
         meaning=(
             f"The dense model reads {_CONTEXT - _SCORED} held-out bytes and predicts the next "
-            f"{_SCORED}, one at a time, for {_ROWS} texts. Its memory of the text lies in blocks of "
-            f"{_BLOCK_SIZE} bytes. Each step looks at all blocks, or only at the half or quarter "
-            "that a cheap upper bound on their relevance ranks first. The time is spent in attention, "
-            "the choice of blocks included; bits per byte say how well the text was predicted (8 "
-            "would be a blind guess, lower is better)."
+            f"{_SCORED}, one at a time, for {_ROWS} texts. Its memory of the text lies in blocks "
+            f"of {_BLOCK_SIZE} bytes. Each step looks at all blocks, or only at the half or "
+            "quarter that a cheap upper bound on their relevance ranks first. The time is that "
+            "spent in attention, the choice of blocks included; bits per byte say how well the "
+            "text was predicted (8 would be a blind guess, lower is better)."
         ),
         rows=rows,
         draw=draw,

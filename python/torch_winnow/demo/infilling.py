@@ -71,9 +71,7 @@ def run(context: Context) -> Section:
         model(given)  # warm up
         for name, rule in tqdm(_RULES.items(), desc="infilling", unit="rule"):
             start = time.perf_counter()
-            result = unmasking.generate(
-                model, given, mask_id=mask_id, rule=rule
-            )
+            result = unmasking.generate(model, given, mask_id=mask_id, rule=rule)
             seconds[name] = time.perf_counter() - start
             calls[name] = int(result.calls)
             hits = ((result.tokens == truth) & hidden).sum(1)
@@ -101,8 +99,9 @@ def run(context: Context) -> Section:
         accuracy = [100 * right[name].mean().item() for name in _RULES]
         axis.plot([calls[name] for name in _RULES], accuracy, "o-", color="#2a7f62")
         for name, share in zip(_RULES, accuracy, strict=True):
-            axis.annotate(name, (calls[name], share), fontsize=7, xytext=(4, -8),
-                          textcoords="offset points")
+            axis.annotate(
+                name, (calls[name], share), fontsize=7, xytext=(4, -8), textcoords="offset points"
+            )
         axis.set_xscale("log")
         axis.set_xlabel("model calls for the whole infilling (log scale)")
         axis.set_ylabel("hidden bytes recovered exactly, %")

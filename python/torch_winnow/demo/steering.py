@@ -161,7 +161,9 @@ def run(context: Context) -> Section:
             (shift, "particles", "a candidate parses", "#9bc4b5"),
         ):
             heights = [100 * mean(name, attribute) for name in outcomes]
-            bars = axis.bar([p + offset for p in places], heights, 2 * shift, color=color, label=label)
+            bars = axis.bar(
+                [p + offset for p in places], heights, 2 * shift, color=color, label=label
+            )
             axis.bar_label(bars, fmt="%.0f%%", fontsize=8)
         axis.set_xticks(list(places), list(outcomes))
         axis.set_ylim(0, 110)
@@ -172,14 +174,14 @@ def run(context: Context) -> Section:
     return Section(
         title="steering",
         meaning=(
-            f"The dense model continues {_PROMPTS} held-out function headers by {_NEW_BYTES} bytes, "
-            f"{_PARTICLES} candidates each; the reward is whether Python's parser finds no error "
-            "so far. Best of N generates the candidates independently and picks one that parses, if "
-            f"any does. Steered particles ask the parser every {_CHECK_EVERY} bytes: where most "
-            "candidates of a prompt are broken, the good ones are duplicated in place of the broken. "
-            "Both make the same model calls. A duplicate shares the pages of the cache with its "
-            "origin; 'copies' is what the cache would take if every candidate had its own. Means over "
-            f"{len(_SEEDS)} seeds."
+            f"The dense model continues {_PROMPTS} held-out function headers by {_NEW_BYTES} "
+            f"bytes, {_PARTICLES} candidates each; the reward is whether Python's parser finds no "
+            "error so far. Best of N generates the candidates independently and picks one that "
+            f"parses, if any does. Steered particles ask the parser every {_CHECK_EVERY} bytes: "
+            "where most candidates of a prompt are broken, the good ones are duplicated in place "
+            "of the broken. Both make the same model calls. A duplicate shares the pages of the "
+            "cache with its origin; 'copies' is what the cache would take if every candidate had "
+            f"its own. Means over {len(_SEEDS)} seeds."
         ),
         rows=rows,
         draw=draw,
