@@ -56,7 +56,7 @@ def test_the_section_says_and_draws_what_was_measured(context):
 
 
 def test_windows_cover_the_text(context):
-    windows = generation.windows_of(context.text, 5, 100)
+    windows = context.text.held_out_windows(5, 100)
     assert windows.shape == (5, 100)
     assert torch.equal(windows[0], context.text.held_out[:100].long())
     assert torch.equal(windows[-1], context.text.held_out[-100:].long())

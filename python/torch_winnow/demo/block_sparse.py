@@ -110,10 +110,7 @@ def evaluate(model: DenseDecoder, text: Tensor, share: float) -> Outcome:
 
 
 def run(context: Context) -> Section:
-    generator = torch.Generator().manual_seed(0)
-    source = context.text.held_out
-    starts = torch.randint(len(source) - _CONTEXT, (_ROWS, 1), generator=generator)
-    text = source[starts + torch.arange(_CONTEXT)].long()
+    text = context.text.held_out_windows(_ROWS, _CONTEXT)
     model = context.models.dense
     outcomes = {}
     with torch.inference_mode():

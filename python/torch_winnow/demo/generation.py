@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from torch_winnow.demo.report import Row, Section
+from torch_winnow.demo.train import bytes_read
 from torch_winnow.models import Decoding, sample
 from torch_winnow.models.training import bits_per_token, next_token_loss
 
@@ -66,17 +67,11 @@ def contenders_of(models: Models) -> list[Contender]:
     return [Contender("dense", start_dense, dense), *map(cat_at, cat.config.chunk_sizes)]
 
 
-def windows_of(text: Text, count: int, length: int) -> Tensor:
-    """``(count, length)`` pieces spread evenly over the held-out text."""
-    starts = torch.linspace(0, len(text.held_out) - length, count).long()[:, None]
-    return text.held_out[starts + torch.arange(length)].long()
-
-
 @torch.inference_mode()
 def measure(models: Models, text: Text) -> dict[str, Outcome]:
     """Speed and cache at the prompt's length and beyond; bits per byte of held-out windows."""
     contenders = contenders_of(models)
-    prompt = windows_of(text, _BATCH, _PROMPT)
+    prompt = text.held_out_windows(_BATCH, _PROMPT)
     new_tokens = (_ROUNDS + 1) * _ROUND_TOKENS
     decodings = {c.name: c.start(prompt, new_tokens) for c in contenders}
     seconds: dict[str, list[float]] = {c.name: [] for c in contenders}
@@ -90,7 +85,7 @@ def measure(models: Models, text: Text) -> dict[str, Outcome]:
             if turn:  # the first round warms up
                 seconds[name].append(time.perf_counter() - start)
 
-    windows = windows_of(text, _WINDOWS, _WINDOW)
+    windows = text.held_out_windows(_WINDOWS, _WINDOW)
     outcomes = {}
     for contender in tqdm(contenders, desc="bits per byte", unit="model"):
         nats = [
@@ -135,9 +130,13 @@ def run(context: Context) -> Section:
             "new one. The Compress & Attend Transformer (CAT) keeps one vector per finished chunk "
             "and the bytes of the current one; the chunk size is chosen when it is called, and all "
             "its lines come from one set of weights. Both have decoders of the same width and "
-            "depth and read the cache with the same operator. Bits per byte say how well held-out "
-            f"text is predicted, in {_WINDOWS} windows of {_WINDOW} (8 would be a blind guess, "
-            "lower is better), with the difference to the dense decoder and its standard error. "
+            "depth, read the cache with the same operator and trained for about as long, in which "
+            f"the dense decoder read {bytes_read('dense') / 1e6:.1f} MB of text and the CAT "
+            f"{bytes_read('cat') / 1e6:.1f} MB, each chunk size in its turn. Bits per byte say how "
+            f"well held-out text is predicted, in {_WINDOWS} windows of {_WINDOW} (8 would be a "
+            "blind guess, lower is better), with the difference to the dense decoder and its "
+            "standard error. Small chunks lean most on the vectors, which take longest to learn: "
+            "after a training as short as this one they need not predict better than large ones. "
             f"Speeds are medians of {_ROUNDS} rounds in alternation."
         ),
         rows=rows,

@@ -47,6 +47,11 @@ class Text:
         starts = torch.randint(len(self.train) - length + 1, (count, 1), generator=generator)
         return self.train[starts + torch.arange(length)].long()
 
+    def held_out_windows(self, count: int, length: int) -> Tensor:
+        """``(count, length)`` int64 pieces spread evenly over the held-out text."""
+        starts = torch.linspace(0, len(self.held_out) - length, count).long()[:, None]
+        return self.held_out[starts + torch.arange(length)].long()
+
 
 def load(folder: Path | None = None) -> Text:
     """Reads the ``*.py`` files under ``folder``, by default the standard library's.

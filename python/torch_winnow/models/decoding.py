@@ -108,9 +108,7 @@ class Decoding:
         cache = self.cache
         cache.append(layer, key, value)
         key_pages, value_pages = self._pages[layer]
-        return paged_attention(  # type: ignore[return-value]
-            query, key_pages, value_pages, cache.block_table, cache.seq_lens
-        )
+        return paged_attention(query, key_pages, value_pages, cache.block_table, cache.seq_lens)
 
 
 @torch.inference_mode()
