@@ -145,6 +145,46 @@ def test_gradients():
         gather_particles_(state, ancestors, 2)
 
 
+def test_gradients_of_strided_states():
+    for shape, populations, samples, dim in [
+        ((5,), (), 7, 0),
+        ((5, 2), (), 0, 0),
+        ((2, 5), (), 3, -1),
+        ((2, 3, 4), (2, 3), 4, -1),
+        ((0, 4), (0,), 4, 1),
+    ]:
+        ancestors = torch.randint(shape[dim], (*populations, samples))
+        state = torch.randn(*shape, 2, dtype=torch.float64)[..., 0].requires_grad_()
+        assert torch.autograd.gradcheck(
+            lambda x, a=ancestors, d=dim: gather_particles(x, a, d), state
+        )
+        assert torch.autograd.gradgradcheck(
+            lambda x, a=ancestors, d=dim: gather_particles(x, a, d) ** 2, state
+        )
+
+
+def test_gradients_are_bitwise_equal_on_any_number_of_threads(on_thread_counts):
+    state = torch.randn(2, 50, 3000, requires_grad=True)
+    ancestors, grad = torch.randint(5, (2, 50)), torch.randn(2, 50, 3000)
+
+    def gradient():
+        return torch.autograd.grad(gather_particles(state, ancestors), state, grad)[0]
+
+    results = on_thread_counts(gradient)
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_gradients_compiled():
+    ancestors = torch.tensor([[1, 1, 0], [2, 0, 2]])
+    state = torch.randn(2, 3, 4, requires_grad=True)
+    torch.library.opcheck(torch.ops.winnow.gather_particles.default, (state, ancestors, 1))
+    weight = torch.randn(2, 3, 4)
+    (expected,) = torch.autograd.grad((gather_particles(state, ancestors) * weight).sum(), state)
+    compiled = torch.compile(gather_particles, fullgraph=True)
+    (result,) = torch.autograd.grad((compiled(state, ancestors) * weight).sum(), state)
+    torch.testing.assert_close(result, expected)
+
+
 def test_opcheck_and_compile():
     state, ancestors = torch.randn(2, 3, 4), torch.tensor([[1, 2, 0], [0, 0, 1]])
     torch.library.opcheck(torch.ops.winnow.gather_particles.default, (state, ancestors, 1))
@@ -163,6 +203,15 @@ def test_opcheck_and_compile():
 
 
 @pytest.mark.parametrize("gather", [gather_particles, gather_particles_])
+@pytest.mark.parametrize("ancestors", [[0, 1], (0, 1), 0, None])
+def test_ancestors_are_a_tensor(gather, ancestors):
+    for tree in (torch.zeros(2), [torch.zeros(2)]):
+        with pytest.raises(ValueError, match=r"ancestors: expected an int64 tensor .*, got "):
+            gather(tree, ancestors)
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("gather", [gather_particles, gather_particles_])
 @pytest.mark.parametrize(
     ("state", "ancestors", "dim", "message"),
     [
@@ -175,7 +224,11 @@ def test_opcheck_and_compile():
         (torch.zeros(4, 3), torch.zeros(2, 3).long(), None, r"state: expected the pop.*4, 3"),
     ],
 )
-def test_errors_name_the_argument(gather, state, ancestors, dim, message):
+def test_errors_name_the_argument(gather, state, ancestors, dim, message, requires_grad):
+    if requires_grad:
+        if gather is gather_particles_:
+            message = "do not require grad"
+        state = state.clone().requires_grad_()
     with pytest.raises(ValueError, match=message):
         gather(state, ancestors, dim)
 
@@ -183,5 +236,9 @@ def test_errors_name_the_argument(gather, state, ancestors, dim, message):
 def test_errors_in_place():
     with pytest.raises(ValueError, match=r"ancestors: expected one per particle \(3\).*\(2,\)"):
         gather_particles_(torch.zeros(3), torch.tensor([0, 1]))
-    with pytest.raises(ValueError, match="state: expected memory of its own.*dimension 0"):
+    with pytest.raises(ValueError, match=r"tree: expected memory of its own.*\(3,\) .* \(0,\)"):
         gather_particles_(torch.zeros(1).expand(3), torch.tensor([0, 1, 1]))
+    overlapping = torch.arange(6.0).as_strided((4, 3), (1, 1))
+    with pytest.raises(ValueError, match="elements share memory"):
+        gather_particles_(overlapping, torch.tensor([0, 0, 1, 2]))
+    assert torch.equal(overlapping[0], torch.arange(3.0))

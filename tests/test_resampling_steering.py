@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy
 import pytest
 import torch
 
@@ -182,6 +183,45 @@ def test_each_step_draws_anew():
     assert not torch.equal(steering.step(torch.zeros(100)).ancestors, first.ancestors)
 
 
+def test_neighbouring_seeds_share_no_draws():
+    """Nor does the run of one seed replay another's, shifted by a step."""
+    rewards = torch.zeros(200)
+    draws = []
+    for seed in range(-3, 4):
+        steering = FKSteering(ess_threshold=None, scheme="multinomial", seed=seed)
+        draws += [tuple(steering.step(rewards).offspring.tolist()) for _ in range(6)]
+    assert len(set(draws)) == len(draws) == 42
+
+
+def test_seeds_of_any_kind_of_integer():
+    rewards = torch.randn(3, 9)
+    results = [
+        FKSteering(scheme="multinomial", ess_threshold=None, seed=seed).step(rewards).ancestors
+        for seed in (7, numpy.int64(7), torch.tensor(7))
+    ]
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+    for seed in (-(2**63), 2**63 - 1, numpy.int64(-1), torch.tensor(2**63 - 1)):
+        steering = FKSteering(seed=seed)
+        for _ in range(3):
+            steering.step(rewards)
+
+
+def test_rewards_that_require_grad_keep_no_graph():
+    steering = FKSteering(lmbda=2.0, seed=0)
+    for _ in range(2):
+        result = steering.step(torch.randn(2, 4, requires_grad=True) * 1.0)
+        tensors = (*result, steering.log_weights, steering.weights, steering.log_z, steering.reward)
+        assert not any(tensor.requires_grad for tensor in tensors)
+
+
+def test_no_particles():
+    steering = FKSteering(seed=0)
+    result = steering.step(torch.zeros(2, 0))
+    assert result.ancestors.shape == (2, 0)
+    assert torch.equal(steering.log_z, torch.tensor([-INF, -INF]))
+
+
 def test_broken_constraints():
     """A reward of -inf ends a particle, even where its next reward is finite."""
     for kind in KINDS:
@@ -191,6 +231,18 @@ def test_broken_constraints():
         torch.testing.assert_close(
             steering.weights, torch.tensor([0.5, -INF, 1.0, -INF]).softmax(-1)
         )
+    # Also one that breaks later, and one that nothing but the constraint steers.
+    for kind in KINDS:
+        for lmbda in (0.0, 1.0):
+            state, total = None, torch.zeros(3)
+            for step, reward in enumerate(([1.0, 2.0, 3.0], [0.0, -INF, float("nan")], [1.0] * 3)):
+                log_potential, state = fk_potential(
+                    torch.tensor(reward), state, kind=kind, lmbda=lmbda, terminal=step == 2
+                )
+                total += log_potential
+                assert step == 0 or torch.equal(total == -INF, torch.tensor([False, True, True]))
+                torch.testing.assert_close(state.log_product, total)
+            assert total[0] == lmbda
     dead = FKSteering("sum", seed=0)
     result = dead.step(torch.full((2, 3), -INF))
     assert torch.equal(result.ancestors, torch.arange(3).expand(2, 3))
@@ -222,6 +274,29 @@ def test_errors():
             FKSteering(lmbda=lmbda)
         with pytest.raises(ValueError, match="lmbda: .*negate the reward"):
             fk_potential(torch.zeros(2), None, kind="sum", lmbda=lmbda)
+    for options, message in (
+        ({"lmbda": "1"}, "lmbda: expected a number, got str"),
+        ({"lmbda": None}, "lmbda: expected a number, got NoneType"),
+        ({"scheme": "sytematic"}, "scheme: expected one of systematic, .*, got 'sytematic'"),
+        ({"ess_threshold": 0.0}, r"ess_threshold: expected a share in \(0, 1\] or None, got 0.0"),
+        ({"ess_threshold": 1.5}, "ess_threshold: .*got 1.5"),
+        ({"ess_threshold": "0.5"}, "ess_threshold: .*got '0.5'"),
+        ({"ess_threshold": float("nan")}, "ess_threshold: .*got nan"),
+        ({"seed": 1.0}, "seed: expected an int or a 0-dim int64 tensor, got float"),
+        ({"seed": torch.zeros(2).long()}, r"seed: .*got torch.int64 of shape \(2,\)"),
+        ({"seed": torch.tensor(1.0)}, r"seed: .*got torch.float32"),
+        ({"seed": 2**63}, "seed: expected a number of 64 bits"),
+        ({"seed": 1, "generator": torch.Generator()}, "seed: .*got both"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            FKSteering(**options)
+    for reward in ([1.0, 2.0], numpy.ones(2), None):
+        with pytest.raises(ValueError, match="reward: expected a floating tensor .*, got "):
+            FKSteering().step(reward)
+        with pytest.raises(ValueError, match="reward: expected a floating tensor .*, got "):
+            fk_potential(reward, None, kind="sum", lmbda=1.0)
+    with pytest.raises(ValueError, match=r"reward: expected \(\.\.\., K\), got a scalar"):
+        FKSteering().step(torch.tensor(1.0))
     with pytest.raises(ValueError, match="reward: expected a floating tensor, got torch.int64"):
         FKSteering().step(torch.zeros(2, dtype=torch.int64))
     steering = FKSteering()

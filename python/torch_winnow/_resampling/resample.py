@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import enum
-from typing import NamedTuple
+import operator
+from typing import NamedTuple, SupportsIndex
 
 import torch
 from torch import Tensor
 
-from torch_winnow._resampling.weights import statistics_dtype
+from torch_winnow._resampling.weights import detached_weights, require_tensor, statistics_dtype
 
 _resample = torch.ops.winnow.resample
 
@@ -55,6 +56,33 @@ class Resampling(NamedTuple):
     status: Tensor
 
 
+def check_seed(
+    seed: SupportsIndex | Tensor | None, generator: torch.Generator | None
+) -> int | Tensor | None:
+    """The seed as an int or a tensor, checked; None if it is to be drawn."""
+    if seed is None:
+        return None
+    if generator is not None:
+        raise ValueError("seed: expected either a seed or a generator, got both")
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.dim() != 0:
+            raise ValueError(
+                f"seed: expected an int or a 0-dim int64 tensor, got {seed.dtype} of shape "
+                f"{tuple(seed.shape)}"
+            )
+        return seed
+    if not isinstance(seed, int):
+        try:
+            seed = operator.index(seed)
+        except TypeError:
+            raise ValueError(
+                f"seed: expected an int or a 0-dim int64 tensor, got {type(seed).__name__}"
+            ) from None
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed: expected a number of 64 bits with sign, got {seed}")
+    return seed
+
+
 def resample(
     log_weights: Tensor,
     *,
@@ -64,7 +92,7 @@ def resample(
     keep_slots: bool = False,
     mask: Tensor | None = None,
     uniforms: Tensor | None = None,
-    seed: int | Tensor | None = None,
+    seed: SupportsIndex | Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Resampling:
     r"""Choose M ancestors among K weighted particles, so that each is chosen M times its share.
@@ -85,6 +113,9 @@ def resample(
     is never chosen, and the result is bitwise the same for any number of threads and on any
     instruction set.
 
+    Resampling is a discrete decision: weights are taken as numbers, and no result carries a
+    gradient, ``log_z`` included.
+
     Args:
         log_weights: ``(..., K)`` natural-log weights of any magnitude, not necessarily normalised;
             each leading index is an independent population. float32, bfloat16, float16 or float64.
@@ -101,17 +132,19 @@ def resample(
             overwritten. ESS, threshold and ``log_z`` are over the live ones; the weights of the
             others are lowered by ``log_z``, so that the whole stays properly weighted. Needs M = K.
         uniforms: float32 or float64 numbers in [0, 1) to use instead of drawing: ``(...)`` for
-            systematic, ``(..., M)`` for stratified and multinomial; what lies outside is clamped.
-            With ``mask`` the live slots take the first ones.
-        seed: int or 0-dim int64 tensor. A population's draws depend on the seed and the linear
-            index of the population alone.
+            systematic, ``(..., M)`` for stratified and multinomial. What lies outside is clamped to
+            it, NaN to 0. With ``mask`` the live slots take the first ones.
+        seed: anything that is an int of 64 bits, or a 0-dim int64 tensor. A population's draws
+            depend on the seed and the linear index of the population alone.
         generator: where the seed is drawn from if none is given; by default torch's own.
+            ``torch.compile`` cannot trace a generator: give an int or a tensor as ``seed`` there.
 
     Returns:
         A :class:`Resampling`.
 
     Raises:
-        ValueError: wrong shape, dtype or option; the text names the argument.
+        ValueError: wrong type, shape, dtype or option, or both ``seed`` and ``generator``; the text
+            names the argument.
 
     Example:
         >>> import torch
@@ -122,11 +155,18 @@ def resample(
         >>> result.log_z.exp()
         tensor(0.2500)
     """
+    log_weights = detached_weights(log_weights)
+    if mask is not None:
+        require_tensor("mask", mask, "a bool tensor (..., K)")
+    if uniforms is not None:
+        require_tensor("uniforms", uniforms, "a float32 or float64 tensor")
+        uniforms = uniforms.detach()
+    key = check_seed(seed, generator)
     number, seed_tensor = 0, None
-    if isinstance(seed, Tensor):
-        seed_tensor = seed
-    elif seed is not None:
-        number = seed
+    if isinstance(key, Tensor):
+        seed_tensor = key
+    elif key is not None:
+        number = key
     elif uniforms is None:
         device = log_weights.device
         seed_tensor = torch.randint(2**63 - 1, (), generator=generator, device=device)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, TypeVar
+import numbers
+from typing import NamedTuple, SupportsIndex, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from torch_winnow._resampling.gather import gather_particles
-from torch_winnow._resampling.resample import Resampling, resample
+from torch_winnow._resampling.resample import Resampling, check_seed, resample
+from torch_winnow._resampling.weights import require_tensor
 
 _KINDS = ("difference", "max", "sum")
+_SCHEMES = ("systematic", "stratified", "residual", "multinomial")
 
 Tree = TypeVar("Tree")
 
@@ -33,7 +36,11 @@ def _no_nan(x: Tensor) -> Tensor:
     return x.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
 
 
-def _check_lmbda(lmbda: float) -> None:
+def _check_potential(kind: str, lmbda: float) -> None:
+    if kind not in _KINDS:
+        raise ValueError(f"kind: expected one of {', '.join(_KINDS)}, got {kind!r}")
+    if not isinstance(lmbda, numbers.Real):
+        raise ValueError(f"lmbda: expected a number, got {type(lmbda).__name__}")
     if not 0 <= lmbda < math.inf:
         raise ValueError(
             f"lmbda: expected a finite number of at least 0, got {lmbda} (to steer away from a "
@@ -64,7 +71,7 @@ def fk_potential(
 
     Args:
         reward: ``(..., K)`` rewards of the particles now; may be negative. A particle whose reward
-            is -inf or NaN (a broken constraint) has weight zero from then on.
+            is -inf or NaN (a broken constraint) has weight zero from then on, for any ``lmbda``.
         state: what the previous step returned (gathered by the ancestors since), None at first.
         kind: see above.
         lmbda: strength of the tilt, at least 0.
@@ -74,8 +81,8 @@ def fk_potential(
         ``(log_potential, state)``; the potential is ``(..., K)``, float32 (float64 for float64).
 
     Raises:
-        ValueError: an unknown ``kind``, a negative ``lmbda``, a reward that is not floating or has
-            another shape than the state.
+        ValueError: an unknown ``kind``, a negative ``lmbda``, a reward that is not a floating
+            tensor, a scalar, or of another shape than the state.
 
     Example:
         >>> import torch
@@ -87,11 +94,12 @@ def fk_potential(
         >>> first + last
         tensor([4., 2.])
     """
-    if kind not in _KINDS:
-        raise ValueError(f"kind: expected one of {', '.join(_KINDS)}, got {kind!r}")
-    _check_lmbda(lmbda)
+    _check_potential(kind, lmbda)
+    require_tensor("reward", reward, "a floating tensor (..., K)")
     if not reward.is_floating_point():
         raise ValueError(f"reward: expected a floating tensor, got {reward.dtype}")
+    if reward.dim() == 0:
+        raise ValueError("reward: expected (..., K), got a scalar")
     r = reward if reward.dtype == torch.float64 else reward.float()
     r = _no_nan(r)
     if state is None:
@@ -116,12 +124,28 @@ def fk_potential(
         log_potential = lmbda * (r - state.reward)
     else:
         log_potential = lmbda * statistic
-    # A product of zero or infinity cannot be divided out any more: it stays, but for a reward that
-    # ends the particle.
-    last = torch.where(r == -torch.inf, r, 0.0) if lmbda > 0 else 0.0
-    log_potential = torch.where(state.log_product.isinf(), last, log_potential)
+    # A product of zero or infinity cannot be divided out any more: it stays. A broken constraint
+    # ends the particle whatever the kind makes of it: a maximum would forget it.
+    log_potential = torch.where(state.log_product.isinf(), 0.0, log_potential)
+    log_potential = torch.where(r == -torch.inf, r, log_potential)
     log_product = state.log_product + log_potential
     return log_potential, PotentialState(_no_nan(statistic), _no_nan(log_product))
+
+
+def _step_key(seed: Tensor, step: int) -> Tensor:
+    """Number ``step`` of splitmix64 (Steele, Lea and Flood 2014) from ``seed``, as int64.
+
+    Multiplications wrap around; a shift of unsigned numbers is one with sign, masked.
+    """
+    z = seed + _signed((step + 1) * 0x9E3779B97F4A7C15)
+    z = (z ^ (z >> 30 & 2**34 - 1)) * _signed(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> 27 & 2**37 - 1)) * _signed(0x94D049BB133111EB)
+    return z ^ (z >> 31 & 2**33 - 1)
+
+
+def _signed(number: int) -> int:
+    """The int64 of the same 64 bits."""
+    return (number + 2**63) % 2**64 - 2**63
 
 
 class FKSteering:
@@ -141,8 +165,12 @@ class FKSteering:
         lmbda: strength of the tilt; the paper uses 10 with rewards around 1.
         ess_threshold: share of K below which a population is resampled; None: at every step.
         scheme: as in :func:`resample`.
-        seed: int or 0-dim int64 tensor; each step draws with a key of its own.
+        seed: int or 0-dim int64 tensor; each step draws with a key hashed from the seed and the
+            number of the step, so the runs of neighbouring seeds have nothing in common.
         generator: source of seeds if no seed is given.
+
+    Raises:
+        ValueError: an option that is not as above, or both ``seed`` and ``generator``.
 
     Example:
         >>> import torch
@@ -162,17 +190,23 @@ class FKSteering:
         *,
         ess_threshold: float | None = 0.5,
         scheme: str = "systematic",
-        seed: int | Tensor | None = None,
+        seed: SupportsIndex | Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
-        if kind not in _KINDS:
-            raise ValueError(f"kind: expected one of {', '.join(_KINDS)}, got {kind!r}")
-        _check_lmbda(lmbda)
+        _check_potential(kind, lmbda)
+        if scheme not in _SCHEMES:
+            raise ValueError(f"scheme: expected one of {', '.join(_SCHEMES)}, got {scheme!r}")
+        if ess_threshold is not None and not (
+            isinstance(ess_threshold, numbers.Real) and 0 < ess_threshold <= 1
+        ):
+            raise ValueError(
+                f"ess_threshold: expected a share in (0, 1] or None, got {ess_threshold!r}"
+            )
         self.kind = kind
         self.lmbda = lmbda
         self.ess_threshold = ess_threshold
         self.scheme = scheme
-        self.seed = seed
+        self.seed = check_seed(seed, generator)
         self.generator = generator
         self.reset()
 
@@ -185,29 +219,31 @@ class FKSteering:
         self._log_z: Tensor | None = None
         self._finished = False
 
-    def _step_seed(self) -> int | Tensor | None:
+    def _step_seed(self) -> Tensor | None:
         if self.seed is None:
             return None
-        if isinstance(self.seed, Tensor):
-            return self.seed + self._steps
-        return (self.seed + self._steps) % 2**63
+        seed = self.seed if isinstance(self.seed, Tensor) else torch.tensor(self.seed)
+        return _step_key(seed, self._steps)
 
     def step(self, reward: Tensor, *, terminal: bool = False) -> Resampling:
         """Weigh by the rewards, resample where needed, and tell who follows whom.
 
         Args:
-            reward: ``(..., K)`` rewards of the particles as they lie in the slots now.
+            reward: ``(..., K)`` rewards of the particles as they lie in the slots now. Taken as
+                numbers: no gradient flows back, and no graph is kept.
             terminal: whether these are the rewards of the finished samples.
 
         Returns:
             The :class:`Resampling`: gather the sampler's state by its ``ancestors``.
 
         Raises:
-            ValueError: another shape than in the step before, a reward that is not floating, or a
-                step after the terminal one.
+            ValueError: a reward that is not a floating tensor ``(..., K)``, of another shape than
+                in the step before, or a step after the terminal one.
         """
         if self._finished:
             raise ValueError("step: the run ended with its terminal step; reset() begins a new one")
+        require_tensor("reward", reward, "a floating tensor (..., K)")
+        reward = reward.detach()
         log_potential, potential = fk_potential(
             reward, self._potential, kind=self.kind, lmbda=self.lmbda, terminal=terminal
         )
@@ -251,9 +287,12 @@ class FKSteering:
 
     @property
     def log_z(self) -> Tensor:
-        """``(...)`` log of the estimated mean of the product of potentials so far."""
+        """``(...)`` log of the estimated mean of the product of potentials so far.
+
+        -inf where no particle has any weight, or there are none.
+        """
         log_w = self.log_weights
-        return self._require(self._log_z) + log_w.logsumexp(-1) - math.log(log_w.shape[-1])
+        return self._require(self._log_z) + log_w.logsumexp(-1) - math.log(max(log_w.shape[-1], 1))
 
     def best(self) -> Tensor:
         """``(...)`` int64: the slot with the highest last reward, the paper's final selection."""

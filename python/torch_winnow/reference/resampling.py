@@ -243,7 +243,9 @@ def fk_potential(
         if terminal and lmbda:
             potential = lmbda * now - product
         if product in (torch.inf, -torch.inf):  # cannot be divided out any more
-            potential = now if lmbda and now == -torch.inf else 0.0
+            potential = 0.0
+        if now == -torch.inf:  # a broken constraint ends the particle, whatever came before
+            potential = now
         log_potential.view(-1)[at], statistic.view(-1)[at] = potential, value
     bounds = {"nan": -torch.inf, "posinf": torch.inf, "neginf": -torch.inf}
     product_ = (past + log_potential).nan_to_num(**bounds)
