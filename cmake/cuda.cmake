@@ -1,11 +1,16 @@
-# The CUDA operators, a library of their own: built where a CUDA compiler is found, against any torch
-# (a CPU one too), loaded only where torch has CUDA.
-set(WINNOW_CUDA AUTO CACHE STRING "Build the CUDA operators: AUTO (where nvcc works), ON or OFF")
+# The CUDA operators, a library of their own, loaded only where torch has CUDA. AUTO builds them for
+# such a torch if there is a CUDA compiler; ON builds them against any torch, a CPU one too, as for a
+# wheel.
+set(WINNOW_CUDA AUTO CACHE STRING "Build the CUDA operators: AUTO (torch has CUDA, nvcc works), ON, OFF")
 set_property(CACHE WINNOW_CUDA PROPERTY STRINGS AUTO ON OFF)
 if(NOT WINNOW_CUDA MATCHES "^(AUTO|ON|OFF)$")
   message(FATAL_ERROR "torch-winnow: WINNOW_CUDA: expected AUTO, ON or OFF, got ${WINNOW_CUDA}")
 endif()
 if(WINNOW_CUDA STREQUAL "OFF")
+  return()
+endif()
+if(WINNOW_CUDA STREQUAL "AUTO" AND NOT TORCH_HAS_CUDA)
+  message(STATUS "CUDA operators: not built, torch ${TORCH_VERSION} has no CUDA")
   return()
 endif()
 
