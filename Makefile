@@ -2,6 +2,7 @@
 # make test    sets up an environment and runs the tests
 # make bench   benchmarks against the rivals; writes bench/results/
 # make lint    ruff, mypy, clang-format
+# make gpu-check OUT=folder   builds, tests and times the CUDA operators with the torch of PYTHON
 #
 # PYTHON=python3.12 picks an interpreter, TORCH=torch==2.14.1 a release, VENV=folder the environment.
 PYTHON ?= python3
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc cmake -type f)
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test bench lint gpu-check clean
 
 # torch first: the operators are built against the release that they will run with.
 $(VENV)/.torch:
@@ -33,11 +34,16 @@ test: $(VENV)/.built-test
 bench: $(VENV)/.built-bench
 	$(BIN)/python bench/report.py --run
 
+# For a bare machine without a network: no environment is made, nothing is downloaded.
+gpu-check:
+	@test -n '$(OUT)' || { echo 'usage: make gpu-check OUT=folder'; exit 2; }
+	$(PYTHON) bench/gpu_check.py '$(OUT)'
+
 lint: $(VENV)/.built-lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	git ls-files 'csrc/*.h' 'csrc/*.cc' 'csrc/*.cpp' | xargs $(BIN)/clang-format --dry-run --Werror
+	git ls-files '*.h' '*.cc' '*.cpp' '*.cu' '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
 
 clean:
 	rm -rf build $(VENV)

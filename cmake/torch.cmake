@@ -20,6 +20,7 @@ endif()
 file(READ "${TORCH_ROOT}/version.py" _torch_version_py)
 string(REGEX MATCH "__version__ = '([^']+)'" _ "${_torch_version_py}")
 set(TORCH_VERSION "${CMAKE_MATCH_1}")
+string(REGEX MATCH "cuda[^=\n]*= '[0-9]" TORCH_HAS_CUDA "${_torch_version_py}")
 string(REGEX MATCH "^[0-9]+\\.[0-9]+" _torch_release "${TORCH_VERSION}")
 if(_torch_release VERSION_LESS 2.11)
   message(FATAL_ERROR

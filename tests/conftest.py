@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
+import torch_winnow
 from torch_winnow import _library
+
+sys.path.insert(0, str(Path(__file__).parent / "native"))
+import host_library  # noqa: E402
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -64,6 +70,35 @@ def on_thread_counts() -> Iterator[Callable[[Callable[[], object]], list[object]
 
     yield run
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def gpu() -> Iterator[torch.device]:
+    """Where the CUDA kernels run: on a GPU, or else on CPU tensors, executed thread by thread."""
+    if torch.cuda.is_available() and torch_winnow.build_info().cuda_library:
+        yield torch.device("cuda")
+        return
+    if reason := host_library.why_not():
+        pytest.skip(reason)
+    with host_library.in_place_of_the_cpu():
+        yield torch.device("cpu")
+
+
+@pytest.fixture
+def on_every_order(
+    gpu: torch.device,
+) -> Callable[[Callable[[], object]], list[object]]:
+    """Calls a function with threads and blocks taking turns in several orders."""
+
+    def run(function: Callable[[], object]) -> list[object]:
+        results = []
+        for order in host_library.ORDERS:
+            if gpu.type == "cpu":
+                host_library.set_order(order)
+            results.append(function())
+        return results
+
+    return run
 
 
 @pytest.fixture(autouse=True)

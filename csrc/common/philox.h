@@ -1,6 +1,7 @@
 // Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): a draw is
 // a pure function of (seed, row, element), so it depends on neither threads nor batch nor
-// instruction set. Included by *_simd.cc too, hence internal linkage.
+// instruction set. Included by *_simd.cc too, hence internal linkage; constexpr, so that kernels
+// may call it.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +13,7 @@ struct Philox4 {
   uint32_t x[4];
 };
 
-inline Philox4 philox(uint64_t seed, uint64_t row, uint64_t element) {
+constexpr Philox4 philox(uint64_t seed, uint64_t row, uint64_t element) {
   uint32_t c[4] = {static_cast<uint32_t>(element), static_cast<uint32_t>(element >> 32),
                    static_cast<uint32_t>(row), static_cast<uint32_t>(row >> 32)};
   uint32_t k0 = static_cast<uint32_t>(seed);
@@ -33,7 +34,7 @@ inline Philox4 philox(uint64_t seed, uint64_t row, uint64_t element) {
 }
 
 // 64 uniform bits.
-[[maybe_unused]] inline uint64_t philox_bits(uint64_t seed, uint64_t row, uint64_t element) {
+[[maybe_unused]] constexpr uint64_t philox_bits(uint64_t seed, uint64_t row, uint64_t element) {
   const Philox4 r = philox(seed, row, element);
   return (static_cast<uint64_t>(r.x[1]) << 32) | r.x[0];
 }

@@ -12,3 +12,8 @@ list(APPEND WINNOW_SIMD_SOURCES
   csrc/kvcache/block_scores_simd.cc
   csrc/kvcache/paged_attention_simd.cc
 )
+list(APPEND WINNOW_CUDA_SOURCES
+  csrc/kvcache/block_scores.cu
+  csrc/kvcache/paged_attention.cu
+  csrc/kvcache/paged_write.cu
+)

@@ -7,3 +7,7 @@ list(APPEND WINNOW_SIMD_SOURCES
   csrc/unmasking/logit_stats_simd.cc
   csrc/unmasking/logit_truncation_simd.cc
 )
+list(APPEND WINNOW_CUDA_SOURCES
+  csrc/unmasking/logit_stats.cu
+  csrc/unmasking/select_positions.cu
+)

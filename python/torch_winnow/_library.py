@@ -80,6 +80,20 @@ def _load_cpu() -> ctypes.CDLL:
     return library
 
 
+def _load_cuda() -> str:
+    """Why the CUDA operators are not loaded, or an empty string. Never a reason not to import."""
+    if torch.version.cuda is None:
+        return "torch without CUDA"
+    path = _path_of("_cuda")
+    if path is None:
+        return "built without CUDA: no nvcc was found, or WINNOW_CUDA=OFF"
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        return f"{path}: {error.__cause__ or error}"
+    return ""
+
+
 def _check_requested_capability() -> None:
     wanted = os.environ.get("WINNOW_CPU_CAPABILITY")
     if wanted is None or wanted in available_cpu_capabilities():
@@ -120,7 +134,6 @@ def build_info() -> BuildInfo:
     from torch_winnow import _core
 
     built = _core.build()
-    reason = "torch without CUDA" if torch.version.cuda is None else "built without CUDA"
     return BuildInfo(
         version=built["version"],
         torch_built=built["torch"],
@@ -128,11 +141,12 @@ def build_info() -> BuildInfo:
         compiler=built["compiler"],
         capabilities=tuple(built["capabilities"].split()),
         cpu_capability=cpu_capability(),
-        cuda_library=False,
-        cuda_reason=reason,
+        cuda_library=not _cuda_reason,
+        cuda_reason=_cuda_reason,
     )
 
 
 _check_torch()
 cpu = _load_cpu()
+_cuda_reason = _load_cuda()
 _check_requested_capability()

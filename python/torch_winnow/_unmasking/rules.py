@@ -15,7 +15,7 @@ from torch_winnow._fake import check_same_device
 
 _select_positions = torch.ops.winnow.select_positions
 
-# Numbered as in csrc/unmasking/select_positions.cpp.
+# Numbered as in csrc/unmasking/selection_rule.h.
 _LOWEST_FIRST, _HIGHEST_FIRST, _LEFT_TO_RIGHT, _RANDOM = range(4)
 _BELOW, _AT_LEAST, _ENTROPY_BOUND, _CONFIDENCE_FACTOR, _ANY = range(5)
 _ORDER_OF_SCORE = {

@@ -1,0 +1,187 @@
+"""Benchmarks of the CUDA operators; prints JSON. Run by ``make gpu-check``.
+
+    python bench/gpu_bench.py results.json
+
+Each case checks our output against the definition, then times ours, the definition in eager torch
+and compiled, and the strongest rival there is. ``moved`` is the least memory traffic in bytes that
+the definition needs: the report divides it by the time and by the copy bandwidth of the same run.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from gpu_timing import limits, rotation, seconds
+from torch_winnow import kvcache, reference, resampling, unmasking
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+FULL = DEVICE.type == "cuda"
+
+
+@dataclass
+class Case:
+    name: str
+    make: Callable[[], tuple]
+    ours: Callable[..., Any]
+    rivals: dict[str, Callable[..., Any]]
+    moved: float
+    check: Callable[..., None]
+
+
+def scaled(full: int, small: int) -> int:
+    return full if FULL else small
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, fullgraph=True, dynamic=False) if FULL else function
+
+
+def close(ours: Callable[..., Any], definition: Callable[..., Any], tolerance: float):
+    def check(*arguments: Any) -> None:
+        torch.testing.assert_close(
+            ours(*arguments).double(),
+            definition(*arguments).double(),
+            rtol=tolerance,
+            atol=tolerance,
+        )
+
+    return check
+
+
+def effective_sample_size() -> Iterator[Case]:
+    for rows, particles in ((4096, 4), (256, 4096), (1, scaled(1_000_000, 70_000))):
+        yield Case(
+            f"effective_sample_size {rows}x{particles} float32",
+            lambda rows=rows, particles=particles: (torch.randn(rows, particles, device=DEVICE),),
+            resampling.effective_sample_size,
+            {
+                "eager": reference.effective_sample_size,
+                "compiled": compiled(reference.effective_sample_size),
+            },
+            rows * particles * 4.0,
+            close(resampling.effective_sample_size, reference.effective_sample_size, 1e-4),
+        )
+
+
+def entropy_step(logits: torch.Tensor) -> torch.Tensor:
+    """What a decoding step computes in plain torch: token, confidence, margin, entropy."""
+    log_p = logits.float().log_softmax(-1)
+    p = log_p.exp()
+    top = p.topk(2, -1)
+    return torch.stack(
+        [top.indices[..., 0].float(), top.values[..., 0], top.values.diff(dim=-1)[..., 0].neg()]
+        + [-(p * log_p).sum(-1)]
+    )
+
+
+def our_step(logits: torch.Tensor) -> torch.Tensor:
+    stats = unmasking.logit_stats(logits)
+    return torch.stack([stats.token.float(), stats.max_prob, stats.margin, stats.entropy])
+
+
+def logit_stats() -> Iterator[Case]:
+    vocab = scaled(126_464, 9000)
+    for rows in (1, scaled(32, 2), scaled(256, 2)):
+        for dtype in (torch.float32, torch.bfloat16):
+            yield Case(
+                f"logit_stats {rows}x{vocab} {str(dtype).removeprefix('torch.')}",
+                lambda rows=rows, dtype=dtype: (
+                    torch.randn(rows, vocab, device=DEVICE).to(dtype) * 2,
+                ),
+                unmasking.logit_stats,
+                {"eager": entropy_step, "compiled": compiled(entropy_step)},
+                rows * vocab * dtype.itemsize,
+                close(our_step, entropy_step, 1e-3),
+            )
+    seed = torch.tensor(1, device=DEVICE)
+    yield Case(
+        f"logit_stats top_k=50 top_p=0.9 drawn {scaled(32, 2)}x{vocab} bfloat16",
+        lambda: (torch.randn(scaled(32, 2), vocab, device=DEVICE).to(torch.bfloat16) * 2,),
+        lambda logits: unmasking.logit_stats(logits, top_k=50, top_p=0.9, seed=seed),
+        {},
+        scaled(32, 2) * vocab * 2,
+        lambda logits: None,
+    )
+
+
+def paged_decode() -> Iterator[Case]:
+    heads, key_heads, dim, block = 32, 8, 128, 64
+    for batch, length in ((1, 32_768), (8, 32_768), (64, 2048)):
+        batch, length = scaled(batch, 1), scaled(length, 256)
+        blocks = length // block
+
+        def make(batch=batch, length=length, blocks=blocks) -> tuple:
+            shape = (batch * blocks, key_heads, block, dim)
+            key, value = torch.randn(2, *shape, device=DEVICE, dtype=torch.bfloat16)
+            table = torch.randperm(batch * blocks, device=DEVICE).int().view(batch, blocks)
+            lengths = torch.full((batch,), length, dtype=torch.int32, device=DEVICE)
+            query = torch.randn(batch, heads, 1, dim, device=DEVICE, dtype=torch.bfloat16)
+            return query, key, value, table, lengths
+
+        def dense(pages: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+            return pages[table.long()].transpose(1, 2).flatten(2, 3)
+
+        def check(query, key, value, table, lengths, dense=dense) -> None:
+            expected = F.scaled_dot_product_attention(
+                query, dense(key, table), dense(value, table), enable_gqa=True
+            )
+            result = kvcache.paged_attention(query, key, value, table, lengths)
+            torch.testing.assert_close(result, expected, rtol=2e-2, atol=2e-3)
+
+        def sdpa(query, key, value, table, lengths) -> torch.Tensor:
+            """Contiguous keys of the same bytes: no gather is charged to it."""
+            keys, values = (
+                pages.view(table.shape[0], key_heads, -1, dim) for pages in (key, value)
+            )
+            return F.scaled_dot_product_attention(query, keys, values, enable_gqa=True)
+
+        def gathered(query, key, value, table, lengths, dense=dense) -> torch.Tensor:
+            return F.scaled_dot_product_attention(
+                query, dense(key, table), dense(value, table), enable_gqa=True
+            )
+
+        yield Case(
+            f"paged_attention decode B={batch} N={length} bfloat16",
+            make,
+            kvcache.paged_attention,
+            {"sdpa, contiguous": sdpa, "gather + sdpa": gathered},
+            2.0 * batch * length * key_heads * dim * 2,
+            check,
+        )
+
+
+CASES = (effective_sample_size, logit_stats, paged_decode)
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    report: dict[str, Any] = {"device": str(DEVICE), "limits": limits(DEVICE), "cases": []}
+    for case in (case for family in CASES for case in family()):
+        entry: dict[str, Any] = {"name": case.name, "moved": case.moved, "seconds": {}}
+        report["cases"].append(entry)
+        inputs = rotation(case.make, DEVICE)
+        for name, function in {"winnow": case.ours, **case.rivals}.items():
+            try:
+                if name == "winnow":
+                    case.check(*inputs[0])
+                entry["seconds"][name] = seconds(function, inputs, DEVICE)
+            except Exception as error:  # a rival that fails is reported, and so are we
+                traceback.print_exc()
+                entry.setdefault("errors", {})[name] = f"{type(error).__name__}: {error}"[:300]
+        del inputs
+        Path(sys.argv[1]).write_text(json.dumps(report, indent=1))  # kept if a later case is killed
+    if any("winnow" in entry.get("errors", {}) for entry in report["cases"]):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+// The names of device.h on a GPU.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <stdexcept>
+#include <string>
+
+#define WINNOW_KERNEL(threads) __global__ void __launch_bounds__(threads)
+#define WINNOW_DEVICE __device__ __forceinline__
+#define WINNOW_SHARED(T, name, count) __shared__ T name[count]
+#define WINNOW_DEVICE_OPERATORS(m) STABLE_TORCH_LIBRARY_IMPL(winnow, CUDA, m)
+
+// libtorch_cuda's; torch's headers hide the declaration from a build against a CPU torch.
+extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
+
+namespace winnow {
+
+template <typename T>
+using Global = T*;
+template <typename T>
+using Shared = T*;
+
+WINNOW_DEVICE int thread_index() {
+  return static_cast<int>(threadIdx.x);
+}
+WINNOW_DEVICE int64_t block_index() {
+  return blockIdx.x;
+}
+WINNOW_DEVICE int64_t block_index_y() {
+  return blockIdx.y;
+}
+WINNOW_DEVICE int lane_index() {
+  return static_cast<int>(threadIdx.x) % kWarp;
+}
+WINNOW_DEVICE int warp_index() {
+  return static_cast<int>(threadIdx.x) / kWarp;
+}
+
+WINNOW_DEVICE void block_sync() {
+  __syncthreads();
+}
+WINNOW_DEVICE void warp_sync(uint32_t mask) {
+  __syncwarp(mask);
+}
+WINNOW_DEVICE uint32_t ballot(uint32_t mask, bool flag) {
+  return __ballot_sync(mask, flag);
+}
+
+// Any type of whole words: the hardware shuffles 32 bits at a time.
+template <typename T, typename ShuffleWord>
+WINNOW_DEVICE T shuffle_words(T value, const ShuffleWord& shuffle_word) {
+  static_assert(sizeof(T) % 4 == 0 && std::is_trivially_copyable_v<T>);
+  uint32_t words[sizeof(T) / 4];
+  memcpy(words, &value, sizeof(T));
+#pragma unroll
+  for (size_t i = 0; i < sizeof(T) / 4; ++i) words[i] = shuffle_word(words[i]);
+  memcpy(&value, words, sizeof(T));
+  return value;
+}
+template <typename T>
+WINNOW_DEVICE T shuffle(uint32_t mask, T value, int lane) {
+  return shuffle_words(value, [&](uint32_t word) { return __shfl_sync(mask, word, lane); });
+}
+template <typename T>
+WINNOW_DEVICE T shuffle_xor(uint32_t mask, T value, int offset) {
+  return shuffle_words(value, [&](uint32_t word) { return __shfl_xor_sync(mask, word, offset); });
+}
+// Lanes below `offset` keep their own value.
+template <typename T>
+WINNOW_DEVICE T shuffle_up(uint32_t mask, T value, int offset) {
+  return shuffle_words(value, [&](uint32_t word) { return __shfl_up_sync(mask, word, offset); });
+}
+
+template <typename T>
+WINNOW_DEVICE T atomic_add(T* pointer, T value) {
+  return atomicAdd(pointer, value);
+}
+WINNOW_DEVICE uint64_t atomic_add(uint64_t* pointer, uint64_t value) {
+  return atomicAdd(reinterpret_cast<unsigned long long*>(pointer), value);
+}
+
+WINNOW_DEVICE uint32_t atomic_or(uint32_t* pointer, uint32_t bits) {
+  return atomicOr(pointer, bits);
+}
+
+template <int kBytes>
+struct Word;
+template <>
+struct Word<2> {
+  using type = uint16_t;
+};
+template <>
+struct Word<4> {
+  using type = uint32_t;
+};
+template <>
+struct Word<8> {
+  using type = uint2;
+};
+template <>
+struct Word<16> {
+  using type = uint4;
+};
+
+template <int N, typename T>
+WINNOW_DEVICE Vector<std::remove_const_t<T>, N> load_vector(T* pointer) {
+  using W = typename Word<N * sizeof(T)>::type;
+  const W word = *reinterpret_cast<const W*>(pointer);
+  Vector<std::remove_const_t<T>, N> vector;
+  memcpy(&vector, &word, sizeof(word));
+  return vector;
+}
+template <int N, typename T>
+WINNOW_DEVICE void store_vector(T* pointer, const Vector<T, N>& vector) {
+  using W = typename Word<N * sizeof(T)>::type;
+  W word;
+  memcpy(&word, &vector, sizeof(word));
+  *reinterpret_cast<W*>(pointer) = word;
+}
+
+WINNOW_DEVICE float fast_exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// ---- launchers ----
+
+inline void check_cuda_call(const char* what, cudaError_t status) {
+  if (status != cudaSuccess) {
+    throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
+  }
+}
+
+inline void check_device(const char* argument, const Tensor& tensor) {
+  WINNOW_CHECK(tensor.is_cuda(), argument,
+               ": expected a CUDA tensor like the other arguments, got one on another device");
+}
+
+// torch's runtime and ours are two copies; both are told, and torch's is restored.
+class Stream {
+ public:
+  explicit Stream(const Tensor& tensor) : guard_(tensor.get_device_index()) {
+    const int32_t device = tensor.get_device_index();
+    check_cuda_call("cudaSetDevice", cudaSetDevice(device));
+    void* stream = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+    stream_ = static_cast<cudaStream_t>(stream);
+  }
+  cudaStream_t get() const { return stream_; }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  cudaStream_t stream_ = nullptr;
+};
+
+template <typename T>
+T* global(const Tensor& tensor) {
+  return static_cast<T*>(tensor.data_ptr());
+}
+
+struct Seed {
+  const int64_t* on_device;
+  int64_t value;
+
+  WINNOW_DEVICE uint64_t get() const {
+    return static_cast<uint64_t>(on_device ? *on_device : value);
+  }
+};
+
+inline Seed seed_of(const Tensor& seed) {
+  check_dtype("seed", seed, ScalarType::Long);
+  check_dim("seed", seed, 0, "one number");
+  const auto* pointer = static_cast<const int64_t*>(seed.data_ptr());
+  return seed.is_cpu() ? Seed{nullptr, *pointer} : Seed{pointer, 0};
+}
+
+template <typename... Parameters, typename... Arguments>
+void launch(const char* name, void (*kernel)(Parameters...), Grid grid, int threads,
+            const Stream& stream, const Arguments&... arguments) {
+  if (grid.x == 0 || grid.y == 0) return;
+  kernel<<<dim3(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y)), threads, 0,
+           stream.get()>>>(static_cast<Parameters>(arguments)...);
+  check_cuda_call(name, cudaGetLastError());
+}
+
+}  // namespace winnow

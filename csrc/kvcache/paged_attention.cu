@@ -1,0 +1,228 @@
+// winnow::paged_attention on the GPU: checks, the split of the work, launches. Shapes alone decide
+// the split, because lengths and lists stay on the device; what they hold is not checked, but a
+// block outside of the pages is never read.
+#include <algorithm>
+#include <cmath>
+#include <optional>
+#include <tuple>
+
+#include "kvcache/paged_attention_kernel.cuh"
+
+namespace winnow {
+namespace {
+
+constexpr int64_t kSplitKeys = 256;     // of one warp; 32k keys of 8 heads fill 132 SMs
+constexpr int64_t kMostSplitRows = 16;  // more query rows fill the GPU by themselves
+constexpr int64_t kMostDim = 256;
+constexpr int64_t kUnbounded = int64_t{1} << 40;
+
+template <int kElements, int N, int kRows, int kSteps, typename T, typename Real>
+void run(PagedCall<T, Real>& call, int64_t pairs, const Tensor& query, const Stream& stream) {
+  const int64_t rows = call.queries * call.group;
+  call.splits = 1;
+  call.split_entries = call.entries;
+  if (rows <= kMostSplitRows) {
+    call.split_entries = call.block_size >= kSplitKeys ? 1 : kSplitKeys / call.block_size;
+    call.splits = call.entries > 0 ? ceil_div(call.entries, call.split_entries) : 1;
+  }
+  call.tasks = pairs * ceil_div<int64_t>(rows, kRows) * call.splits;
+  const bool splits = call.splits > 1;
+  const int64_t parts = splits ? pairs * rows * call.splits : 0;
+  const ScalarType dtype = statistics_dtype(query);
+  const Tensor partial_out = empty({parts, call.value_dim}, dtype, query);
+  const Tensor partial_lse = empty({parts}, dtype, query);
+  call.partial_out = global<Real>(partial_out);
+  call.partial_lse = global<Real>(partial_lse);
+  launch("paged_attention", attend<T, Real, kElements, N, kRows, kSteps>,
+         {ceil_div<int64_t>(call.tasks, kWarps)}, kThreads, stream, call);
+  if (splits) {
+    launch("paged_attention", merge_splits<T, Real>, {ceil_div<int64_t>(pairs * rows, kWarps)},
+           kThreads, stream, call, pairs);
+  }
+}
+
+// Whether rows of n elements can be read N at a time.
+template <int N>
+bool aligned(const Tensor& tensor) {
+  const auto bytes = static_cast<int64_t>(N * tensor.element_size());
+  bool fits = reinterpret_cast<uintptr_t>(tensor.data_ptr()) % static_cast<uint64_t>(bytes) == 0;
+  fits = fits && tensor.size(3) % N == 0;
+  for (int64_t d = 0; d < 3; ++d) fits = fits && (tensor.size(d) <= 1 || tensor.stride(d) % N == 0);
+  return fits;
+}
+
+template <typename T, typename Real>
+void pick(PagedCall<T, Real>& call, int64_t pairs, const Tensor& query, const Tensor& key_pages,
+          const Tensor& value_pages, const Stream& stream) {
+  const int64_t dim = call.head_dim > call.value_dim ? call.head_dim : call.value_dim;
+  constexpr int N = 16 / sizeof(T);
+  // As many rows and steps as fit 255 registers without spilling.
+  constexpr int kSteps = sizeof(T) == 2 ? 4 : 2;
+  if constexpr (std::is_same_v<T, double>) {
+    return run<32, 1, 1, 1>(call, pairs, query, stream);
+  } else {
+    if (!aligned<N>(query) || !aligned<N>(key_pages) || !aligned<N>(value_pages)) {
+      return run<32, 1, 1, 2>(call, pairs, query, stream);
+    }
+    if (dim <= 64) return run<8, N, 4, 4>(call, pairs, query, stream);
+    if (dim <= 128) return run<16, N, 4, kSteps>(call, pairs, query, stream);
+    return run<32, N, 2, kSteps / 2>(call, pairs, query, stream);
+  }
+}
+
+void check_pages(const char* name, const Tensor& pages, const Tensor& query) {
+  check_device(name, pages);
+  check_dtype(name, pages, query.scalar_type());
+  check_dim(name, pages, 4, "the pages of one layer, (num_blocks, Hkv, block_size, D)");
+  check_last_contiguous(name, pages);
+}
+
+void check_integers(const char* name, const Tensor& tensor) {
+  check_device(name, tensor);
+  check_dtype(name, tensor, ScalarType::Int);
+  check_last_contiguous(name, tensor);
+}
+
+KeyBias key_bias_of(const std::optional<Tensor>& bias, const Tensor& key_pages,
+                    const Tensor& query) {
+  KeyBias result = {};
+  if (!bias) return result;
+  check_device("key_bias", *bias);
+  check_floating("key_bias", *bias);
+  bool fits = bias->dim() <= 3;
+  for (int64_t d = 0; d < 3 && fits; ++d) {
+    const int64_t own = d - (3 - bias->dim());  // missing leading dimensions broadcast
+    if (own < 0) continue;
+    fits = bias->size(own) == 1 || bias->size(own) == key_pages.size(d);
+    result.stride[d] = bias->size(own) == 1 ? 0 : bias->stride(own);
+  }
+  WINNOW_CHECK(fits, "key_bias: expected (num_blocks, Hkv, block_size) = (", key_pages.size(0),
+               ", ", key_pages.size(1), ", ", key_pages.size(2), ") or broadcastable to it, got ",
+               shape_of(*bias));
+  switch (bias->scalar_type()) {
+    case ScalarType::Float:
+      result.as_float = global<const float>(*bias);
+      break;
+    case ScalarType::BFloat16:
+      result.as_bfloat16 = global<const c10::BFloat16>(*bias);
+      break;
+    case ScalarType::Half:
+      result.as_half = global<const c10::Half>(*bias);
+      break;
+    default:
+      WINNOW_CHECK(query.scalar_type() == ScalarType::Double,
+                   "key_bias: expected float32, bfloat16 or float16, got float64 with a query in ",
+                   name_of(query.scalar_type()));
+      result.as_double = global<const double>(*bias);
+  }
+  return result;
+}
+
+std::tuple<Tensor, Tensor> paged_attention_cuda(const Tensor& query, const Tensor& key_pages,
+                                                const Tensor& value_pages,
+                                                const Tensor& block_table, const Tensor& seq_lens,
+                                                bool causal, std::optional<Tensor> block_indices,
+                                                std::optional<int64_t> window, int64_t sinks,
+                                                std::optional<Tensor> key_bias,
+                                                std::optional<double> scale) {
+  check_device("query", query);
+  check_floating("query", query);
+  check_dim("query", query, 4, "(B, Hq, T, D)");
+  check_last_contiguous("query", query);
+  check_pages("key_pages", key_pages, query);
+  check_pages("value_pages", value_pages, query);
+  const int64_t batch = query.size(0);
+  const int64_t heads = query.size(1);
+  const int64_t queries = query.size(2);
+  const int64_t head_dim = query.size(3);
+  const int64_t value_dim = value_pages.size(3);
+  const int64_t key_heads = key_pages.size(1);
+  WINNOW_CHECK(key_pages.size(3) == head_dim, "key_pages: expected (num_blocks, Hkv, block_size, ",
+               "D) with D=", head_dim, " as in query, got ", shape_of(key_pages));
+  WINNOW_CHECK(head_dim <= kMostDim, "query: expected a head dimension of at most ", kMostDim,
+               ", got ", shape_of(query));
+  WINNOW_CHECK(value_dim <= kMostDim, "value_pages: expected a head dimension of at most ",
+               kMostDim, ", got ", shape_of(value_pages));
+  WINNOW_CHECK(key_pages.size(2) > 0, "key_pages: expected a block_size of at least 1, got ",
+               shape_of(key_pages));
+  for (int64_t d = 0; d < 3; ++d) {
+    WINNOW_CHECK(value_pages.size(d) == key_pages.size(d),
+                 "value_pages: expected (num_blocks, Hkv, block_size, Dv) as in key_pages, ",
+                 shape_of(key_pages), ", got ", shape_of(value_pages));
+  }
+  WINNOW_CHECK(key_heads > 0 ? heads % key_heads == 0 : heads == 0,
+               "query: expected a number of heads divisible by the key heads (", key_heads,
+               "), got ", heads);
+  check_integers("block_table", block_table);
+  WINNOW_CHECK(block_table.dim() == 2 && block_table.size(0) == batch,
+               "block_table: expected (B, max_blocks) with B=", batch, " as in query, got ",
+               shape_of(block_table));
+  check_integers("seq_lens", seq_lens);
+  WINNOW_CHECK(seq_lens.dim() == 1 && seq_lens.size(0) == batch,
+               "seq_lens: expected (B,) with B=", batch, " as in query, got ", shape_of(seq_lens));
+  WINNOW_CHECK(!window || *window >= 1, "window: expected at least 1, got ", window.value_or(0));
+  WINNOW_CHECK(sinks >= 0, "sinks: expected at least 0, got ", sinks);
+  const bool shared = block_indices && block_indices->dim() == 2;
+  if (block_indices) {
+    check_integers("block_indices", *block_indices);
+    WINNOW_CHECK((shared || (block_indices->dim() == 3 && block_indices->size(1) == key_heads)) &&
+                     block_indices->size(0) == batch,
+                 "block_indices: expected (B, K) or (B, Hkv, K) with B=", batch,
+                 " and Hkv=", key_heads, ", got ", shape_of(*block_indices));
+  }
+  const KeyBias bias = key_bias_of(key_bias, key_pages, query);
+
+  const Stream stream(query);
+  Tensor out = empty({batch, heads, queries, value_dim}, query.scalar_type(), query);
+  Tensor lse = empty({batch, heads, queries}, statistics_dtype(query), query);
+  if (lse.numel() == 0) return {out, lse};
+  dispatch_floating(query, [&](auto zero) {
+    using T = decltype(zero);
+    using Real = std::conditional_t<std::is_same_v<T, double>, double, float>;
+    PagedCall<T, Real> call = {};
+    call.query = global<const T>(query);
+    call.key_pages = global<const T>(key_pages);
+    call.value_pages = global<const T>(value_pages);
+    for (int64_t d = 0; d < 3; ++d) {
+      call.query_stride[d] = query.stride(d);
+      call.key_stride[d] = key_pages.stride(d);
+      call.value_stride[d] = value_pages.stride(d);
+    }
+    call.block_table = global<const int32_t>(block_table);
+    call.table_stride = block_table.stride(0);
+    call.table_width = block_table.size(1);
+    call.seq_lens = global<const int32_t>(seq_lens);
+    call.entries = block_table.size(1);
+    if (block_indices) {
+      call.block_indices = global<const int32_t>(*block_indices);
+      call.indices_stride[0] = block_indices->stride(0);
+      call.indices_stride[1] = shared ? 0 : block_indices->stride(1);
+      call.entries = block_indices->size(block_indices->dim() - 1);
+    }
+    call.key_bias = bias;
+    call.num_blocks = key_pages.size(0);
+    call.block_size = key_pages.size(2);
+    call.key_heads = key_heads;
+    call.group = heads / key_heads;
+    call.queries = queries;
+    call.head_dim = head_dim;
+    call.value_dim = value_dim;
+    call.causal = causal;
+    call.window = window ? std::min(*window, kUnbounded) : 0;
+    call.sinks = std::min(sinks, kUnbounded);
+    const double factor =
+        scale ? *scale : 1.0 / std::sqrt(static_cast<double>(std::max<int64_t>(1, head_dim)));
+    call.scale = static_cast<Real>(factor * 1.4426950408889634);
+    call.out = global<T>(out);
+    call.lse = global<Real>(lse);
+    pick(call, batch * key_heads, query, key_pages, value_pages, stream);
+  });
+  return {out, lse};
+}
+
+}  // namespace
+}  // namespace winnow
+
+WINNOW_DEVICE_OPERATORS(m) {
+  m.impl("paged_attention", TORCH_BOX(&winnow::paged_attention_cuda));
+}

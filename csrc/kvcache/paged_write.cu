@@ -1,0 +1,279 @@
+// winnow::paged_write_ and winnow::copy_blocks_ on the GPU. A warp moves the bytes of one token of
+// one head, or of one slot of a block, keys and values alike. Positions and blocks stay on the
+// device, so what they hold is not checked: an index outside of the pages moves nothing.
+#include <algorithm>
+#include <initializer_list>
+
+#include "common/device.h"
+
+namespace winnow {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / kWarp;
+
+// Both are moved as units of `Unit`, the largest that divides every stride. Strides in units.
+template <typename Unit>
+struct Tokens {
+  Global<const Unit> from;  // (B, Hkv, T, D)
+  int64_t from_stride[3];
+  Global<Unit> pages;  // (num_blocks, Hkv, block_size, D)
+  int64_t page_stride[3];
+  int64_t units;
+};
+
+struct Positions {
+  Global<const int32_t> block_table;
+  int64_t table_stride;
+  int64_t table_width;
+  Global<const int64_t> positions;
+  int64_t positions_stride;
+  int64_t num_blocks;
+  int64_t block_size;
+  int64_t heads;
+  int64_t tokens;
+  int64_t items;
+};
+
+template <typename Unit>
+WINNOW_DEVICE void copy_units(Global<Unit> to, Global<const Unit> from, int64_t units) {
+  for (int64_t u = lane_index(); u < units; u += kWarp) {
+    const Unit unit = from[u];
+    to[u] = unit;
+  }
+}
+
+template <typename Unit>
+WINNOW_KERNEL(kThreads)
+write_tokens(Tokens<Unit> keys, Tokens<Unit> values, Positions where) {
+  const int64_t item = block_index() * kWarps + warp_index();
+  if (item >= where.items) return;
+  const int64_t token = item % where.tokens;
+  const int64_t head = item / where.tokens % where.heads;
+  const int64_t row = item / where.tokens / where.heads;
+  const int64_t position = where.positions[row * where.positions_stride + token];
+  if (position < 0 || position >= where.table_width * where.block_size) return;
+  const int32_t block = where.block_table[row * where.table_stride + position / where.block_size];
+  if (block < 0 || block >= where.num_blocks) return;
+  const int64_t slot = position % where.block_size;
+  const auto move = [&](const Tokens<Unit>& stream) {
+    copy_units<Unit>(stream.pages + block * stream.page_stride[0] + head * stream.page_stride[1] +
+                         slot * stream.page_stride[2],
+                     stream.from + row * stream.from_stride[0] + head * stream.from_stride[1] +
+                         token * stream.from_stride[2],
+                     stream.units);
+  };
+  move(keys);
+  move(values);
+}
+
+// (num_layers, num_blocks, Hkv, block_size, D); strides in units.
+template <typename Unit>
+struct Pages {
+  Global<Unit> pages;
+  int64_t stride[4];
+  int64_t units;
+};
+
+struct Copies {
+  Global<const int64_t> source;
+  Global<const int64_t> target;
+  int64_t count;
+  int64_t num_blocks;
+  int64_t heads;
+  int64_t block_size;
+  int64_t items;
+};
+
+template <typename Unit>
+WINNOW_KERNEL(kThreads)
+copy_slots(Pages<Unit> keys, Pages<Unit> values, Copies copies) {
+  const int64_t item = block_index() * kWarps + warp_index();
+  if (item >= copies.items) return;
+  const int64_t slot = item % copies.block_size;
+  const int64_t head = item / copies.block_size % copies.heads;
+  const int64_t copy = item / copies.block_size / copies.heads % copies.count;
+  const int64_t layer = item / copies.block_size / copies.heads / copies.count;
+  const int64_t from = copies.source[copy];
+  const int64_t to = copies.target[copy];
+  if (from < 0 || from >= copies.num_blocks || to < 0 || to >= copies.num_blocks) return;
+  const auto move = [&](const Pages<Unit>& stream) {
+    const auto slots =
+        stream.pages + layer * stream.stride[0] + head * stream.stride[2] + slot * stream.stride[3];
+    copy_units<Unit>(slots + to * stream.stride[1], slots + from * stream.stride[1], stream.units);
+  };
+  move(keys);
+  move(values);
+}
+
+// ---- launchers ----
+
+// Whether address, last dimension and every other stride are multiples of 16 bytes.
+bool moves_by_16(const Tensor& tensor) {
+  const auto size = static_cast<int64_t>(tensor.element_size());
+  const int64_t last = tensor.dim() - 1;
+  bool fits = reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 16 == 0;
+  fits = fits && tensor.size(last) * size % 16 == 0;
+  for (int64_t d = 0; d < last; ++d) {
+    fits = fits && (tensor.size(d) <= 1 || tensor.stride(d) * size % 16 == 0);
+  }
+  return fits;
+}
+
+// fn receives a unit that all tensors can be moved by: 16 bytes, or the smallest element.
+template <typename Fn>
+void dispatch_unit(std::initializer_list<const Tensor*> tensors, const Fn& fn) {
+  bool wide = true;
+  size_t smallest = sizeof(uint64_t);
+  for (const Tensor* tensor : tensors) {
+    wide = wide && moves_by_16(*tensor);
+    smallest = std::min<size_t>(smallest, tensor->element_size());
+  }
+  if (wide) return fn(Vector<uint32_t, 4>{});
+  switch (smallest) {
+    case 1:
+      return fn(uint8_t{});
+    case 2:
+      return fn(uint16_t{});
+    case 4:
+      return fn(uint32_t{});
+    default:
+      return fn(uint64_t{});
+  }
+}
+
+template <typename Unit>
+int64_t in_units(const Tensor& tensor, int64_t elements) {
+  return elements * static_cast<int64_t>(tensor.element_size()) /
+         static_cast<int64_t>(sizeof(Unit));
+}
+
+template <typename Unit>
+Tokens<Unit> tokens_of(const Tensor& from, const Tensor& pages) {
+  Tokens<Unit> tokens = {};
+  tokens.from = global<const Unit>(from);
+  tokens.pages = global<Unit>(pages);
+  for (int64_t d = 0; d < 3; ++d) {
+    tokens.from_stride[d] = in_units<Unit>(from, from.stride(d));
+    tokens.page_stride[d] = in_units<Unit>(pages, pages.stride(d));
+  }
+  tokens.units = in_units<Unit>(from, from.size(3));
+  return tokens;
+}
+
+template <typename Unit>
+Pages<Unit> pages_of(const Tensor& tensor) {
+  Pages<Unit> pages = {};
+  pages.pages = global<Unit>(tensor);
+  for (int64_t d = 0; d < 4; ++d) pages.stride[d] = in_units<Unit>(tensor, tensor.stride(d));
+  pages.units = in_units<Unit>(tensor, tensor.size(4));
+  return pages;
+}
+
+void check_tokens(const char* name, const Tensor& tokens, const char* pages_name,
+                  const Tensor& pages) {
+  check_device(name, tokens);
+  check_device(pages_name, pages);
+  check_dim(pages_name, pages, 4, "(num_blocks, Hkv, block_size, D)");
+  check_dim(name, tokens, 4, "(B, Hkv, T, D)");
+  check_dtype(name, tokens, pages.scalar_type());
+  WINNOW_CHECK(tokens.size(1) == pages.size(1) && tokens.size(3) == pages.size(3), name,
+               ": expected (B, Hkv, T, D) with Hkv=", pages.size(1), " and D=", pages.size(3),
+               " as in ", pages_name, ", got ", shape_of(tokens));
+  check_last_contiguous(name, tokens);
+  check_last_contiguous(pages_name, pages);
+}
+
+void paged_write_cuda(Tensor key_pages, Tensor value_pages, const Tensor& key, const Tensor& value,
+                      const Tensor& block_table, const Tensor& positions) {
+  check_tokens("key", key, "key_pages", key_pages);
+  check_tokens("value", value, "value_pages", value_pages);
+  for (int64_t d = 0; d < 3; ++d) {
+    WINNOW_CHECK(value_pages.size(d) == key_pages.size(d), "value_pages: expected shape like ",
+                 "key_pages up to the last dimension, ", shape_of(key_pages), ", got ",
+                 shape_of(value_pages));
+    WINNOW_CHECK(value.size(d) == key.size(d), "value: expected shape like key up to the last ",
+                 "dimension, ", shape_of(key), ", got ", shape_of(value));
+  }
+  const int64_t rows = key.size(0);
+  const int64_t tokens = key.size(2);
+  check_device("block_table", block_table);
+  check_dtype("block_table", block_table, ScalarType::Int);
+  WINNOW_CHECK(block_table.dim() == 2 && block_table.size(0) == rows,
+               "block_table: expected (B, max_blocks) with B=", rows, " as in key, got ",
+               shape_of(block_table));
+  check_last_contiguous("block_table", block_table);
+  check_device("positions", positions);
+  check_dtype("positions", positions, ScalarType::Long);
+  WINNOW_CHECK(positions.dim() == 2 && positions.size(0) == rows && positions.size(1) == tokens,
+               "positions: expected (B, T) = (", rows, ", ", tokens, ") as in key, got ",
+               shape_of(positions));
+  check_last_contiguous("positions", positions);
+
+  const Positions where = {global<const int32_t>(block_table),
+                           block_table.stride(0),
+                           block_table.size(1),
+                           global<const int64_t>(positions),
+                           positions.stride(0),
+                           key_pages.size(0),
+                           key_pages.size(2),
+                           key.size(1),
+                           tokens,
+                           rows * key.size(1) * tokens};
+  const Stream stream(key);
+  dispatch_unit({&key, &key_pages, &value, &value_pages}, [&](auto zero) {
+    using Unit = decltype(zero);
+    launch("paged_write_", write_tokens<Unit>, {ceil_div<int64_t>(where.items, kWarps)}, kThreads,
+           stream, tokens_of<Unit>(key, key_pages), tokens_of<Unit>(value, value_pages), where);
+  });
+}
+
+void check_pool(const char* name, const Tensor& pages) {
+  check_device(name, pages);
+  check_dim(name, pages, 5, "(num_layers, num_blocks, Hkv, block_size, D)");
+  check_last_contiguous(name, pages);
+}
+
+void check_blocks(const char* name, const Tensor& blocks) {
+  check_device(name, blocks);
+  check_dtype(name, blocks, ScalarType::Long);
+  check_dim(name, blocks, 1, "(copies,)");
+  check_last_contiguous(name, blocks);
+}
+
+void copy_blocks_cuda(Tensor key_pages, Tensor value_pages, const Tensor& source,
+                      const Tensor& target) {
+  check_pool("key_pages", key_pages);
+  check_pool("value_pages", value_pages);
+  for (int64_t d = 0; d < 4; ++d) {
+    WINNOW_CHECK(value_pages.size(d) == key_pages.size(d), "value_pages: expected shape like ",
+                 "key_pages up to the last dimension, ", shape_of(key_pages), ", got ",
+                 shape_of(value_pages));
+  }
+  check_blocks("source", source);
+  check_blocks("target", target);
+  const int64_t count = source.size(0);
+  WINNOW_CHECK(target.size(0) == count, "target: expected (copies,) = (", count,
+               ",) as in source, got ", shape_of(target));
+  const Copies copies = {global<const int64_t>(source),
+                         global<const int64_t>(target),
+                         count,
+                         key_pages.size(1),
+                         key_pages.size(2),
+                         key_pages.size(3),
+                         key_pages.size(0) * count * key_pages.size(2) * key_pages.size(3)};
+  const Stream stream(key_pages);
+  dispatch_unit({&key_pages, &value_pages}, [&](auto zero) {
+    using Unit = decltype(zero);
+    launch("copy_blocks_", copy_slots<Unit>, {ceil_div<int64_t>(copies.items, kWarps)}, kThreads,
+           stream, pages_of<Unit>(key_pages), pages_of<Unit>(value_pages), copies);
+  });
+}
+
+}  // namespace
+}  // namespace winnow
+
+WINNOW_DEVICE_OPERATORS(m) {
+  m.impl("paged_write_", TORCH_BOX(&winnow::paged_write_cuda));
+  m.impl("copy_blocks_", TORCH_BOX(&winnow::copy_blocks_cuda));
+}

@@ -1,0 +1,276 @@
+// The kernels of winnow::logit_stats. A block holds a slice of a row in registers: one read of the
+// logits gives its maximum and then the sums relative to it. Slices merge exactly; a second kernel,
+// a block per row, merges them and draws the token. Rows that the mask leaves out are never read.
+#pragma once
+
+#include <cmath>
+
+#include "common/device.h"
+#include "common/philox.h"
+
+namespace winnow {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kPerThread = 32;
+constexpr int kSlice = kThreads * kPerThread;  // as on the CPU, so that draws agree up to rounding
+
+WINNOW_DEVICE float exp2_of(float x) {
+  return fast_exp2(x);
+}
+WINNOW_DEVICE double exp2_of(double x) {
+  return exp2(x);
+}
+
+// Logits and what is applied while they are loaded. Strides in elements.
+template <typename T, typename Real>
+struct LogitView {
+  Global<const T> logits;
+  int64_t stride;
+  bool vectors;                   // rows may be read 16 bytes at a time, unconditional ones too
+  Global<const T> unconditional;  // or null
+  int64_t unconditional_stride;
+  Real guidance;  // cfg_scale + 1
+  Global<const int64_t> suppressed;
+  int64_t suppressed_count;
+  int64_t vocab;
+  Global<const bool> mask;  // or null
+};
+
+template <typename T, typename Real>
+WINNOW_DEVICE bool skips(const LogitView<T, Real>& view, int64_t row) {
+  if (!view.mask) return false;
+  const bool counts = view.mask[row];
+  return !counts;
+}
+
+// Equal logits stay as they are: infinite ones would become NaN.
+template <typename Real>
+WINNOW_DEVICE Real guided(Real x, Real u, Real guidance) {
+  return x == u ? x : u + guidance * (x - u);
+}
+
+// One logit without suppression.
+template <typename T, typename Real>
+WINNOW_DEVICE Real plain_logit(const LogitView<T, Real>& view, int64_t row, int64_t i) {
+  const Real x = static_cast<Real>(static_cast<T>(view.logits[row * view.stride + i]));
+  if (!view.unconditional) return x;
+  const Real u =
+      static_cast<Real>(static_cast<T>(view.unconditional[row * view.unconditional_stride + i]));
+  return guided(x, u, view.guidance);
+}
+
+template <typename T, typename Real>
+WINNOW_DEVICE Real logit_at(const LogitView<T, Real>& view, int64_t row, int64_t i) {
+  for (int64_t s = 0; s < view.suppressed_count; ++s) {
+    const int64_t id = view.suppressed[s];
+    if (id == i) return -std::numeric_limits<Real>::infinity();
+  }
+  return plain_logit(view, row, i);
+}
+
+// A bit for every suppressed id of a slice, kSlice / 32 words. Ids outside of the vocabulary have
+// none.
+template <typename T, typename Real>
+WINNOW_DEVICE void mark_suppressed(const LogitView<T, Real>& view, int64_t slice,
+                                   Shared<uint32_t> bits) {
+  if (view.suppressed_count == 0) return;
+  block_sync();  // the last slice's have been read
+  bits[thread_index()] = 0u;
+  static_assert(kSlice == kThreads * 32, "a word for each thread");
+  block_sync();
+  for (int64_t s = thread_index(); s < view.suppressed_count; s += kThreads) {
+    const int64_t id = static_cast<int64_t>(view.suppressed[s]) - slice * kSlice;
+    if (id >= 0 && id < kSlice) atomic_or(bits + id / 32, 1u << id % 32);
+  }
+  block_sync();
+}
+
+template <typename T, typename Real>
+WINNOW_DEVICE bool is_suppressed(const LogitView<T, Real>& view, Shared<uint32_t> bits,
+                                 int64_t within) {
+  if (view.suppressed_count == 0) return false;
+  const uint32_t word = bits[within / 32];
+  return (word >> within % 32 & 1u) != 0;
+}
+
+// Element e of a thread's share of a slice: vectors of N elements, kThreads vectors apart.
+template <int N>
+WINNOW_DEVICE int64_t within_slice(int e) {
+  return static_cast<int64_t>(e / N * kThreads + thread_index()) * N + e % N;
+}
+
+// The thread's share of a slice; -infinity where it is suppressed or beyond the row.
+template <typename T, typename Real>
+WINNOW_DEVICE void load_slice(const LogitView<T, Real>& view, int64_t row, int64_t slice,
+                              Shared<uint32_t> bits, Real* x) {
+  constexpr int N = 16 / sizeof(T);
+  const int64_t end = view.vocab - slice * kSlice;
+  const auto logits = view.logits + row * view.stride + slice * kSlice;
+  const auto base = view.unconditional + row * view.unconditional_stride + slice * kSlice;
+#pragma unroll
+  for (int v = 0; v < kPerThread / N; ++v) {
+    const int64_t at = within_slice<N>(v * N);
+    if (view.vectors && at + N <= end) {
+      const Vector<T, N> loaded = load_vector<N>(logits + at);
+#pragma unroll
+      for (int e = 0; e < N; ++e) x[v * N + e] = static_cast<Real>(loaded.element[e]);
+      if (view.unconditional) {
+        const Vector<T, N> other = load_vector<N>(base + at);
+#pragma unroll
+        for (int e = 0; e < N; ++e) {
+          x[v * N + e] = guided(x[v * N + e], static_cast<Real>(other.element[e]), view.guidance);
+        }
+      }
+    } else {
+#pragma unroll
+      for (int e = 0; e < N; ++e) {
+        x[v * N + e] = at + e < end ? plain_logit(view, row, slice * kSlice + at + e)
+                                    : -std::numeric_limits<Real>::infinity();
+      }
+    }
+  }
+  if (view.suppressed_count == 0) return;
+#pragma unroll
+  for (int e = 0; e < kPerThread; ++e) {
+    if (is_suppressed(view, bits, within_slice<N>(e))) {
+      x[e] = -std::numeric_limits<Real>::infinity();
+    }
+  }
+}
+
+// The two largest of a set, and where the first one is; of equal ones the lowest index.
+struct TopTwo {
+  double first;
+  double second;
+  int64_t argmax;
+  int64_t nan;
+};
+
+WINNOW_DEVICE TopTwo no_top() {
+  const double none = -std::numeric_limits<double>::infinity();
+  return {none, none, -1, 0};
+}
+
+WINNOW_DEVICE TopTwo merge_tops(const TopTwo& a, const TopTwo& b) {
+  const bool a_wins =
+      a.first > b.first ||
+      (a.first == b.first && (b.argmax < 0 || (a.argmax >= 0 && a.argmax < b.argmax)));
+  const TopTwo& winner = a_wins ? a : b;
+  const TopTwo& other = a_wins ? b : a;
+  return {winner.first, other.first > winner.second ? other.first : winner.second, winner.argmax,
+          a.nan | b.nan};
+}
+
+// Sums over t = (x - reference) / temperature, in nats.
+struct Sums {
+  double mass;    // of exp(t)
+  double moment;  // of t exp(t)
+  double drawn;   // of exp(t) at the temperature of the draw
+};
+
+WINNOW_DEVICE Sums add_sums(const Sums& a, const Sums& b) {
+  return {a.mass + b.mass, a.moment + b.moment, a.drawn + b.drawn};
+}
+
+// What is kept of a slice; the sums are relative to top.first.
+struct SliceSums {
+  TopTwo top;
+  Sums sums;
+};
+
+constexpr double kLog2e = 1.4426950408889634;
+constexpr double kLn2 = 0.6931471805599453;
+
+template <typename T, typename Real>
+WINNOW_KERNEL(kThreads)
+scan_slices(LogitView<T, Real> view, double temperature, double draw_temperature,
+            Global<SliceSums> slices) {
+  WINNOW_SHARED(uint32_t, bits, kThreads);
+  WINNOW_SHARED(TopTwo, top_scratch, kThreads / kWarp);
+  WINNOW_SHARED(Sums, sum_scratch, kThreads / kWarp);
+  const int64_t row = block_index();
+  const int64_t slice = block_index_y();
+  if (skips(view, row)) return;
+  constexpr int N = 16 / sizeof(T);
+  mark_suppressed(view, slice, Shared<uint32_t>(bits));
+  Real x[kPerThread];
+  load_slice(view, row, slice, Shared<uint32_t>(bits), x);
+
+  const Real none = -std::numeric_limits<Real>::infinity();
+  Real first = none;
+  Real second = none;
+  int at = -1;
+  bool nan = false;
+#pragma unroll
+  for (int e = 0; e < kPerThread; ++e) {
+    nan = nan || x[e] != x[e];
+    if (x[e] > first) {
+      second = first;
+      first = x[e];
+      at = e;
+    } else if (x[e] > second) {
+      second = x[e];
+    }
+  }
+  TopTwo top = {first, second, at < 0 ? -1 : slice * kSlice + within_slice<N>(at), nan};
+  top = block_reduce<kThreads>(top, Shared<TopTwo>(top_scratch), merge_tops);
+
+  Real mass = Real(0);
+  Real moment = Real(0);
+  Real drawn = Real(0);
+  const Real reference = static_cast<Real>(top.first);
+  if (reference != none && reference != -none) {
+    const Real scale = static_cast<Real>(kLog2e / temperature);
+    const Real draw_scale = static_cast<Real>(kLog2e / draw_temperature);
+#pragma unroll
+    for (int e = 0; e < kPerThread; ++e) {
+      const Real t = x[e] == reference ? Real(0) : (x[e] - reference) * scale;
+      const Real weight = exp2_of(t);
+      mass += weight;
+      if (weight > Real(0)) moment = fma(t, weight, moment);
+      if (draw_temperature != temperature) {
+        drawn += exp2_of(x[e] == reference ? Real(0) : (x[e] - reference) * draw_scale);
+      }
+    }
+    if (draw_temperature == temperature) drawn = mass;
+  }
+  Sums sums = {mass, moment * kLn2, drawn};
+  sums = block_reduce<kThreads>(sums, Shared<Sums>(sum_scratch), add_sums);
+  if (thread_index() == 0) {
+    slices[row * ceil_div<int64_t>(view.vocab, kSlice) + slice] = SliceSums{top, sums};
+  }
+}
+
+// One row's distribution; the sums are relative to top.first.
+struct Distribution {
+  TopTwo top;
+  double mass;
+  double moment;
+};
+
+// Every thread of the block gets it.
+WINNOW_DEVICE Distribution merge_row(Global<const SliceSums> slices, int64_t count,
+                                     double temperature, Shared<TopTwo> top_scratch,
+                                     Shared<Sums> sum_scratch) {
+  TopTwo top = no_top();
+  for (int64_t s = thread_index(); s < count; s += kThreads) {
+    const SliceSums slice = slices[s];
+    top = merge_tops(top, slice.top);
+  }
+  top = block_reduce<kThreads>(top, top_scratch, merge_tops);
+  Sums sums = {0.0, 0.0, 0.0};
+  for (int64_t s = thread_index(); s < count; s += kThreads) {
+    const SliceSums slice = slices[s];
+    const double shift = (slice.top.first - top.first) / temperature;
+    const double weight = exp(shift);
+    if (!(weight > 0.0)) continue;
+    sums.mass += weight * slice.sums.mass;
+    sums.moment += weight * (slice.sums.moment + shift * slice.sums.mass);
+  }
+  sums = block_reduce<kThreads>(sums, sum_scratch, add_sums);
+  return {top, sums.mass, sums.moment};
+}
+
+}  // namespace
+}  // namespace winnow

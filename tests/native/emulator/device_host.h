@@ -1,0 +1,172 @@
+// The names of csrc/common/device.h on the emulator.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cmath>
+#include <tuple>
+
+#include "block.h"
+#include "checked_pointer.h"
+
+#define WINNOW_KERNEL(threads) void
+#define WINNOW_DEVICE inline
+// The macro's own line names the array: one address for all threads, another per instantiation.
+#define WINNOW_SHARED(T, name, count) \
+  static const char name##_site = 0;  \
+  const ::winnow::Shared<T> name = ::winnow::host::shared_array<T>(&name##_site, count)
+// The same schemas in a namespace of their own: these operators take CPU tensors.
+#define WINNOW_DEVICE_OPERATORS(m) STABLE_TORCH_LIBRARY_IMPL(winnow_on_host, CPU, m)
+
+namespace winnow {
+
+template <typename T>
+using Global = host::Pointer<T, false>;
+template <typename T>
+using Shared = host::Pointer<T, true>;
+
+namespace host {
+
+template <typename T>
+Shared<T> shared_array(const void* site, size_t count) {
+  char* begin = Block::current().shared().array(site, count * sizeof(T));
+  return {reinterpret_cast<T*>(begin), {begin, begin + count * sizeof(T)}};
+}
+
+// Where the caller of an operation stands.
+#define WINNOW_SITE ::winnow::host::Site site = {__builtin_FILE(), __builtin_LINE()}
+
+// Everyone in the mask brings a value and reads the one of lane pick(lane).
+template <typename T, typename Pick>
+T exchange(uint32_t mask, const T& value, const Pick& pick, Site site) {
+  static_assert(sizeof(T) <= kMaxExchange && std::is_trivially_copyable_v<T>);
+  Block& block = Block::current();
+  Meeting& meeting = block.meet(mask, &value, sizeof(T), site, false);
+  const int source = pick(block.thread() % kLanes);
+  if ((mask >> source & 1) == 0) {
+    block.fault("shuffle at " + std::string(site.file) + ":" + std::to_string(site.line) +
+                ": reads lane " + std::to_string(source) + ", which the mask leaves out");
+  }
+  T result;
+  std::memcpy(&result, meeting.values[source], sizeof(T));
+  block.leave(meeting);
+  return result;
+}
+
+}  // namespace host
+
+inline int thread_index() {
+  return host::Block::current().thread();
+}
+inline int64_t block_index() {
+  return host::Block::current().index_x();
+}
+inline int64_t block_index_y() {
+  return host::Block::current().index_y();
+}
+inline int lane_index() {
+  return thread_index() % kWarp;
+}
+inline int warp_index() {
+  return thread_index() / kWarp;
+}
+
+inline void block_sync(WINNOW_SITE) {
+  host::Block::current().barrier(site);
+}
+inline void warp_sync(uint32_t mask, WINNOW_SITE) {
+  host::Block& block = host::Block::current();
+  block.leave(block.meet(mask, "", 0, site, true));
+}
+inline uint32_t ballot(uint32_t mask, bool flag, WINNOW_SITE) {
+  host::Block& block = host::Block::current();
+  host::Meeting& meeting = block.meet(mask, &flag, sizeof(flag), site, false);
+  uint32_t votes = 0;
+  for (int lane = 0; lane < kWarp; ++lane) {
+    if ((mask >> lane & 1) != 0 && meeting.values[lane][0] != 0) votes |= 1u << lane;
+  }
+  block.leave(meeting);
+  return votes;
+}
+template <typename T>
+T shuffle(uint32_t mask, T value, int lane, WINNOW_SITE) {
+  return host::exchange(mask, value, [&](int) { return lane % kWarp; }, site);
+}
+template <typename T>
+T shuffle_xor(uint32_t mask, T value, int offset, WINNOW_SITE) {
+  return host::exchange(mask, value, [&](int own) { return (own ^ offset) % kWarp; }, site);
+}
+template <typename T>
+T shuffle_up(uint32_t mask, T value, int offset, WINNOW_SITE) {
+  return host::exchange(
+      mask, value, [&](int own) { return own < offset ? own : own - offset; }, site);
+}
+
+template <typename T, bool kShared, typename Value>
+T atomic_add(host::Pointer<T, kShared> pointer, Value value) {
+  return pointer.fetch_add(static_cast<T>(value));
+}
+
+template <bool kShared>
+uint32_t atomic_or(host::Pointer<uint32_t, kShared> pointer, uint32_t bits) {
+  return pointer.fetch_or(bits);
+}
+
+template <int N, typename T, bool kShared>
+Vector<std::remove_const_t<T>, N> load_vector(host::Pointer<T, kShared> pointer) {
+  static_assert(N * sizeof(T) <= 16);
+  return pointer.template load_as<Vector<std::remove_const_t<T>, N>>();
+}
+template <int N, typename T, bool kShared>
+void store_vector(host::Pointer<T, kShared> pointer, const Vector<T, N>& vector) {
+  static_assert(N * sizeof(T) <= 16);
+  pointer.store(vector);
+}
+
+inline float fast_exp2(float x) {
+  return std::exp2(x);
+}
+
+// ---- launchers ----
+
+inline void check_device(const char* argument, const Tensor& tensor) {
+  WINNOW_CHECK(tensor.is_cpu(), argument, ": the emulator takes CPU tensors");
+}
+
+class Stream {
+ public:
+  explicit Stream(const Tensor&) {}
+};
+
+template <typename T>
+Global<T> global(const Tensor& tensor) {
+  auto* begin = static_cast<char*>(tensor.data_ptr());
+  int64_t last = 0;
+  for (int64_t d = 0; d < tensor.dim(); ++d) last += (tensor.size(d) - 1) * tensor.stride(d);
+  const int64_t elements = tensor.numel() == 0 ? 0 : last + 1;
+  return {reinterpret_cast<T*>(begin),
+          {begin, begin + elements * static_cast<int64_t>(tensor.element_size())}};
+}
+
+struct Seed {
+  Global<const int64_t> on_device;
+  uint64_t get() const { return static_cast<uint64_t>(*on_device); }
+};
+
+inline Seed seed_of(const Tensor& seed) {
+  check_dtype("seed", seed, ScalarType::Long);
+  check_dim("seed", seed, 0, "one number");
+  return {global<const int64_t>(seed)};
+}
+
+template <typename... Parameters, typename... Arguments>
+void launch(const char* name, void (*kernel)(Parameters...), Grid grid, int threads, const Stream&,
+            const Arguments&... arguments) {
+  if (grid.x == 0 || grid.y == 0) return;
+  const std::tuple<Parameters...> bound(static_cast<Parameters>(arguments)...);
+  host::Block::current().run(name, grid.x, grid.y, threads, [&] { std::apply(kernel, bound); });
+}
+
+}  // namespace winnow

@@ -1,0 +1,90 @@
+#include "shared_memory.h"
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+
+namespace winnow::host {
+
+constexpr size_t kWarpLanes = 32;
+
+void SharedMemory::start_block(int threads) {
+  ++block_;
+  now_ = barrier_ = 1;
+  used_ = 0;
+  arrays_.clear();
+  const size_t warps = (static_cast<size_t>(threads) + kWarpLanes - 1) / kWarpLanes;
+  lanes_.assign(warps * kWarpLanes * kWarpLanes, 0);
+}
+
+char* SharedMemory::array(const void* site, size_t bytes) {
+  for (const Array& known : arrays_) {
+    if (known.site == site) return memory_.data() + known.offset;
+  }
+  // A gap behind each array, so that none continues another.
+  const size_t offset = (used_ + 16 + 127) / 128 * 128;
+  if (offset + bytes > kCapacity) throw std::runtime_error("shared memory: more than 227 KiB");
+  arrays_.push_back({site, offset, bytes});
+  used_ = offset + bytes;
+  std::memset(memory_.data() + offset, 0xa5, bytes);
+  return memory_.data() + offset;
+}
+
+void SharedMemory::order_lanes(int warp, uint32_t mask) {
+  ++now_;
+  uint32_t* met = lanes_.data() + static_cast<size_t>(warp) * kWarpLanes * kWarpLanes;
+  for (size_t a = 0; a < kWarpLanes; ++a) {
+    for (size_t b = 0; b < kWarpLanes; ++b) {
+      if ((mask >> a & 1) != 0 && (mask >> b & 1) != 0) met[a * kWarpLanes + b] = now_;
+    }
+  }
+}
+
+bool SharedMemory::ordered(const Use& earlier, int thread) const {
+  if (earlier.time == 0 || earlier.thread == thread || earlier.time < barrier_) return true;
+  if (earlier.thread / static_cast<int>(kWarpLanes) != thread / static_cast<int>(kWarpLanes)) {
+    return false;
+  }
+  const size_t own = static_cast<size_t>(thread);
+  const size_t lane = own % kWarpLanes;
+  const size_t other = static_cast<size_t>(earlier.thread) % kWarpLanes;
+  return earlier.time <
+         lanes_[own / kWarpLanes * kWarpLanes * kWarpLanes + lane * kWarpLanes + other];
+}
+
+std::string SharedMemory::check(Access access, const char* address, size_t bytes, int thread) {
+  const auto first = static_cast<size_t>(address - memory_.data()) / 2;
+  for (size_t i = first; i < first + (bytes + 1) / 2; ++i) {
+    Cell& cell = cells_[i];
+    if (cell.block != block_) {
+      cell = Cell{};
+      cell.block = block_;
+    }
+    const bool both_atomic = access == Access::kAtomic && cell.write.atomic;
+    if (access != Access::kWrite && cell.write.time == 0) {
+      return "reads shared memory that nobody has written";
+    }
+    if (!both_atomic && !ordered(cell.write, thread)) {
+      return "uses shared memory that thread " + std::to_string(cell.write.thread) +
+             " wrote, with no barrier in between";
+    }
+    if (access == Access::kRead) {
+      if (cell.read.thread / static_cast<int>(kWarpLanes) !=
+          thread / static_cast<int>(kWarpLanes)) {
+        cell.read_other_warp = cell.read;
+      }
+      cell.read = {now_, static_cast<int16_t>(thread), false};
+      continue;
+    }
+    for (const Use* read : {&cell.read, &cell.read_other_warp}) {
+      if (!ordered(*read, thread)) {
+        return "writes shared memory that thread " + std::to_string(read->thread) +
+               " read, with no barrier in between";
+      }
+    }
+    cell.write = {now_, static_cast<int16_t>(thread), access == Access::kAtomic};
+  }
+  return {};
+}
+
+}  // namespace winnow::host

@@ -1,0 +1,59 @@
+// A block's shared memory and, for every two bytes of it, who wrote and read it last and when: a
+// read of what was never written, and two accesses that no barrier orders, are faults.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace winnow::host {
+
+enum class Access { kRead, kWrite, kAtomic };
+
+class SharedMemory {
+ public:
+  // Forgets everything: a block starts with undefined contents.
+  void start_block(int threads);
+
+  // The array that `site` names, the same one for every thread of the block.
+  char* array(const void* site, size_t bytes);
+
+  // What is wrong with this access, or an empty string.
+  std::string check(Access access, const char* address, size_t bytes, int thread);
+
+  void order_all() { barrier_ = ++now_; }
+  void order_lanes(int warp, uint32_t mask);
+
+ private:
+  struct Use {
+    uint32_t time = 0;  // 0: never
+    int16_t thread = -1;
+    bool atomic = false;
+  };
+  struct Cell {
+    uint32_t block = 0;  // older than the running block's number: untouched
+    Use write;
+    Use read;             // the latest
+    Use read_other_warp;  // the latest by another warp than that one
+  };
+  struct Array {
+    const void* site;
+    size_t offset;
+    size_t bytes;
+  };
+
+  bool ordered(const Use& earlier, int thread) const;
+
+  static constexpr size_t kCapacity = 227 * 1024;  // of sm_90
+  std::vector<char> memory_ = std::vector<char>(kCapacity);
+  std::vector<Cell> cells_ = std::vector<Cell>(kCapacity / 2);
+  std::vector<Array> arrays_;
+  std::vector<uint32_t> lanes_;  // [warp][lane][lane]: when the two last met
+  size_t used_ = 0;
+  uint32_t block_ = 0;
+  uint32_t now_ = 1;
+  uint32_t barrier_ = 1;
+};
+
+}  // namespace winnow::host

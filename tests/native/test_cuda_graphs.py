@@ -1,0 +1,84 @@
+"""Captured in a CUDA graph, the operators replay with new inputs and new seeds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import torch_winnow
+from torch_winnow import kvcache
+from torch_winnow.resampling import effective_sample_size
+from torch_winnow.unmasking import EntropyThreshold, logit_stats, unmask_step_
+
+pytestmark = pytest.mark.skipif(
+    not (torch.cuda.is_available() and torch_winnow.build_info().cuda_library),
+    reason="needs a GPU",
+)
+
+
+def captured(function, *arguments):
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        function(*arguments)  # warms up outside of the capture
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = function(*arguments)
+    return graph, result
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 20, "top_p": 0.9}], ids=str)
+def test_logit_stats_replays_with_new_seeds(options):
+    logits = torch.randn(8, 9000, device="cuda")
+    seed = torch.tensor(0, device="cuda")
+    graph, stats = captured(lambda x, s: logit_stats(x, seed=s, **options), logits, seed)
+    drawn = set()
+    for value in (1, 2, 3):
+        seed.fill_(value)
+        logits.normal_()
+        graph.replay()
+        expected = logit_stats(logits, seed=value, **options)
+        assert torch.equal(stats.token, expected.token)
+        assert torch.equal(stats.entropy, expected.entropy)
+        drawn.add(tuple(stats.token.tolist()))
+    assert len(drawn) == 3
+
+
+def test_paged_attention_replays_with_longer_sequences():
+    key, value = torch.randn(2, 40, 2, 16, 64, device="cuda", dtype=torch.bfloat16)
+    table = torch.arange(40, dtype=torch.int32, device="cuda").view(2, 20)
+    lengths = torch.tensor([5, 100], dtype=torch.int32, device="cuda")
+    query = torch.randn(2, 8, 1, 64, device="cuda", dtype=torch.bfloat16)
+    arguments = (query, key, value, table, lengths)
+    graph, out = captured(kvcache.paged_attention, *arguments)
+    for length in (7, 64, 320):
+        lengths.fill_(length)
+        graph.replay()
+        assert torch.equal(out, kvcache.paged_attention(*arguments))
+
+
+def test_effective_sample_size_replays():
+    log_weights = torch.randn(3, 200_000, device="cuda")
+    graph, ess = captured(effective_sample_size, log_weights)
+    log_weights.normal_()
+    graph.replay()
+    assert torch.equal(ess, effective_sample_size(log_weights))
+
+
+def test_an_unmasking_step_replays():
+    tokens = torch.full((2, 16), 99, device="cuda")
+    logits = torch.randn(2, 16, 100, device="cuda")
+
+    def step(tokens, logits):
+        return unmask_step_(tokens, logits, mask_id=99, rule=EntropyThreshold(3.0)).count
+
+    graph, count = captured(step, tokens, logits)
+    for _ in range(3):
+        logits.normal_().mul_(3)
+        tokens.fill_(99)
+        graph.replay()
+        written = tokens.clone()
+        tokens.fill_(99)
+        assert torch.equal(step(tokens, logits), count)
+        assert torch.equal(tokens, written)

@@ -1,0 +1,103 @@
+"""The emulator finds what is wrong with a kernel, and nothing in kernels that are right."""
+
+from __future__ import annotations
+
+import host_library
+import pytest
+import torch
+
+pytestmark = pytest.mark.skipif(bool(host_library.why_not()), reason=str(host_library.why_not()))
+
+NEIGHBOURS, WARP_SUMS, REVERSE_WARPS, COPY_VECTORS = range(4)
+BUGS = [
+    "none",
+    "missing_barrier",
+    "late_barrier",
+    "tail_off_by_one",
+    "negative_index",
+    "shuffle_mask",
+    "own_lane_masked",
+    "source_lane",
+    "divergent_barrier",
+    "early_return",
+    "uninitialised",
+    "missing_warp_sync",
+]
+
+
+@pytest.fixture(params=host_library.ORDERS, autouse=True)
+def _order(request: pytest.FixtureRequest):
+    host_library.set_order(request.param)
+    yield
+    host_library.set_order("forward")
+
+
+def run(kernel: int, bug: str = "none", n: int = 100) -> tuple[torch.Tensor, torch.Tensor]:
+    host_library.load()
+    x = torch.randn(n)
+    return x, torch.ops.winnow_on_host.planted_bug(x, kernel, BUGS.index(bug))
+
+
+@pytest.mark.parametrize("n", [1, 63, 64, 65, 100, 256])
+def test_right_kernels_pass(n):
+    x, y = run(NEIGHBOURS, n=n)
+    torch.testing.assert_close(y, x + torch.cat([torch.zeros(1), x[:-1]]))
+    x, y = run(WARP_SUMS, n=n)
+    expected = torch.cat([warp.cumsum(0) for warp in x.split(32)])
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    x, y = run(COPY_VECTORS, n=4 * n)
+    assert torch.equal(x, y)
+
+
+def test_warps_exchange_through_shared_memory():
+    x, y = run(REVERSE_WARPS, n=128)
+    assert torch.equal(y, x.view(4, 32).flip(1).flatten())
+
+
+@pytest.mark.parametrize(
+    ("kernel", "bug", "found"),
+    [
+        (NEIGHBOURS, "missing_barrier", "shared memory"),
+        (NEIGHBOURS, "late_barrier", "no barrier in between"),
+        (NEIGHBOURS, "tail_off_by_one", "reads 4 bytes of global memory at byte 400 of 400"),
+        (NEIGHBOURS, "negative_index", "reads 4 bytes of global memory at byte -4 of 400"),
+        (WARP_SUMS, "shuffle_mask", "with mask 0xffffffff, where 0xf have come"),
+        (WARP_SUMS, "own_lane_masked", "the mask leaves out the calling lane"),
+        (WARP_SUMS, "source_lane", "reads lane 31, which the mask leaves out"),
+        (NEIGHBOURS, "divergent_barrier", "threads wait for each other in vain"),
+        (NEIGHBOURS, "early_return", "returned"),
+        (NEIGHBOURS, "uninitialised", "that nobody has written"),
+        (REVERSE_WARPS, "missing_warp_sync", "shared memory"),
+    ],
+)
+def test_planted_bugs_are_found(kernel, bug, found):
+    with pytest.raises(RuntimeError) as caught:
+        run(kernel, bug)
+    text = str(caught.value)
+    assert found in text
+    assert "block (" in text
+    assert text.startswith(("neighbours:", "warp_sums:", "reverse_warps:"))
+
+
+def test_misaligned_vectors_are_found():
+    host_library.load()
+    x = torch.randn(101)[1:]
+    with pytest.raises(RuntimeError, match="not aligned to 16 bytes"):
+        torch.ops.winnow_on_host.planted_bug(x, COPY_VECTORS, 0)
+
+
+def test_an_emulated_fault_leaves_the_emulator_usable():
+    with pytest.raises(RuntimeError):
+        run(NEIGHBOURS, "early_return")
+    test_right_kernels_pass(65)
+
+
+def test_operators_return_to_the_cpu():
+    x = torch.randn(3, 40)
+    before = torch.ops.winnow.effective_sample_size(x)
+    with host_library.in_place_of_the_cpu():
+        torch.testing.assert_close(torch.ops.winnow.effective_sample_size(x), before)
+        with pytest.raises(RuntimeError, match="global memory"):
+            torch.ops.winnow_on_host.planted_bug(x, NEIGHBOURS, 3)
+    assert torch.equal(torch.ops.winnow.effective_sample_size(x), before)
+    assert not torch.are_deterministic_algorithms_enabled()
