@@ -88,7 +88,7 @@ def _load_cuda() -> str:
     if path is None:
         return "built without CUDA: no nvcc was found, or WINNOW_CUDA=OFF"
     try:
-        torch.ops.load_library(path)
+        torch.ops.load_library(path)  # type: ignore[no-untyped-call]
     except OSError as error:
         return f"{path}: {error.__cause__ or error}"
     return ""
