@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 
-import numpy
 import pytest
 import torch
 from hypothesis import given, settings
@@ -409,42 +408,3 @@ def test_errors_name_the_argument(options, message):
     options = {"log_weights": torch.zeros(3, 5), **options}
     with pytest.raises(ValueError, match=message):
         resample(options.pop("log_weights"), **options)
-
-
-@pytest.mark.filterwarnings("error")
-def test_takes_weights_as_numbers():
-    log_weights = torch.randn(3, 8, requires_grad=True)
-    uniforms = torch.rand(3, requires_grad=True)
-    for options in ({"seed": 0}, {"uniforms": uniforms}):
-        result = resample(log_weights, **options)
-        assert not any(tensor.requires_grad for tensor in result)
-        assert_same(result, reference.resample(log_weights.detach(), **options))
-
-
-def test_seeds_of_any_kind():
-    log_weights = torch.randn(3, 8)
-    expected = resample(log_weights, seed=5)
-    for seed in (numpy.int64(5), numpy.uint8(5), torch.tensor(5)):
-        assert torch.equal(resample(log_weights, seed=seed).ancestors, expected.ancestors)
-    compiled = torch.compile(lambda x, seed: resample(x, seed=seed), fullgraph=True)
-    for seed in (5, torch.tensor(5)):
-        assert torch.equal(compiled(log_weights, seed).ancestors, expected.ancestors)
-    for seed, got in ((1.5, "float"), ("1", "str"), (numpy.float32(1), "float32")):
-        with pytest.raises(ValueError, match=f"seed: expected an int or .*got {got}"):
-            resample(log_weights, seed=seed)
-    for seed in (2**63, -(2**63) - 1):
-        with pytest.raises(ValueError, match="seed: expected a number of 64 bits"):
-            resample(log_weights, seed=seed)
-    for seed in (0, torch.tensor(0)):
-        with pytest.raises(ValueError, match="seed: expected either a seed or a generator"):
-            resample(log_weights, seed=seed, generator=torch.Generator())
-
-
-def test_arguments_are_tensors():
-    weights = torch.zeros(3)
-    with pytest.raises(ValueError, match="log_weights: expected a floating tensor .*got ndarray"):
-        resample(numpy.zeros(3))
-    with pytest.raises(ValueError, match="mask: expected a bool tensor .*got list"):
-        resample(weights, mask=[True, True, False])
-    with pytest.raises(ValueError, match="uniforms: expected a float32 or float64 tensor.*float"):
-        resample(weights, uniforms=0.5)
