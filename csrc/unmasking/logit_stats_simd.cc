@@ -34,7 +34,8 @@ inline float add_block(LogitBlock block, LogitBlock next, float reference, float
   const auto add = [&](int64_t v, LaneSums& into) __attribute__((always_inline)) {
     const f32x16 x = load_lanes(block.data + v * kLanes);
     const f32x16 t = scaled_exponent(x, top, factor);
-    const f32x16 e = exp_scaled(t);
+    // Nothing for what is suppressed, infinitely low or padding: a certain row has entropy 0.
+    const f32x16 e = select(t > f32x16(kLowestExponent), exp_scaled(t), f32x16(0.0f));
     into.mass = into.mass + e;
     into.moment = fma_lanes(t, e, into.moment);
     if (kDrawn) into.drawn = into.drawn + exp_scaled(scaled_exponent(x, top, draw_factor));

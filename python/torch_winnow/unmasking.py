@@ -139,6 +139,26 @@ def _check_logits(logits: Tensor, tokens: Tensor) -> None:
         )
 
 
+def _narrowed(masked: Tensor, mask: Tensor | None, window: Tensor | None) -> Tensor:
+    """The masked positions that the caller's ``mask`` and ``window`` leave to choose from."""
+    if mask is not None:
+        if mask.shape != masked.shape or mask.dtype != torch.bool:
+            raise ValueError(
+                f"mask: expected {tuple(masked.shape)} bool as in tokens, got "
+                f"{tuple(mask.shape)} {mask.dtype}"
+            )
+        masked = masked & mask
+    if window is not None:
+        if not isinstance(window, Tensor) or window.dtype != torch.int64:
+            raise ValueError(f"window: expected an int64 tensor (B, 2), got {window!r}")
+        if window.shape != (masked.shape[0], 2):
+            raise ValueError(
+                f"window: expected (B, 2) with B={masked.shape[0]}, got {tuple(window.shape)}"
+            )
+        masked = masked & _in_window(window, masked.shape[1])
+    return masked
+
+
 def _without(mask_id: int, suppress_ids: Any, logits: Tensor) -> Tensor | None:
     ids = id_tensor(suppress_ids, logits)
     if not 0 <= mask_id < logits.shape[-1]:
@@ -147,6 +167,7 @@ def _without(mask_id: int, suppress_ids: Any, logits: Tensor) -> Tensor | None:
     return own if ids is None else torch.cat([ids, own])
 
 
+@torch.no_grad()
 def unmask_step_(
     tokens: Tensor,
     logits: Tensor,
@@ -188,12 +209,7 @@ def unmask_step_(
     _check_tokens(tokens)
     _check_logits(logits, tokens)
     check_rule(rule)
-    masked = tokens == mask_id
-    narrowed = logit_stats_options.pop("mask", None)
-    if narrowed is not None:
-        masked = masked & narrowed
-    if window is not None:
-        masked = masked & _in_window(window, tokens.shape[1])
+    masked = _narrowed(tokens == mask_id, logit_stats_options.pop("mask", None), window)
     seed = seed_tensor(
         logit_stats_options.pop("seed", None), logit_stats_options.pop("generator", None)
     )
@@ -220,6 +236,7 @@ def _write(tokens: Tensor, transfer: Tensor, stats: LogitStats) -> StepResult:
     return StepResult(transfer, transfer.sum(1), stats)
 
 
+@torch.no_grad()
 def generate(
     model: Callable[[Tensor], Any],
     tokens: Tensor,
@@ -237,7 +254,7 @@ def generate(
 
     Each row is decoded in blocks of ``block_length`` positions from its first mask on; it moves to
     its next block when the current one is complete, whatever the other rows do. Every step writes
-    at least one token in every unfinished row.
+    at least one token in every unfinished row. No gradients are recorded.
 
     Args:
         model: maps tokens ``(B, L)`` to logits ``(B, L, V)``, or to an object whose ``logits`` they
@@ -280,6 +297,11 @@ def generate(
     for name in ("mask", "target_ids", "previous_logits", "unconditional_logits"):
         if name in logit_stats_options:
             raise ValueError(f"{name}: belongs to one step, so generate does not take it")
+    if logit_stats_options.get("cfg_scale"):
+        raise ValueError(
+            "cfg_scale: generate has no unconditional logits to guide with; return guided logits "
+            "from the model"
+        )
     tokens = tokens.clone()
     batch, length = tokens.shape
     device = tokens.device

@@ -60,8 +60,12 @@ def seed_tensor(seed: int | Tensor | None, generator: torch.Generator | None) ->
 
 
 def id_tensor(ids: Tensor | Sequence[int] | None, like: Tensor) -> Tensor | None:
+    if isinstance(ids, Tensor) and (ids.dtype != torch.int64 or ids.dim() != 1):
+        raise ValueError(f"suppress_ids: expected (n,) int64, got {tuple(ids.shape)} {ids.dtype}")
     if ids is None or isinstance(ids, Tensor):
         return ids
+    if not isinstance(ids, Sequence) or not all(isinstance(i, int) for i in ids):
+        raise ValueError(f"suppress_ids: expected integer token ids, got {ids!r}")
     return torch.tensor(list(ids), dtype=torch.int64, device=like.device)
 
 
@@ -98,7 +102,7 @@ def logit_stats(
     A draw is exact in the tail: 64-bit uniforms choose a slice of the vocabulary by its mass and a
     token in it. (With 24-bit Gumbel noise a token 17 nats below the top comes at 0.44 of its rate:
     Zheng et al., arXiv 2409.02908.) It depends on the seed, the row's index over the leading
-    dimensions, and the row. Not differentiable.
+    dimensions, and the row. Not differentiable: what comes out never requires a gradient.
 
     Args:
         logits: ``(..., V)`` float32, bfloat16, float16 or float64; strided rows are fine.
@@ -133,16 +137,25 @@ def logit_stats(
         >>> stats.token, stats.entropy
         (tensor([1, 0]), tensor([0.5243, 1.0986]))
     """
-    guided = unconditional_logits is not None and cfg_scale != 0.0
+    if unconditional_logits is None and cfg_scale != 0.0:
+        raise ValueError(
+            f"cfg_scale: expected 0 without unconditional_logits to guide with, got {cfg_scale}"
+        )
+    if unconditional_logits is not None and unconditional_logits.shape != logits.shape:
+        raise ValueError(
+            f"unconditional_logits: expected {tuple(logits.shape)} as in logits, got "
+            f"{tuple(unconditional_logits.shape)}"
+        )
+    guided = cfg_scale != 0.0
     token, log_prob, argmax, max_prob, margin, entropy, logsumexp, target_log_prob, kl = (
         _logit_stats(
-            logits,
+            logits.detach(),
             mask,
             temperature,
             id_tensor(suppress_ids, logits),
             target_ids,
-            previous_logits,
-            unconditional_logits if guided else None,
+            None if previous_logits is None else previous_logits.detach(),
+            unconditional_logits.detach() if guided and unconditional_logits is not None else None,
             cfg_scale,
             top_k,
             top_p,

@@ -1,0 +1,101 @@
+"""What the unmasking functions refuse, and that they record no gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from torch_winnow.unmasking import (
+    EntropyBound,
+    EntropyThreshold,
+    TopK,
+    generate,
+    logit_stats,
+    unmask_step_,
+)
+
+INF = float("inf")
+
+
+def step(tokens=None, **options):
+    tokens = torch.full((2, 4), 9) if tokens is None else tokens
+    return unmask_step_(
+        tokens, torch.randn(2, 4, 9), mask_id=9, rule=EntropyThreshold(0.2), **options
+    )
+
+
+@pytest.mark.parametrize(
+    "window",
+    [
+        torch.tensor([0, 2]),
+        torch.zeros(2, 1, dtype=torch.int64),
+        torch.zeros(2, 3, dtype=torch.int64),
+        torch.zeros(1, 2, dtype=torch.int64),
+        torch.zeros(2, 2),
+        torch.zeros(2, 2, dtype=torch.int32),
+        [[0, 2], [0, 2]],
+    ],
+)
+def test_window_is_checked(window):
+    with pytest.raises(ValueError, match=r"window: expected .*got"):
+        step(window=window)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        torch.ones(2, 3, dtype=torch.bool),
+        torch.ones(1, 4, dtype=torch.bool),
+        torch.ones(2, 4),
+    ],
+)
+def test_mask_is_checked(mask):
+    with pytest.raises(ValueError, match=r"mask: expected \(2, 4\) bool"):
+        step(mask=mask)
+
+
+@pytest.mark.parametrize(
+    "ids", [torch.tensor([1], dtype=torch.int32), torch.tensor([[1]]), [1.7], 3]
+)
+def test_suppressed_ids_are_checked(ids):
+    with pytest.raises(ValueError, match="suppress_ids: expected"):
+        step(suppress_ids=ids)
+    with pytest.raises(ValueError, match="suppress_ids: expected"):
+        logit_stats(torch.randn(2, 9), suppress_ids=ids)
+
+
+def test_guidance_needs_its_logits():
+    with pytest.raises(ValueError, match="cfg_scale: expected 0 without unconditional_logits"):
+        logit_stats(torch.randn(2, 5), cfg_scale=2.0)
+    with pytest.raises(ValueError, match="cfg_scale: generate has no unconditional logits"):
+        generate(
+            lambda tokens: torch.randn(1, 3, 5),
+            torch.full((1, 3), 5),
+            mask_id=5,
+            rule=TopK(1),
+            cfg_scale=2.0,
+        )
+    with pytest.raises(ValueError, match=r"unconditional_logits: expected \(1, 3\)"):
+        logit_stats(torch.randn(1, 3), unconditional_logits=torch.randn(7))
+
+
+def test_nothing_keeps_a_graph_alive():
+    weight = torch.randn(5, 5, requires_grad=True)
+    result = generate(
+        lambda tokens: torch.ones(1, 3, 5) @ weight, torch.full((1, 3), 5), mask_id=5, rule=TopK(1)
+    )
+    assert not result.entropies.requires_grad
+    stats = logit_stats(torch.ones(3, 5) @ weight)
+    assert not any(value.requires_grad for value in stats if value is not None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_certain_row_has_no_entropy_at_all(dtype, cpu_capability):
+    assert logit_stats(torch.zeros(1, 1, dtype=dtype)).entropy.item() == 0.0
+    assert logit_stats(torch.tensor([[0.0, -INF, -INF]], dtype=dtype)).entropy.item() == 0.0
+    logits = torch.full((1, 8, 40), -INF, dtype=dtype)
+    logits[..., 3] = 0.0
+    result = generate(
+        lambda tokens: logits, torch.full((1, 8), 39), mask_id=39, rule=EntropyBound(0.0)
+    )
+    assert result.calls == 1
