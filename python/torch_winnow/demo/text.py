@@ -7,7 +7,9 @@ so that no held-out byte comes from a file that the models have read.
 from __future__ import annotations
 
 import hashlib
+import os
 import sysconfig
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,13 +65,12 @@ def load(folder: Path | None = None) -> Text:
         folder = Path(sysconfig.get_path("stdlib"))
     parts: tuple[list[bytes], list[bytes]] = ([], [])
     digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*.py"), key=lambda path: path.relative_to(folder).parts):
-        name = path.relative_to(folder)
-        if _SKIPPED.isdisjoint(name.parts):
-            content = path.read_bytes()
-            chosen = hashlib.sha256(name.as_posix().encode()).digest()[0] % _HELD_OUT_SHARE == 0
-            parts[chosen].append(content + b"\0")
-            digest.update(b"%d %d " % (chosen, len(content)) + content)
+    for path in _sources(folder):
+        name = path.relative_to(folder).as_posix()
+        content = path.read_bytes()
+        chosen = hashlib.sha256(name.encode()).digest()[0] % _HELD_OUT_SHARE == 0
+        parts[chosen].append(content + b"\0")
+        digest.update(b"%d %d " % (chosen, len(content)) + content)
     train, held_out = (b"".join(part) for part in parts)
     if min(len(train), _HELD_OUT_SHARE * len(held_out)) < _LEAST_BYTES:
         raise RuntimeError(
@@ -79,6 +80,15 @@ def load(folder: Path | None = None) -> Text:
             "distribution's full package."
         )
     return Text(_bytes(train), _bytes(held_out), digest.hexdigest())
+
+
+def _sources(folder: Path) -> Iterator[Path]:
+    """Files in an order that is the same everywhere; skipped folders, often large, are not read."""
+    for parent, folders, files in os.walk(folder):
+        folders[:] = sorted(set(folders) - _SKIPPED)
+        for name in sorted(files):
+            if name.endswith(".py"):
+                yield Path(parent, name)
 
 
 def _bytes(content: bytes) -> Tensor:
