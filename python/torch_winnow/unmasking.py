@@ -15,13 +15,13 @@ a threshold of about 0.2 nats.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from torch_winnow._unmasking.logit_stats import LogitStats, id_tensor, logit_stats, seed_tensor
+from torch_winnow._unmasking.results import AnswerEntropy, GenerateResult, StepResult
 from torch_winnow._unmasking.rules import (
     ConfidenceFactor,
     ConfidenceThreshold,
@@ -54,56 +54,6 @@ __all__ = [
 
 # Odd, so that the steps of one seed never share a key (the golden ratio, as in splitmix64).
 _STEP_KEY = 0x9E3779B97F4A7C15 - 2**64
-
-
-class StepResult(NamedTuple):
-    """What :func:`unmask_step_` did.
-
-    Attributes:
-        transfer: ``(B, L)`` bool, the positions that were written.
-        count: ``(B,)`` int64, how many.
-        stats: :class:`LogitStats` of the masked positions in the window.
-    """
-
-    transfer: Tensor
-    count: Tensor  # type: ignore[assignment]  # hides tuple.count
-    stats: LogitStats
-
-
-class GenerateResult(NamedTuple):
-    """What :func:`generate` made.
-
-    Attributes:
-        tokens: ``(B, L)`` int64. Masks remain only where ``stop`` ended a row early.
-        step_map: ``(B, L)`` int64, the step at which each token was written; -1 where it was given
-            or is still masked.
-        calls: how often the model was called.
-        entropies: ``(B, L)`` float32, the entropy of each token's distribution when it was written,
-            in nats; 0 elsewhere. Sum it over a span to score the span.
-    """
-
-    tokens: Tensor
-    step_map: Tensor
-    calls: int
-    entropies: Tensor
-
-
-@dataclass(frozen=True)
-class AnswerEntropy:
-    """Stops a row once the entropies of its answer sum to less than ``gamma`` nats.
-
-    The early exit of reasoning-as-infilling (arXiv 2510.19990): the answer is then written at once
-    and the rest of the row stays masked. Answer positions may lie outside the block that is being
-    decoded; those already written count as 0.
-
-    Attributes:
-        positions: ``(B, L)`` or ``(L,)`` bool, where the answer stands; a row without one never
-            stops.
-        gamma: nats, for the whole answer; 0.1 in the paper.
-    """
-
-    positions: Tensor
-    gamma: float
 
 
 def _in_window(window: Tensor, length: int) -> Tensor:

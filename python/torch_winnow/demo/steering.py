@@ -36,7 +36,9 @@ def parses(source: bytes) -> bool:
 
     The last, unfinished line is left out, and so is one that a backslash continues.
     """
-    lines = source[: source.rfind(b"\n") + 1].removesuffix(b"\\\n")
+    lines = source[: source.rfind(b"\n") + 1]
+    while lines.endswith(b"\\\n"):
+        lines = lines[: lines.rfind(b"\n", 0, -1) + 1]
     try:
         text = lines.decode()
         with warnings.catch_warnings():

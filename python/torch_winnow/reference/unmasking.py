@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from torch_winnow._unmasking.logit_stats import LogitStats
+from torch_winnow._unmasking.results import AnswerEntropy, GenerateResult, StepResult
 from torch_winnow._unmasking.rules import (
     ConfidenceFactor,
     ConfidenceThreshold,
@@ -151,15 +152,15 @@ def _prefix(scores: list[float], rule: Rule, step: int, dtype: torch.dtype) -> i
 
 
 def select_positions(
-    score: Tensor,
-    mask: Tensor,
-    rule: Rule,
-    *,
-    window: Tensor | None = None,
-    step: int = 0,
-    at_least: Sequence[int] | None = None,
+    score: Tensor, mask: Tensor, rule: Rule, *, window: Tensor | None = None, step: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`torch_winnow.unmasking.select_positions`; ``at_least`` is a floor per row."""
+    """See :func:`torch_winnow.unmasking.select_positions`."""
+    return _select(score, mask, rule, window, step, at_least=1)
+
+
+def _select(
+    score: Tensor, mask: Tensor, rule: Rule, window: Tensor | None, step: int, at_least: int
+) -> tuple[Tensor, Tensor]:
     transfer = torch.zeros_like(mask)
     left_to_right = isinstance(rule, PrefixThreshold) or (
         isinstance(rule, EntropyThreshold) and rule.order == "left_to_right"
@@ -179,7 +180,7 @@ def select_positions(
             valid.sort(key=lambda i: sign * value[i])
             run = [value[i] for i in valid]
         count = _prefix(run, rule, step, dtype)
-        least = min(max(1, 1 if at_least is None else at_least[b]), len(positions))
+        least = min(at_least, len(positions))
         chosen = (
             positions[:count]
             if left_to_right and count >= least
@@ -215,25 +216,26 @@ def unmask_step_(
     rule: Rule,
     window: Tensor | None = None,
     step: int = 0,
-    at_least: Sequence[int] | None = None,
     **logit_stats_options: Any,
-) -> tuple[Tensor, Tensor, LogitStats]:
+) -> StepResult:
     """See :func:`torch_winnow.unmasking.unmask_step_`."""
     masked = tokens == mask_id
-    options = _without_mask(logit_stats_options, mask_id, logits.shape[-1])
-    narrowed = options.pop("mask", None)
+    narrowed = logit_stats_options.pop("mask", None)
     if narrowed is not None:
         masked = masked & narrowed
     if window is not None:
         position = torch.arange(tokens.shape[1])
         masked = masked & (position >= window[:, :1]) & (position < window[:, 1:])
+    options = _without_mask(logit_stats_options, mask_id, logits.shape[-1])
     stats = logit_stats(logits, mask=masked, **options)
-    transfer, _ = select_positions(
-        _confidence(stats, rule), masked, rule, step=step, at_least=at_least
-    )
-    transfer &= stats.token >= 0
+    transfer, _ = select_positions(_confidence(stats, rule), masked, rule, step=step)
+    return _write(tokens, transfer, stats)
+
+
+def _write(tokens: Tensor, transfer: Tensor, stats: LogitStats) -> StepResult:
+    transfer = transfer & (stats.token >= 0)
     tokens[transfer] = stats.token[transfer].to(tokens.dtype)
-    return transfer, transfer.sum(1), stats
+    return StepResult(transfer, transfer.sum(1), stats)
 
 
 def generate(
@@ -244,38 +246,57 @@ def generate(
     rule: Rule,
     block_length: int | None = None,
     steps: int | None = None,
+    stop: AnswerEntropy | None = None,
+    seed: int | Tensor | None = None,
+    generator: torch.Generator | None = None,
     **logit_stats_options: Any,
-) -> tuple[Tensor, Tensor, int, Tensor]:
-    """See :func:`torch_winnow.unmasking.generate`: rows one by one, without draws or early exit."""
+) -> GenerateResult:
+    """See :func:`torch_winnow.unmasking.generate`: rows one by one.
+
+    Draws follow the same distribution as the operator's, not the same numbers.
+    """
     tokens = tokens.clone()
     step_map = torch.full(tokens.shape, -1)
     entropies = torch.zeros(tokens.shape)
+    if seed is not None:
+        generator = torch.Generator().manual_seed(int(seed))
     calls = 0
     for b in range(tokens.shape[0]):
         row = tokens[b : b + 1]
+        answer = torch.zeros_like(row, dtype=torch.bool)
+        if stop is not None:
+            answer = stop.positions.expand(tokens.shape)[b : b + 1]
         masks = (row[0] == mask_id).nonzero()[:, 0].tolist()
-        call = 0
         length = block_length or max(1, tokens.shape[1])
-        for start in range(masks[0], masks[-1] + 1, length) if masks else []:
-            window = torch.tensor([[start, start + length]])
-            for step in range(length):
-                left = int((row[0, start : start + length] == mask_id).sum())
-                if left == 0:
-                    break
-                least = 1 if steps is None else math.ceil(left / max(1, steps - step))
-                logits = model(tokens)[b : b + 1]
-                transfer, _, stats = unmask_step_(
-                    row,
-                    logits,
-                    mask_id=mask_id,
-                    rule=rule,
-                    window=window,
-                    step=step,
-                    at_least=[least],
-                    **logit_stats_options,
-                )
-                step_map[b][transfer[0]] = call
-                entropies[b][transfer[0]] = stats.entropy[0, transfer[0]].float()
-                call += 1
+        position = torch.arange(tokens.shape[1])
+        call = step = 0
+        block = -1
+        while bool((row == mask_id).any()):
+            masked = row == mask_id
+            current = (int(masked[0].nonzero()[0]) - masks[0]) // length
+            block, step = current, step + 1 if current == block else 0
+            start = masks[0] + current * length
+            in_block = masked & (position >= start) & (position < start + length)
+            logits = model(tokens)
+            logits = getattr(logits, "logits", logits)[b : b + 1]
+            stats = logit_stats(
+                logits,
+                mask=in_block | (masked & answer),
+                generator=generator,
+                **_without_mask(logit_stats_options, mask_id, logits.shape[-1]),
+            )
+            left = int(in_block.sum())
+            least = 1 if steps is None else math.ceil(left / max(1, steps - step))
+            transfer, _ = _select(_confidence(stats, rule), in_block, rule, None, step, least)
+            pending = masked & answer
+            ends = stop is not None and bool(stats.entropy[pending].sum() < stop.gamma)
+            written = _write(row, pending if ends else transfer, stats).transfer
+            step_map[b][written[0]] = call
+            entropies[b][written[0]] = stats.entropy[0, written[0]].float()
+            if not written.any():
+                raise RuntimeError(f"model: no finite logits at step {call} of row {b}")
+            call += 1
+            if ends:
+                break
         calls = max(calls, call)
-    return tokens, step_map, calls, entropies
+    return GenerateResult(tokens, step_map, calls, entropies)
