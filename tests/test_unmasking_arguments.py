@@ -99,3 +99,32 @@ def test_a_certain_row_has_no_entropy_at_all(dtype, cpu_capability):
         lambda tokens: logits, torch.full((1, 8), 39), mask_id=39, rule=EntropyBound(0.0)
     )
     assert result.calls == 1
+
+
+@pytest.mark.parametrize("make", [lambda: TopK(2.5), lambda: TopK([1.7, 2])])
+def test_counts_are_integers(make):
+    with pytest.raises(ValueError, match="num_tokens: expected an int or one int per step"):
+        make()
+
+
+def test_thresholds_are_numbers():
+    with pytest.raises(ValueError, match="threshold: expected a number.*got 'x'"):
+        EntropyThreshold("x")
+
+
+def test_generate_says_what_it_got():
+    tokens = torch.full((1, 3), 5)
+    with pytest.raises(ValueError, match="model: expected logits.*got None"):
+        generate(lambda _: None, tokens, mask_id=5, rule=TopK(1))
+    with pytest.raises(ValueError, match="stop: expected None or AnswerEntropy, got 3"):
+        generate(lambda _: torch.zeros(1, 3, 5), tokens, mask_id=5, rule=TopK(1), stop=3)
+
+
+def test_a_model_that_writes_to_its_input_changes_nothing():
+    def model(tokens):
+        tokens.zero_()
+        return torch.eye(5)[None, 1:4] * 9
+
+    result = generate(model, torch.full((1, 3), 5), mask_id=5, rule=TopK(1))
+    assert result.tokens.tolist() == [[1, 2, 3]]
+    assert result.calls == 3

@@ -269,8 +269,12 @@ def generate(
     block_step = torch.zeros_like(first)
     calls = 0
     while bool(masked.any()):
-        logits = model(tokens)
+        logits = model(tokens.clone())  # a copy: what the model does to its input stays there
         logits = getattr(logits, "logits", logits)
+        if not isinstance(logits, Tensor):
+            raise ValueError(
+                f"model: expected logits (B, L, V) or an object with them, got {logits!r}"
+            )
         _check_logits(logits, tokens)
         current = (_first(masked) - first) // block
         block_step = torch.where(current == block_index, block_step + 1, 0)
@@ -332,6 +336,8 @@ def _schedule(rule: Rule, device: torch.device) -> Tensor:
 def _answer_positions(stop: AnswerEntropy | None, tokens: Tensor) -> Tensor | None:
     if stop is None:
         return None
+    if not isinstance(stop, AnswerEntropy):
+        raise ValueError(f"stop: expected None or AnswerEntropy, got {stop!r}")
     positions = stop.positions
     if positions.dtype != torch.bool or tuple(positions.shape) not in (
         tuple(tokens.shape),

@@ -121,7 +121,7 @@ def logit_stats(
             the processed distribution. (LLaDA ranks positions by raw ones, Dream by processed.)
         seed: key of the draws, an int or a 0-dim int64 tensor; without it and ``generator`` the
             token is the argmax.
-        generator: to take such a seed from.
+        generator: to take such a seed from; ``torch.compile`` cannot trace one, pass a seed there.
 
     Returns:
         :class:`LogitStats`, each ``(...)``. A row whose largest logit is +inf has that token,

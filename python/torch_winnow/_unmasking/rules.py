@@ -27,9 +27,9 @@ _ORDER_OF_SCORE = {
 
 
 def _check_number(name: str, value: float, lowest: float = -math.inf) -> None:
-    if math.isnan(value) or value < lowest:
+    if not isinstance(value, int | float) or math.isnan(value) or value < lowest:
         wanted = "a number" if lowest == -math.inf else f"a number >= {lowest:g}"
-        raise ValueError(f"{name}: expected {wanted}, got {value}")
+        raise ValueError(f"{name}: expected {wanted}, got {value!r}")
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
@@ -131,7 +131,10 @@ class TopK:
 
     def __post_init__(self) -> None:
         if not isinstance(self.num_tokens, int):
-            object.__setattr__(self, "num_tokens", tuple(int(n) for n in self.num_tokens))
+            counts = self.num_tokens
+            if not isinstance(counts, Sequence) or not all(isinstance(n, int) for n in counts):
+                raise ValueError(f"num_tokens: expected an int or one int per step, got {counts!r}")
+            object.__setattr__(self, "num_tokens", tuple(counts))
             if not self.num_tokens:
                 raise ValueError("num_tokens: expected at least one step, got an empty schedule")
         _check_choice("score", self.score, tuple(_ORDER_OF_SCORE))
