@@ -237,8 +237,8 @@ def select_positions(
 
     At least one in every row that has a masked position in its window, never one outside. Equal
     scores go to the lowest position; a NaN comes last. Boundaries are part of the definitions:
-    entropy < threshold, EntropyBound <=, confidence, margin and prefix >=; compared in the dtype of
-    the scores, so that 0.9 in float32 reaches a threshold of 0.9.
+    entropy < threshold, EntropyBound <=, confidence, margin and prefix >=; compared in float32, so
+    that 0.9 in float32 reaches a threshold of 0.9, and in float64 for float64 scores.
 
     Args:
         score: ``(B, L)`` the rule's own quantity, as in :class:`LogitStats`: entropy is better low,

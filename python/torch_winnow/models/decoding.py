@@ -7,6 +7,7 @@ in pages. What the rows of the cache mean is the model's business, and stays in 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 
 import torch
 import torch.nn.functional as F
@@ -49,7 +50,7 @@ def check_length(prompt: Tensor, num_tokens: int, max_tokens: int) -> int:
     return total
 
 
-class Decoding:
+class Decoding(ABC):
     """Sequences that grow by one token each per ``step``.
 
     Attributes:
@@ -69,9 +70,9 @@ class Decoding:
         # One view per layer, made once: indexing the pages costs as much as a small op.
         self._pages = list(zip(cache.pool.key_pages, cache.pool.value_pages, strict=True))
 
+    @abstractmethod
     def step(self, tokens: Tensor) -> Tensor:
         """Appends ``tokens (B,)`` and returns the new ``logits``."""
-        raise NotImplementedError
 
     def fork_(self, parents: Tensor) -> None:
         """Becomes ``len(parents)`` sequences, copies of ``parents`` that share their pages."""
