@@ -1,6 +1,8 @@
 list(APPEND WINNOW_CPU_SOURCES
   csrc/unmasking/logit_stats.cpp
   csrc/unmasking/logit_stats_double.cpp
+  csrc/unmasking/measure_rows.cpp
+  csrc/unmasking/merge_logit_stats.cpp
   csrc/unmasking/select_positions.cpp
 )
 list(APPEND WINNOW_SIMD_SOURCES

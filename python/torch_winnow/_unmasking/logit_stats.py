@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +13,31 @@ from torch_winnow import _library  # noqa: F401  (registers the operators)
 from torch_winnow._fake import check_same_device
 
 _logit_stats = torch.ops.winnow.logit_stats
+
+# As in csrc/unmasking/logit_part.h.
+_BLOCK, _HEADER = 1024, 4
+
+
+class VocabularyPart(NamedTuple):
+    """What :func:`merge_logit_stats` needs of one part of a vocabulary.
+
+    ``blocks`` is all that has to travel between processes that agree on the rest.
+
+    Attributes:
+        start, stop: the token ids of the part.
+        blocks: ``(..., words)``, a few bytes per 1024 tokens (all logits for float64 ones).
+        temperature, raw, seed: of the draws and statistics, the same in all parts.
+        has_target, has_previous: whether there were ``target_ids`` and ``previous_logits``.
+    """
+
+    start: int
+    stop: int
+    blocks: Tensor
+    temperature: float
+    raw: bool
+    seed: Tensor | None
+    has_target: bool
+    has_previous: bool
 
 
 class LogitStats(NamedTuple):
@@ -31,6 +57,7 @@ class LogitStats(NamedTuple):
         logsumexp: of the logits that the distribution comes from.
         target_log_prob: log-probability of ``target_ids``, or None without them.
         kl: divergence from ``previous_logits``, or None without them.
+        parts: with ``vocab_start``, what :func:`merge_logit_stats` merges; else None.
     """
 
     token: Tensor
@@ -42,6 +69,22 @@ class LogitStats(NamedTuple):
     logsumexp: Tensor
     target_log_prob: Tensor | None
     kl: Tensor | None
+    parts: tuple[VocabularyPart, ...] | None = None
+
+
+def as_index(name: str, value: Any) -> int:
+    """An integer of any kind, numpy's too; not a bool, a float or a tensor."""
+    if not isinstance(value, bool | Tensor):
+        try:
+            return operator.index(value)
+        except TypeError:
+            pass
+    raise ValueError(f"{name}: expected an integer, got {value!r}")
+
+
+def check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name}: expected a tensor, got {value!r}")
 
 
 def seed_tensor(seed: int | Tensor | None, generator: torch.Generator | None) -> Tensor | None:
@@ -52,11 +95,12 @@ def seed_tensor(seed: int | Tensor | None, generator: torch.Generator | None) ->
         return torch.randint(
             -(2**63), 2**63 - 1, (), dtype=torch.int64, generator=generator, device=generator.device
         )
-    if isinstance(seed, int):
-        if not -(2**63) <= seed < 2**63:
-            raise ValueError(f"seed: expected a 64-bit signed integer, got {seed}")
-        return torch.tensor(seed, dtype=torch.int64)
-    return seed
+    if seed is None or isinstance(seed, Tensor):
+        return seed
+    value = as_index("seed", seed)
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"seed: expected a 64-bit signed integer, got {value}")
+    return torch.tensor(value, dtype=torch.int64)
 
 
 def id_tensor(ids: Tensor | Sequence[int] | None, like: Tensor) -> Tensor | None:
@@ -64,9 +108,11 @@ def id_tensor(ids: Tensor | Sequence[int] | None, like: Tensor) -> Tensor | None
         raise ValueError(f"suppress_ids: expected (n,) int64, got {tuple(ids.shape)} {ids.dtype}")
     if ids is None or isinstance(ids, Tensor):
         return ids
-    if not isinstance(ids, Sequence) or not all(isinstance(i, int) for i in ids):
-        raise ValueError(f"suppress_ids: expected integer token ids, got {ids!r}")
-    return torch.tensor(list(ids), dtype=torch.int64, device=like.device)
+    try:
+        values = [as_index("suppress_ids", i) for i in ids]
+    except (TypeError, ValueError):
+        raise ValueError(f"suppress_ids: expected integer token ids, got {ids!r}") from None
+    return torch.tensor(values, dtype=torch.int64, device=like.device)
 
 
 def is_raw(statistics: str) -> bool:
@@ -90,6 +136,7 @@ def logit_stats(
     statistics: str = "processed",
     seed: int | Tensor | None = None,
     generator: torch.Generator | None = None,
+    vocab_start: int | None = None,
 ) -> LogitStats:
     """Token, confidence, entropy and more of each row of logits, from one read of them.
 
@@ -99,10 +146,13 @@ def logit_stats(
     top-k and top-p. Computed in float32 without a float32 copy of the logits; bitwise the same on
     every instruction set and for any number of threads.
 
-    A draw is exact in the tail: 64-bit uniforms choose a slice of the vocabulary by its mass and a
+    A draw is exact in the tail: 64-bit uniforms choose a block of the vocabulary by its mass and a
     token in it. (With 24-bit Gumbel noise a token 17 nats below the top comes at 0.44 of its rate:
     Zheng et al., arXiv 2409.02908.) It depends on the seed, the row's index over the leading
     dimensions, and the row. Not differentiable: what comes out never requires a gradient.
+
+    Where processes hold parts of the vocabulary, ``vocab_start`` makes each part's statistics ones
+    that :func:`merge_logit_stats` can merge.
 
     Args:
         logits: ``(..., V)`` float32, bfloat16, float16 or float64; strided rows are fine.
@@ -122,6 +172,11 @@ def logit_stats(
         seed: key of the draws, an int or a 0-dim int64 tensor; without it and ``generator`` the
             token is the argmax.
         generator: to take such a seed from; ``torch.compile`` cannot trace one, pass a seed there.
+        vocab_start: says that the logits are those of the tokens from this id on. Statistics are
+            then those of the part by itself; ``token``, ``argmax``, ``suppress_ids`` and
+            ``target_ids`` are ids of the whole vocabulary, and those outside of the part are
+            ignored (``target_log_prob`` is -inf). Not with ``top_k`` or ``top_p``: what they keep
+            of a part depends on the other parts.
 
     Returns:
         :class:`LogitStats`, each ``(...)``. A row whose largest logit is +inf has that token,
@@ -137,6 +192,15 @@ def logit_stats(
         >>> stats.token, stats.entropy
         (tensor([1, 0]), tensor([0.5243, 1.0986]))
     """
+    check_tensor("logits", logits)
+    for name, value in (
+        ("mask", mask),
+        ("target_ids", target_ids),
+        ("previous_logits", previous_logits),
+        ("unconditional_logits", unconditional_logits),
+    ):
+        if value is not None:
+            check_tensor(name, value)
     if unconditional_logits is None and cfg_scale != 0.0:
         raise ValueError(
             f"cfg_scale: expected 0 without unconditional_logits to guide with, got {cfg_scale}"
@@ -147,32 +211,47 @@ def logit_stats(
             f"{tuple(unconditional_logits.shape)}"
         )
     guided = cfg_scale != 0.0
-    token, log_prob, argmax, max_prob, margin, entropy, logsumexp, target_log_prob, kl = (
-        _logit_stats(
-            logits.detach(),
-            mask,
-            temperature,
-            id_tensor(suppress_ids, logits),
-            target_ids,
-            None if previous_logits is None else previous_logits.detach(),
-            unconditional_logits.detach() if guided and unconditional_logits is not None else None,
-            cfg_scale,
-            top_k,
-            top_p,
-            seed_tensor(seed, generator),
-            is_raw(statistics),
-        )
+    if vocab_start is not None and not isinstance(vocab_start, torch.SymInt):
+        vocab_start = as_index("vocab_start", vocab_start)
+    key = seed_tensor(seed, generator)
+    *statistic, blocks = _logit_stats(
+        logits.detach(),
+        mask,
+        temperature,
+        id_tensor(suppress_ids, logits),
+        target_ids,
+        None if previous_logits is None else previous_logits.detach(),
+        unconditional_logits.detach() if guided and unconditional_logits is not None else None,
+        cfg_scale,
+        top_k,
+        top_p,
+        key,
+        is_raw(statistics),
+        vocab_start,
     )
+    has_target, has_previous = target_ids is not None, previous_logits is not None
+    stats = as_stats(statistic, has_target, has_previous)
+    if vocab_start is None:
+        return stats
+    part = VocabularyPart(
+        vocab_start,
+        vocab_start + logits.shape[-1],
+        blocks,
+        temperature,
+        is_raw(statistics),
+        key,
+        has_target,
+        has_previous,
+    )
+    return stats._replace(parts=(part,))
+
+
+def as_stats(statistic: Sequence[Tensor], has_target: bool, has_previous: bool) -> LogitStats:
+    """What the operators return, None for what was not asked for."""
     return LogitStats(
-        token,
-        log_prob,
-        argmax,
-        max_prob,
-        margin,
-        entropy,
-        logsumexp,
-        target_log_prob if target_ids is not None else None,
-        kl if previous_logits is not None else None,
+        *statistic[:7],
+        statistic[7] if has_target else None,
+        statistic[8] if has_previous else None,
     )
 
 
@@ -190,18 +269,36 @@ def _(
     top_p: float | None,
     seed: Tensor | None,
     raw: bool,
+    vocab_start: int | None = None,
 ) -> tuple[Tensor, ...]:
     check_same_device(logits=logits, mask=mask, suppress_ids=suppress_ids, target_ids=target_ids)
     check_same_device(logits=logits, previous_logits=previous_logits, seed=seed)
     check_same_device(logits=logits, unconditional_logits=unconditional_logits)
-    rows = logits.shape[:-1]
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    statistics = empty_statistics(
+        logits, logits.shape[:-1], target_ids is not None, previous_logits is not None
+    )
+    shape: tuple[int, ...] = (0,)
+    if vocab_start is not None:
+        words = part_words(
+            vocab_start,
+            logits.shape[-1],
+            previous_logits is not None,
+            logits.dtype == torch.float64,
+        )
+        shape = (*logits.shape[:-1], words)
+    return *statistics, statistics[1].new_empty(shape)
+
+
+def empty_statistics(
+    like: Tensor, rows: tuple[int, ...], has_target: bool, has_previous: bool
+) -> tuple[Tensor, ...]:
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
 
     def statistic(present: bool = True) -> Tensor:
-        return logits.new_empty(rows if present else (0,), dtype=dtype)
+        return like.new_empty(rows if present else (0,), dtype=dtype)
 
     def ids() -> Tensor:
-        return logits.new_empty(rows, dtype=torch.int64)
+        return like.new_empty(rows, dtype=torch.int64)
 
     return (
         ids(),
@@ -211,6 +308,14 @@ def _(
         statistic(),
         statistic(),
         statistic(),
-        statistic(target_ids is not None),
-        statistic(previous_logits is not None),
+        statistic(has_target),
+        statistic(has_previous),
     )
+
+
+def part_words(start: int, vocab: int, previous: bool, double: bool) -> int:
+    """The length of a row of ``VocabularyPart.blocks``, as in csrc/unmasking/logit_part.h."""
+    head = vocab if double else torch.sym_min(-start % _BLOCK, vocab)
+    whole = (vocab - head) // _BLOCK
+    edges = vocab - whole * _BLOCK
+    return _HEADER + edges + whole * 6 + (edges + whole * 3 if previous else 0)
