@@ -28,6 +28,7 @@ struct LogitRequest {
   const std::optional<Tensor>& seed;
   bool raw;
   const std::optional<int64_t>& vocab_start;
+  bool shift;
 };
 
 struct LogitOptions {
@@ -64,6 +65,10 @@ struct LogitArguments {
   LogitOptions options;
   bool is_part;  // of a vocabulary, from `start` on
   int64_t start;
+  int64_t shifted;  // length of the sequences whose logits come one position early; 0: none
+
+  // Where the logits of a row are.
+  int64_t source(int64_t row) const { return shifted > 0 && row % shifted > 0 ? row - 1 : row; }
 };
 
 constexpr int64_t kMostPart = int64_t{1} << 24;  // a float holds each index
@@ -110,6 +115,11 @@ LogitArguments check_logit_arguments(const LogitRequest& call, const OnDevice& c
 
   LogitArguments checked = {};
   checked.rows = as_rows(logits);
+  if (call.shift) {
+    WINNOW_CHECK(logits.dim() >= 2, "logits: expected (..., L, V) with shift, got ",
+                 shape_of(logits));
+    checked.shifted = logits.size(logits.dim() - 2);
+  }
   if (call.vocab_start) {
     WINNOW_CHECK(
         !call.top_k && (!call.top_p || *call.top_p == 1.0), call.top_k ? "top_k" : "top_p",

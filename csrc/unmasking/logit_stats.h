@@ -41,6 +41,7 @@ struct LogitProblem {
   LogitRows previous_view;
   std::vector<int64_t> suppressed;  // what the views point to
   std::vector<int64_t> active;      // the rows to measure, ascending
+  std::vector<int64_t> sources;     // where the logits of each are
 
   const LogitRows* previous() const { return arguments.previous ? &previous_view : nullptr; }
   const int64_t* target_of(int64_t row) const {
@@ -50,7 +51,8 @@ struct LogitProblem {
 };
 
 // All rows are active, or those of the mask. Views point into the problem: it must not be moved.
-void prepare(const LogitRequest& call, LogitProblem& problem);
+// `also_suppressed`: one more id, ignored outside of the vocabulary.
+void prepare(const LogitRequest& call, LogitProblem& problem, int64_t also_suppressed = -1);
 
 // Of the active rows, in order. `parts` (or null) gets every row's part of the vocabulary, float or
 // double as the logits are, part_words() for each row.
@@ -78,8 +80,9 @@ float block_cross(const LogitRows& rows, const LogitRows& previous, int64_t row,
 uint64_t seed_on_cpu(const Tensor& seed);
 
 std::vector<double> load_double_row(const LogitRows& rows, int64_t row);
-// A float64 row; `previous` and `target` may be null.
+// A float64 row whose logits are at `source`; `previous` and `target` may be null.
 RowStats double_row_stats(const LogitRows& rows, const LogitRows* previous, int64_t row,
-                          const LogitOptions& options, uint64_t seed, const int64_t* target);
+                          int64_t source, const LogitOptions& options, uint64_t seed,
+                          const int64_t* target);
 
 }  // namespace winnow

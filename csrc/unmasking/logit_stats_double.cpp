@@ -108,9 +108,10 @@ std::vector<double> load_double_row(const LogitRows& rows, int64_t row) {
 }
 
 RowStats double_row_stats(const LogitRows& rows, const LogitRows* previous, int64_t row,
-                          const LogitOptions& options, uint64_t seed, const int64_t* target) {
+                          int64_t source, const LogitOptions& options, uint64_t seed,
+                          const int64_t* target) {
   RowStats stats;
-  std::vector<double> x = load_double_row(rows, row);
+  std::vector<double> x = load_double_row(rows, source);
   const bool nan = std::any_of(x.begin(), x.end(), [](double logit) { return std::isnan(logit); });
   Summary measured = summarise(x, options.temperature);
   if (nan) return stats;
@@ -142,7 +143,7 @@ RowStats double_row_stats(const LogitRows& rows, const LogitRows* previous, int6
     stats.target_log_prob = at >= 0 && at < rows.vocab ? log_prob(at) : -kInfinity;
   }
   if (previous != nullptr) {
-    const std::vector<double> y = load_double_row(*previous, row);
+    const std::vector<double> y = load_double_row(*previous, source);
     const Summary before = summarise(y, t);
     double divergence = 0.0;
     for (size_t i = 0; i < y.size(); ++i) {

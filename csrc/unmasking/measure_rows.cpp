@@ -19,11 +19,15 @@ std::unique_ptr<T[]> uninitialised(int64_t count) {
   return std::unique_ptr<T[]>(new T[static_cast<size_t>(count)]);
 }
 
-std::vector<int64_t> sorted_ids(const LogitArguments& arguments) {
-  const auto* begin = static_cast<const int64_t*>(arguments.suppressed->data_ptr());
-  std::vector<int64_t> ids(begin, begin + arguments.suppressed->numel());
-  std::sort(ids.begin(), ids.end());
+std::vector<int64_t> sorted_ids(const LogitArguments& arguments, int64_t also) {
+  std::vector<int64_t> ids;
+  if (arguments.suppressed) {
+    const auto* begin = static_cast<const int64_t*>(arguments.suppressed->data_ptr());
+    ids.assign(begin, begin + arguments.suppressed->numel());
+  }
   const int64_t vocab = arguments.rows.length;
+  if (also >= 0 && also < vocab) ids.push_back(also);
+  std::sort(ids.begin(), ids.end());
   if (!arguments.is_part) {
     WINNOW_CHECK(ids.empty() || (ids.front() >= 0 && ids.back() < vocab),
                  "suppress_ids: expected ids in [0, ", vocab, "), got ",
@@ -68,18 +72,20 @@ struct Scratch {
   std::vector<LogitBlockSums> kept;
 };
 
-int64_t draw_token(const LogitProblem& problem, int64_t row, const LogitBlockSums* sums,
+int64_t draw_token(const LogitProblem& problem, int64_t source, const LogitBlockSums* sums,
                    const BlockRace& race, const Truncation& kept) {
   if (race.block() < 0) return -1;
   int64_t token = -1;
   WINNOW_SIMD(draw_in_logit_block)
-  (problem.view, row, race.block(), sums[race.block()].reference,
+  (problem.view, source, race.block(), sums[race.block()].reference,
    problem.arguments.options.draw_temperature, race.uniform(), kept, &token);
   return token;
 }
 
 // From the sums of a row's blocks, which a truncation replaces where the statistics describe it.
-Row finish_row(const LogitProblem& problem, int64_t row, LogitBlockSums* sums, Scratch& scratch) {
+Row finish_row(const LogitProblem& problem, size_t active, LogitBlockSums* sums, Scratch& scratch) {
+  const int64_t row = problem.active[active];
+  const int64_t source = problem.sources[active];
   const LogitRows& rows = problem.view;
   const LogitOptions& options = problem.arguments.options;
   Row result;
@@ -101,12 +107,12 @@ Row finish_row(const LogitProblem& problem, int64_t row, LogitBlockSums* sums, S
     }
     scratch.logits.resize(static_cast<size_t>(rows.vocab));
     WINNOW_SIMD(find_truncation)
-    (rows, row, static_cast<float>(top), options.draw_temperature, options.top_k, options.top_p,
+    (rows, source, static_cast<float>(top), options.draw_temperature, options.top_k, options.top_p,
      mass, scratch.logits.data(), &drawn);
     if (options.raw) scratch.kept.resize(static_cast<size_t>(blocks));
     LogitBlockSums* kept = options.raw ? scratch.kept.data() : sums;
     WINNOW_SIMD(sum_kept_blocks)
-    (rows, row, static_cast<float>(top), options.draw_temperature, drawn, kept);
+    (rows, source, static_cast<float>(top), options.draw_temperature, drawn, kept);
     drawn_sums = kept;
     if (!options.raw) {
       const LogitDistribution full = measured;
@@ -118,7 +124,7 @@ Row finish_row(const LogitProblem& problem, int64_t row, LogitBlockSums* sums, S
     }
   }
   const auto log_prob = [&](int64_t index) {
-    const float logit = logit_at(rows, row, index);
+    const float logit = logit_at(rows, source, index);
     const Truncation& kept = result.kept;
     const bool keeps =
         logit > kept.threshold || (logit == kept.threshold && index <= kept.last_tie);
@@ -127,7 +133,7 @@ Row finish_row(const LogitProblem& problem, int64_t row, LogitBlockSums* sums, S
   if (options.draws) {
     const BlockRace race =
         race_blocks(rows, row, drawn_sums, 0, blocks, top, options.draw_temperature, problem.seed);
-    const int64_t token = draw_token(problem, row, drawn_sums, race, drawn);
+    const int64_t token = draw_token(problem, source, drawn_sums, race, drawn);
     stats.token = rows.start + token;
     if (stats.token != stats.argmax) stats.log_prob = log_prob(token);
   }
@@ -144,16 +150,18 @@ struct Previous {
   const float* cross;
 };
 
-void write_part(const LogitProblem& problem, int64_t row, const LogitBlockSums* sums,
+void write_part(const LogitProblem& problem, size_t active, const LogitBlockSums* sums,
                 const Previous& previous, float* part) {
+  const int64_t row = problem.active[active];
+  const int64_t source = problem.sources[active];
   const LogitRows& rows = problem.view;
   const LogitOptions& options = problem.arguments.options;
   const PartLayout layout = part_layout(rows.start, rows.vocab, previous.sums != nullptr, false);
   const auto copy = WINNOW_SIMD(copy_logits);
   const auto copy_edges = [&](const LogitRows& from, float* head, float* tail) {
     const int64_t tail_begin = rows.vocab - layout.tail;
-    if (layout.head > 0) copy(from, row, 0, layout.head, head);
-    if (layout.tail > 0) copy(from, row, tail_begin, layout.tail, tail);
+    if (layout.head > 0) copy(from, source, 0, layout.head, head);
+    if (layout.tail > 0) copy(from, source, tail_begin, layout.tail, tail);
   };
   copy_edges(rows, part + kPartHeader, part + layout.tail_at());
   const int64_t first = layout.head > 0 ? 1 : 0;
@@ -181,13 +189,13 @@ void write_part(const LogitProblem& problem, int64_t row, const LogitBlockSums* 
   if (options.draws && std::isfinite(reference)) {
     const BlockRace race = race_blocks(rows, row, sums, first, first + layout.whole, reference,
                                        options.draw_temperature, problem.seed);
-    const int64_t token = draw_token(problem, row, sums, race, kKeepAll);
+    const int64_t token = draw_token(problem, source, sums, race, kKeepAll);
     part[kDrawnIndex] = static_cast<float>(token);
-    if (token >= 0) part[kDrawnLogit] = logit_at(rows, row, token);
+    if (token >= 0) part[kDrawnLogit] = logit_at(rows, source, token);
   }
   if (const int64_t* target = problem.target_of(row)) {
     const int64_t at = *target - rows.start;
-    if (at >= 0 && at < rows.vocab) part[kTargetLogit] = logit_at(rows, row, at);
+    if (at >= 0 && at < rows.vocab) part[kTargetLogit] = logit_at(rows, source, at);
   }
 }
 
@@ -202,10 +210,10 @@ std::vector<RowStats> measure_floats(const LogitProblem& problem, float* parts) 
   const auto cross = uninitialised<float>(diverges ? count * blocks : 0);
   const auto scan = WINNOW_SIMD(scan_logit_blocks);
   torch::stable::parallel_for(0, count * blocks, kGrain, [&](int64_t begin, int64_t end) {
-    scan(view, problem.active.data(), begin, end - begin, options.temperature,
+    scan(view, problem.sources.data(), begin, end - begin, options.temperature,
          options.draw_temperature, sums.get() + begin);
     if (!diverges) return;
-    scan(problem.previous_view, problem.active.data(), begin, end - begin, options.temperature,
+    scan(problem.previous_view, problem.sources.data(), begin, end - begin, options.temperature,
          options.temperature, previous_sums.get() + begin);
   });
   std::vector<RowStats> results(problem.active.size());
@@ -214,43 +222,46 @@ std::vector<RowStats> measure_floats(const LogitProblem& problem, float* parts) 
   torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
     Scratch scratch;
     for (int64_t a = begin; a < end; ++a) {
-      const int64_t row = problem.active[static_cast<size_t>(a)];
+      const auto active = static_cast<size_t>(a);
       LogitBlockSums* own = sums.get() + a * blocks;
-      Row finished = finish_row(problem, row, own, scratch);
+      Row finished = finish_row(problem, active, own, scratch);
       Previous previous = {nullptr, nullptr};
       if (diverges) {
         previous = {previous_sums.get() + a * blocks, cross.get() + a * blocks};
         for (int64_t b = 0; b < blocks; ++b) {
           cross[static_cast<size_t>(a * blocks + b)] =
-              block_cross(view, problem.previous_view, row, b, own[b], previous.sums[b],
-                          options.temperature, finished.kept);
+              block_cross(view, problem.previous_view, problem.sources[active], b, own[b],
+                          previous.sums[b], options.temperature, finished.kept);
         }
         if (finished.proper) {
           finished.stats.kl =
               divergence(view, finished.measured, own, previous.sums, previous.cross);
         }
       }
-      if (parts != nullptr) write_part(problem, row, own, previous, parts + row * words);
-      results[static_cast<size_t>(a)] = finished.stats;
+      if (parts != nullptr) {
+        write_part(problem, active, own, previous, parts + problem.active[active] * words);
+      }
+      results[active] = finished.stats;
     }
   });
   return results;
 }
 
-void write_double_part(const LogitProblem& problem, int64_t row, double* part) {
+void write_double_part(const LogitProblem& problem, size_t active, double* part) {
+  const int64_t source = problem.sources[active];
   const LogitRows& rows = problem.view;
   const PartLayout layout =
       part_layout(rows.start, rows.vocab, problem.previous() != nullptr, true);
   part[kMeasured] = 1.0;
   part[kDrawnIndex] = -1.0;
   part[kDrawnLogit] = part[kTargetLogit] = -kInfinity;
-  const std::vector<double> logits = load_double_row(rows, row);
+  const std::vector<double> logits = load_double_row(rows, source);
   std::copy(logits.begin(), logits.end(), part + kPartHeader);
   if (problem.previous() != nullptr) {
-    const std::vector<double> previous = load_double_row(problem.previous_view, row);
+    const std::vector<double> previous = load_double_row(problem.previous_view, source);
     std::copy(previous.begin(), previous.end(), part + layout.previous_at());
   }
-  if (const int64_t* target = problem.target_of(row)) {
+  if (const int64_t* target = problem.target_of(problem.active[active])) {
     const int64_t at = *target - rows.start;
     if (at >= 0 && at < rows.vocab) part[kTargetLogit] = logits[static_cast<size_t>(at)];
   }
@@ -262,11 +273,12 @@ std::vector<RowStats> measure_doubles(const LogitProblem& problem, double* parts
   torch::stable::parallel_for(
       0, static_cast<int64_t>(results.size()), 1, [&](int64_t begin, int64_t end) {
         for (int64_t a = begin; a < end; ++a) {
-          const int64_t row = problem.active[static_cast<size_t>(a)];
-          results[static_cast<size_t>(a)] =
-              double_row_stats(problem.view, problem.previous(), row, problem.arguments.options,
-                               problem.seed, problem.target_of(row));
-          if (parts != nullptr) write_double_part(problem, row, parts + row * words);
+          const auto active = static_cast<size_t>(a);
+          const int64_t row = problem.active[active];
+          results[active] =
+              double_row_stats(problem.view, problem.previous(), row, problem.sources[active],
+                               problem.arguments.options, problem.seed, problem.target_of(row));
+          if (parts != nullptr) write_double_part(problem, active, parts + row * words);
         }
       });
   return results;
@@ -274,7 +286,7 @@ std::vector<RowStats> measure_doubles(const LogitProblem& problem, double* parts
 
 }  // namespace
 
-void prepare(const LogitRequest& call, LogitProblem& problem) {
+void prepare(const LogitRequest& call, LogitProblem& problem, int64_t also_suppressed) {
   problem.arguments = check_logit_arguments(call, check_cpu);
   const LogitArguments& arguments = problem.arguments;
   const Rows& rows = arguments.rows;
@@ -285,11 +297,9 @@ void prepare(const LogitRequest& call, LogitProblem& problem) {
   view.type = element_type(call.logits);
   view.vocab = rows.length;
   view.start = arguments.start;
-  if (arguments.suppressed) {
-    problem.suppressed = sorted_ids(arguments);
-    view.suppressed = problem.suppressed.data();
-    view.suppressed_count = static_cast<int64_t>(problem.suppressed.size());
-  }
+  problem.suppressed = sorted_ids(arguments, also_suppressed);
+  view.suppressed = problem.suppressed.data();
+  view.suppressed_count = static_cast<int64_t>(problem.suppressed.size());
   problem.previous_view = view;
   if (arguments.previous) {
     problem.previous_view.logits = arguments.previous->tensor.data_ptr();
@@ -304,8 +314,11 @@ void prepare(const LogitRequest& call, LogitProblem& problem) {
   const bool* counts =
       arguments.mask ? static_cast<const bool*>(arguments.mask->data_ptr()) : nullptr;
   problem.active.clear();
+  problem.sources.clear();
   for (int64_t r = 0; r < rows.count; ++r) {
-    if (counts == nullptr || counts[r]) problem.active.push_back(r);
+    if (counts != nullptr && !counts[r]) continue;
+    problem.active.push_back(r);
+    problem.sources.push_back(arguments.source(r));
   }
   for (const int64_t r : problem.active) {
     const int64_t* target = problem.target_of(r);

@@ -203,7 +203,7 @@ RowStats double_stats(const Merge& merge, int64_t row) {
   rows.type = ElementType::kDouble;
   LogitRows previous_rows = rows;
   previous_rows.logits = previous.data();
-  RowStats stats = double_row_stats(rows, merge.has_previous ? &previous_rows : nullptr, row,
+  RowStats stats = double_row_stats(rows, merge.has_previous ? &previous_rows : nullptr, row, 0,
                                     merge.options, merge.seed, nullptr);
   if (merge.has_target && !std::isnan(stats.max_prob)) {
     stats.target_log_prob = target / merge.options.temperature - stats.logsumexp;

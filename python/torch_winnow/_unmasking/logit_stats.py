@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from torch_winnow import _library  # noqa: F401  (registers the operators)
 from torch_winnow._fake import check_same_device
+from torch_winnow._unmasking.arguments import integer
 
 _logit_stats = torch.ops.winnow.logit_stats
 
@@ -72,16 +72,6 @@ class LogitStats(NamedTuple):
     parts: tuple[VocabularyPart, ...] | None = None
 
 
-def as_index(name: str, value: Any) -> int:
-    """An integer of any kind, numpy's too; not a bool, a float or a tensor."""
-    if not isinstance(value, bool | Tensor):
-        try:
-            return operator.index(value)
-        except TypeError:
-            pass
-    raise ValueError(f"{name}: expected an integer, got {value!r}")
-
-
 def check_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise ValueError(f"{name}: expected a tensor, got {value!r}")
@@ -97,7 +87,7 @@ def seed_tensor(seed: int | Tensor | None, generator: torch.Generator | None) ->
         )
     if seed is None or isinstance(seed, Tensor):
         return seed
-    value = as_index("seed", seed)
+    value = integer("seed", seed)
     if not -(2**63) <= value < 2**63:
         raise ValueError(f"seed: expected a 64-bit signed integer, got {value}")
     return torch.tensor(value, dtype=torch.int64)
@@ -109,7 +99,7 @@ def id_tensor(ids: Tensor | Sequence[int] | None, like: Tensor) -> Tensor | None
     if ids is None or isinstance(ids, Tensor):
         return ids
     try:
-        values = [as_index("suppress_ids", i) for i in ids]
+        values = [integer("suppress_ids", i) for i in ids]
     except (TypeError, ValueError):
         raise ValueError(f"suppress_ids: expected integer token ids, got {ids!r}") from None
     return torch.tensor(values, dtype=torch.int64, device=like.device)
@@ -137,6 +127,7 @@ def logit_stats(
     seed: int | Tensor | None = None,
     generator: torch.Generator | None = None,
     vocab_start: int | None = None,
+    shift: bool = False,
 ) -> LogitStats:
     """Token, confidence, entropy and more of each row of logits, from one read of them.
 
@@ -177,6 +168,9 @@ def logit_stats(
             ``target_ids`` are ids of the whole vocabulary, and those outside of the part are
             ignored (``target_log_prob`` is -inf). Not with ``top_k`` or ``top_p``: what they keep
             of a part depends on the other parts.
+        shift: for models whose logits at a position predict the next one, as Dream's do: what is
+            returned for position i of ``(..., L)`` is that of the logits at i - 1, and at 0 for the
+            first, without a copy of them. ``mask``, ``target_ids`` and the draws are those of i.
 
     Returns:
         :class:`LogitStats`, each ``(...)``. A row whose largest logit is +inf has that token,
@@ -192,9 +186,74 @@ def logit_stats(
         >>> stats.token, stats.entropy
         (tensor([1, 0]), tensor([0.5243, 1.0986]))
     """
+    if vocab_start is not None and not torch.compiler.is_compiling():
+        vocab_start = integer("vocab_start", vocab_start)
+    if mask is not None:
+        check_tensor("mask", mask)
+    operands = logit_operands(
+        logits,
+        temperature=temperature,
+        suppress_ids=suppress_ids,
+        target_ids=target_ids,
+        previous_logits=previous_logits,
+        unconditional_logits=unconditional_logits,
+        cfg_scale=cfg_scale,
+        top_k=top_k,
+        top_p=top_p,
+        statistics=statistics,
+        seed=seed,
+        generator=generator,
+    )
+    *statistic, blocks = _logit_stats(logits.detach(), mask, *operands, vocab_start, shift)
+    has_target, has_previous = target_ids is not None, previous_logits is not None
+    stats = as_stats(statistic, has_target, has_previous)
+    if vocab_start is None:
+        return stats
+    part = VocabularyPart(
+        vocab_start,
+        vocab_start + logits.shape[-1],
+        blocks,
+        temperature,
+        is_raw(statistics),
+        operands.seed,
+        has_target,
+        has_previous,
+    )
+    return stats._replace(parts=(part,))
+
+
+class LogitOperands(NamedTuple):
+    """Options of :func:`logit_stats` as the operators take them, in their order."""
+
+    temperature: float
+    suppress_ids: Tensor | None
+    target_ids: Tensor | None
+    previous_logits: Tensor | None
+    unconditional_logits: Tensor | None
+    cfg_scale: float
+    top_k: int | None
+    top_p: float | None
+    seed: Tensor | None
+    raw: bool
+
+
+def logit_operands(
+    logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    suppress_ids: Tensor | Sequence[int] | None = None,
+    target_ids: Tensor | None = None,
+    previous_logits: Tensor | None = None,
+    unconditional_logits: Tensor | None = None,
+    cfg_scale: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    statistics: str = "processed",
+    seed: int | Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> LogitOperands:
     check_tensor("logits", logits)
     for name, value in (
-        ("mask", mask),
         ("target_ids", target_ids),
         ("previous_logits", previous_logits),
         ("unconditional_logits", unconditional_logits),
@@ -210,48 +269,34 @@ def logit_stats(
             f"unconditional_logits: expected {tuple(logits.shape)} as in logits, got "
             f"{tuple(unconditional_logits.shape)}"
         )
-    guided = cfg_scale != 0.0
-    if vocab_start is not None and not isinstance(vocab_start, torch.SymInt):
-        vocab_start = as_index("vocab_start", vocab_start)
-    key = seed_tensor(seed, generator)
-    *statistic, blocks = _logit_stats(
-        logits.detach(),
-        mask,
+    guided = cfg_scale != 0.0 and unconditional_logits is not None
+    return LogitOperands(
         temperature,
         id_tensor(suppress_ids, logits),
         target_ids,
         None if previous_logits is None else previous_logits.detach(),
         unconditional_logits.detach() if guided and unconditional_logits is not None else None,
         cfg_scale,
-        top_k,
+        None if top_k is None else integer("top_k", top_k),
         top_p,
-        key,
+        seed_tensor(seed, generator),
         is_raw(statistics),
-        vocab_start,
     )
-    has_target, has_previous = target_ids is not None, previous_logits is not None
-    stats = as_stats(statistic, has_target, has_previous)
-    if vocab_start is None:
-        return stats
-    part = VocabularyPart(
-        vocab_start,
-        vocab_start + logits.shape[-1],
-        blocks,
-        temperature,
-        is_raw(statistics),
-        key,
-        has_target,
-        has_previous,
-    )
-    return stats._replace(parts=(part,))
 
 
 def as_stats(statistic: Sequence[Tensor], has_target: bool, has_previous: bool) -> LogitStats:
     """What the operators return, None for what was not asked for."""
+    token, log_prob, argmax, max_prob, margin, entropy, logsumexp, target, kl = statistic
     return LogitStats(
-        *statistic[:7],
-        statistic[7] if has_target else None,
-        statistic[8] if has_previous else None,
+        token,
+        log_prob,
+        argmax,
+        max_prob,
+        margin,
+        entropy,
+        logsumexp,
+        target if has_target else None,
+        kl if has_previous else None,
     )
 
 
@@ -270,6 +315,7 @@ def _(
     seed: Tensor | None,
     raw: bool,
     vocab_start: int | None = None,
+    shift: bool = False,
 ) -> tuple[Tensor, ...]:
     check_same_device(logits=logits, mask=mask, suppress_ids=suppress_ids, target_ids=target_ids)
     check_same_device(logits=logits, previous_logits=previous_logits, seed=seed)
@@ -315,7 +361,7 @@ def empty_statistics(
 
 def part_words(start: int, vocab: int, previous: bool, double: bool) -> int:
     """The length of a row of ``VocabularyPart.blocks``, as in csrc/unmasking/logit_part.h."""
-    head = vocab if double else torch.sym_min(-start % _BLOCK, vocab)
+    head = vocab if double else min(-start % _BLOCK, vocab)
     whole = (vocab - head) // _BLOCK
     edges = vocab - whole * _BLOCK
     return _HEADER + edges + whole * 6 + (edges + whole * 3 if previous else 0)

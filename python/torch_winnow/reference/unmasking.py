@@ -57,8 +57,18 @@ def logit_stats(
     seed: int | Tensor | None = None,
     generator: torch.Generator | None = None,
     vocab_start: int | None = None,
+    shift: bool = False,
 ) -> LogitStats:
     """See :func:`torch_winnow.unmasking.logit_stats`; the noise of a draw is another."""
+    if shift:
+
+        def earlier(x: Tensor) -> Tensor:
+            return torch.cat([x[..., :1, :], x[..., :-1, :]], -2)
+
+        logits = earlier(logits)
+        previous_logits = None if previous_logits is None else earlier(previous_logits)
+        if unconditional_logits is not None:
+            unconditional_logits = earlier(unconditional_logits)
     if vocab_start is not None:
         return _part(
             logits,
@@ -130,7 +140,7 @@ def logit_stats(
         }
         ids_of["token"] = ids_of["token"].masked_fill(~mask, -1)
         ids_of["argmax"] = ids_of["argmax"].masked_fill(~mask, 0)
-    return LogitStats(**ids_of, **stats)
+    return LogitStats(**ids_of, **stats)  # type: ignore[arg-type]  # parts: None
 
 
 def _part(
