@@ -7,6 +7,7 @@ needs about a third of the calls of one-at-a-time decoding at equal quality; use
 a threshold of about 0.2 nats.
 
 - :func:`logit_stats`: token, confidence, margin, entropy of each row from one read of the logits.
+- :func:`linear_logit_stats`: the same from hidden states, without the logits.
 - :func:`merge_logit_stats`: the same from parts of the vocabulary, bit for bit.
 - :func:`select_positions`: which positions a rule accepts.
 - :func:`unmask_step_`: both, and the tokens written in place.
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_winnow._unmasking.linear import linear_logit_stats
 from torch_winnow._unmasking.logit_stats import LogitStats, logit_stats, seed_tensor
 from torch_winnow._unmasking.merge import merge_logit_stats
 from torch_winnow._unmasking.results import AnswerEntropy, GenerateResult, StepResult
@@ -59,6 +61,7 @@ __all__ = [
     "StepResult",
     "TopK",
     "generate",
+    "linear_logit_stats",
     "logit_stats",
     "merge_logit_stats",
     "select_positions",

@@ -24,6 +24,7 @@ from torch_winnow.reference.resampling import (
 )
 from torch_winnow.reference.unmasking import (
     generate,
+    linear_logit_stats,
     logit_stats,
     merge_logit_stats,
     select_positions,
@@ -40,6 +41,7 @@ __all__ = [
     "gather_particles",
     "gather_particles_",
     "generate",
+    "linear_logit_stats",
     "logit_stats",
     "merge_attention",
     "merge_logit_stats",
