@@ -150,8 +150,8 @@ struct Previous {
   const float* cross;
 };
 
-void write_part(const LogitProblem& problem, size_t active, const LogitBlockSums* sums,
-                const Previous& previous, float* part) {
+void write_part(const LogitProblem& problem, size_t active, const RowStats& stats,
+                const LogitBlockSums* sums, const Previous& previous, float* part) {
   const int64_t row = problem.active[active];
   const int64_t source = problem.sources[active];
   const LogitRows& rows = problem.view;
@@ -187,9 +187,13 @@ void write_part(const LogitProblem& problem, size_t active, const LogitBlockSums
   part[kDrawnIndex] = -1.0f;
   part[kDrawnLogit] = part[kTargetLogit] = -std::numeric_limits<float>::infinity();
   if (options.draws && std::isfinite(reference)) {
-    const BlockRace race = race_blocks(rows, problem.key_of(row), sums, first, first + layout.whole,
-                                       reference, options.draw_temperature, problem.seed);
-    const int64_t token = draw_token(problem, source, sums, race, kKeepAll);
+    int64_t token = stats.token - rows.start;
+    if (layout.head + layout.tail > 0) {
+      const BlockRace race =
+          race_blocks(rows, problem.key_of(row), sums, first, first + layout.whole, reference,
+                      options.draw_temperature, problem.seed);
+      token = draw_token(problem, source, sums, race, kKeepAll);
+    }
     part[kDrawnIndex] = static_cast<float>(token);
     if (token >= 0) part[kDrawnLogit] = logit_at(rows, source, token);
   }
@@ -239,7 +243,8 @@ std::vector<RowStats> measure_floats(const LogitProblem& problem, float* parts) 
         }
       }
       if (parts != nullptr) {
-        write_part(problem, active, own, previous, parts + problem.active[active] * words);
+        write_part(problem, active, finished.stats, own, previous,
+                   parts + problem.active[active] * words);
       }
       results[active] = finished.stats;
     }

@@ -13,4 +13,5 @@ list(APPEND WINNOW_SIMD_SOURCES
 list(APPEND WINNOW_CUDA_SOURCES
   csrc/unmasking/logit_stats.cu
   csrc/unmasking/select_positions.cu
+  csrc/unmasking/unmask_step.cu
 )
