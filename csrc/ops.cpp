@@ -58,6 +58,10 @@ STABLE_TORCH_LIBRARY(winnow, m) {
       "select_positions(Tensor score, Tensor mask, int order, int criterion, float threshold, "
       "int limit, Tensor? window, Tensor? at_least, Tensor? seed) -> (Tensor transfer, Tensor "
       "count)");
+  m.def(
+      "speculative_verify(Tensor draft_tokens, Tensor? draft_logits, Tensor target_logits, "
+      "float temperature, Tensor? lengths, Tensor? order, Tensor? seed) -> "
+      "(Tensor accepted, Tensor token, Tensor tokens, Tensor log_prob)");
 
   // kvcache
   m.def(

@@ -10,6 +10,7 @@ a threshold of about 0.2 nats.
 - :func:`select_positions`: which positions a rule accepts.
 - :func:`unmask_step_`: both, and the tokens written in place.
 - :func:`generate`: the loop around a model, block by block.
+- :func:`speculative_verify`: drafted tokens become an exact sample of a target model.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from torch_winnow._unmasking.rules import (
     select,
     select_positions,
 )
+from torch_winnow._unmasking.verification import Verification, speculative_verify
 
 __all__ = [
     "AnswerEntropy",
@@ -46,9 +48,11 @@ __all__ = [
     "PrefixThreshold",
     "StepResult",
     "TopK",
+    "Verification",
     "generate",
     "logit_stats",
     "select_positions",
+    "speculative_verify",
     "unmask_step_",
 ]
 

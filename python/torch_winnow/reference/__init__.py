@@ -28,6 +28,7 @@ from torch_winnow.reference.unmasking import (
     select_positions,
     unmask_step_,
 )
+from torch_winnow.reference.verification import speculative_verify
 
 __all__ = [
     "block_diagonal_attention",
@@ -46,5 +47,6 @@ __all__ = [
     "score_blocks",
     "select_blocks",
     "select_positions",
+    "speculative_verify",
     "unmask_step_",
 ]
