@@ -11,6 +11,7 @@ a threshold of about 0.2 nats.
 - :func:`unmask_step_`: both, and the tokens written in place.
 - :func:`generate`: the loop around a model, block by block.
 - :func:`speculative_verify`: drafted tokens become an exact sample of a target model.
+- :func:`soft_embedding`: masked positions as mixtures of embeddings, for latent refinement.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from torch_winnow._unmasking.rules import (
     select,
     select_positions,
 )
+from torch_winnow._unmasking.soft_embedding import soft_embedding
 from torch_winnow._unmasking.verification import Verification, speculative_verify
 
 __all__ = [
@@ -52,6 +54,7 @@ __all__ = [
     "generate",
     "logit_stats",
     "select_positions",
+    "soft_embedding",
     "speculative_verify",
     "unmask_step_",
 ]
