@@ -220,7 +220,7 @@ def test_opcheck_and_compile():
         ({"mask_id": 5}, r"mask_id: expected one in \[0, 5\), got 5"),
         ({"mask_id": None}, "mask_id: expected either mask_id or mask_embedding, got neither"),
         ({"mask_embedding": torch.zeros(3)}, "mask_id: expected either.*got both"),
-        ({"mask_embedding": torch.zeros(4), "mask_id": None}, r"mask_embedding: expected \(E,\) wit"),
+        ({"mask_embedding": torch.zeros(4), "mask_id": None}, r"mask_embedding: expected \(E,\)"),
         ({"mask_embedding": torch.zeros(3).half(), "mask_id": None},
          "mask_embedding: expected float32, got float16"),
         ({"mask": torch.ones(3, dtype=torch.bool)}, "mask: expected one for each row"),

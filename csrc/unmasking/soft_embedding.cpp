@@ -36,6 +36,7 @@ struct Problem {
   int64_t top_k;  // 0: all
   double top_p;   // 1: all
   double mix;
+  double most_entropy;  // of any distribution
   char* out;
 
   char* out_row(int64_t row) const { return out + static_cast<size_t>(row * width) * element_size; }
@@ -85,7 +86,7 @@ void embed_row(const Problem& problem, int64_t row, const LogitSliceSums* sums, 
    &count);
   const double mass =
       std::accumulate(scratch.weights.begin(), scratch.weights.begin() + count, 0.0);
-  const double share = mixing_share(problem.mix, full.entropy(), logits.vocab);
+  const double share = mixing_share(problem.mix, full.entropy(), problem.most_entropy);
   WINNOW_SIMD(mix_rows)
   (problem.type, problem.embedding, problem.stride, problem.width, scratch.ids.data(),
    scratch.weights.data(), share > 0.0 ? count : 0, static_cast<float>(share / mass),
@@ -141,7 +142,7 @@ void embed_double_row(const Problem& problem, int64_t row) {
     order.resize(nucleus);
   }
   const double share =
-      mixing_share(problem.mix, std::log(mass) - moment / mass, static_cast<int64_t>(vocab));
+      mixing_share(problem.mix, std::log(mass) - moment / mass, problem.most_entropy);
   const auto* embedding = reinterpret_cast<const double*>(problem.embedding);
   const auto* base = reinterpret_cast<const double*>(problem.mask_embedding);
   auto* out = reinterpret_cast<double*>(problem.out_row(row));
@@ -183,6 +184,7 @@ Tensor soft_embedding(const Tensor& logits, const Tensor& embedding, const Tenso
   if (problem.top_k >= rows.length) problem.top_k = 0;
   problem.top_p = top_p.value_or(1.0);
   problem.mix = mix;
+  problem.most_entropy = std::log(static_cast<double>(rows.length));
   problem.out = static_cast<char*>(out.data_ptr());
 
   const Tensor counts = mask ? torch::stable::contiguous(*mask) : out;

@@ -9,10 +9,11 @@
 
 namespace winnow {
 
-// How much of the nucleus is mixed in, Eq. 4 of arXiv 2510.11052; one token has no entropy.
-inline double mixing_share(double mix, double entropy, int64_t vocab) {
-  const double share = vocab > 1 ? 1.0 - entropy / std::log(static_cast<double>(vocab)) : 1.0;
-  return mix * (share < 0.0 ? 0.0 : share > 1.0 ? 1.0 : share);
+// How much of the nucleus is mixed in, Eq. 4 of arXiv 2510.11052; `most` is log V, the largest
+// entropy that there is. A single token has none. constexpr, so that kernels may call it.
+constexpr double mixing_share(double mix, double entropy, double most) {
+  const double certainty = most > 0.0 ? 1.0 - entropy / most : 1.0;
+  return mix * (certainty < 0.0 ? 0.0 : certainty > 1.0 ? 1.0 : certainty);
 }
 
 inline void check_soft_embedding(const Tensor& logits, const Tensor& embedding,

@@ -42,13 +42,13 @@ def soft_embedding(
     top_p: float | None = 0.9,
     mix: float = 0.2,
 ) -> Tensor:
-    """Input embeddings of masked positions for latent refinement, from the logits of the step before.
+    """Input embeddings of masked positions for latent refinement, from the last step's logits.
 
     Each row is (1 - a) e_mask + a times the sum of p(v) e_v over what top-k and top-p keep, with p
     renormalised to that, and a = ``mix`` (1 - H / log V), where H is the entropy of the whole
     distribution: unsure positions stay masks, sure ones approach their token. Latent Refinement
-    Decoding, Zhu et al., arXiv 2510.11052, Eq. 3 and 4, whose settings are the defaults. Its stopping
-    rule needs the mean of :func:`logit_stats`' ``kl`` to the previous logits.
+    Decoding, Zhu et al., arXiv 2510.11052, Eq. 3 and 4; the defaults are the paper's. Its stopping
+    rule is the mean of :func:`logit_stats`' ``kl`` to the previous logits.
 
     The logits are read in their own dtype without a copy, sums are float32 (float64 for float64),
     top-p needs no sort, and of the embedding only the rows of kept tokens are read: without top-k
@@ -65,7 +65,7 @@ def soft_embedding(
             the entropy at temperature 1.
         top_k: keeps so many of the largest logits; ties are kept from the lowest id on.
         top_p: then keeps the smallest set of them whose mass is at least ``top_p`` of theirs.
-        mix: the largest share of tokens in [0, 1]; 0.1 to 0.2 in the paper, which found 1 to diverge.
+        mix: the largest share of tokens in [0, 1]; 0.1 to 0.2 in the paper, where 1 collapses.
 
     Returns:
         ``(..., E)`` in the embedding's dtype. A row of logits with a NaN or +inf, or without any
