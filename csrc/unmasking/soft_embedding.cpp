@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <numeric>
 #include <optional>
 #include <vector>
@@ -54,18 +55,18 @@ void fill_nan(const Problem& problem, int64_t row) {
   }
 }
 
-// What a thread needs for a row, allocated once.
+// What a thread needs for a row, allocated once. Not initialised: of most of it no page is touched.
 struct Scratch {
-  std::vector<float> logits;
-  std::vector<float> weights;
-  std::vector<int64_t> ids;
-  std::vector<float> sum;
+  std::unique_ptr<float[]> logits;
+  std::unique_ptr<float[]> weights;
+  std::unique_ptr<int64_t[]> ids;
+  std::unique_ptr<float[]> sum;
 
   explicit Scratch(const Problem& problem)
-      : logits(static_cast<size_t>(problem.logits.vocab)),
-        weights(static_cast<size_t>(problem.logits.vocab)),
-        ids(static_cast<size_t>(problem.logits.vocab)),
-        sum(static_cast<size_t>(problem.width)) {}
+      : logits(new float[static_cast<size_t>(problem.logits.vocab)]),
+        weights(new float[static_cast<size_t>(problem.logits.vocab)]),
+        ids(new int64_t[static_cast<size_t>(problem.logits.vocab)]),
+        sum(new float[static_cast<size_t>(problem.width)]) {}
 };
 
 void embed_row(const Problem& problem, int64_t row, const LogitSliceSums* sums, Scratch& scratch) {
@@ -78,19 +79,18 @@ void embed_row(const Problem& problem, int64_t row, const LogitSliceSums* sums, 
   if (problem.top_k > 0 || problem.top_p < 1.0) {
     WINNOW_SIMD(find_truncation)
     (logits, row, reference, problem.temperature, problem.top_k, problem.top_p, full.mass,
-     scratch.logits.data(), &kept);
+     scratch.logits.get(), &kept);
   }
   int64_t count = 0;
   WINNOW_SIMD(collect_kept)
-  (logits, row, reference, problem.temperature, kept, scratch.ids.data(), scratch.weights.data(),
+  (logits, row, reference, problem.temperature, kept, scratch.ids.get(), scratch.weights.get(),
    &count);
-  const double mass =
-      std::accumulate(scratch.weights.begin(), scratch.weights.begin() + count, 0.0);
+  const double mass = std::accumulate(scratch.weights.get(), scratch.weights.get() + count, 0.0);
   const double share = mixing_share(problem.mix, full.entropy(), problem.most_entropy);
   WINNOW_SIMD(mix_rows)
-  (problem.type, problem.embedding, problem.stride, problem.width, scratch.ids.data(),
-   scratch.weights.data(), share > 0.0 ? count : 0, static_cast<float>(share / mass),
-   problem.mask_embedding, static_cast<float>(1.0 - share), scratch.sum.data(),
+  (problem.type, problem.embedding, problem.stride, problem.width, scratch.ids.get(),
+   scratch.weights.get(), share > 0.0 ? count : 0, static_cast<float>(share / mass),
+   problem.mask_embedding, static_cast<float>(1.0 - share), scratch.sum.get(),
    problem.out_row(row));
 }
 

@@ -93,10 +93,10 @@ void collect_kept(const LogitRows& rows, int64_t row, float reference, double te
       const LogitBlock block =
           load_block<decltype(zero)>(rows, row, begin, block_length(rows, begin), buffer);
       for (int64_t v = 0; v < block.vectors; ++v) {
+        const f32x16 x = load_lanes(block.data + v * kLanes);
+        if (!any(x >= f32x16(kept.threshold))) continue;
         const i32x16 index = lane_index() + static_cast<int32_t>(begin + v * kLanes);
-        const f32x16 mass =
-            kept_weights(load_lanes(block.data + v * kLanes), index, reference, scale, kept).mass;
-        if (!any(mass > f32x16(0.0f))) continue;
+        const f32x16 mass = kept_weights(x, index, reference, scale, kept).mass;
         alignas(64) float w[kLanes];
         store_lanes(w, mass);
         for (int i = 0; i < kLanes; ++i) {
