@@ -315,7 +315,7 @@ def test_order_and_lengths_choose_rows():
         min_size=4,
         max_size=40,
     ),
-    temperature=st.sampled_from([0.0, 1e-3, 1.0, 7.0]),
+    temperature=st.sampled_from([0.0, 1e-300, 1e-3, 1.0, 7.0, 1e300]),
     certain=st.booleans(),
     wide=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
 )

@@ -108,6 +108,16 @@ def test_rows_without_a_distribution_end_the_step(gpu, bad):
     check_greedy(drafts, target)
 
 
+@pytest.mark.parametrize("temperature", [1e-300, 1e300])
+def test_extreme_temperatures(gpu, temperature):
+    target = torch.tensor([[[-INF, 1.0, 0.0, -INF]] * 2], device=gpu)
+    drafts = torch.tensor([[1]], device=gpu)
+    for seed in range(8):
+        result = speculative_verify(drafts, None, target, temperature=temperature, seed=seed)
+        assert set(result.tokens[0].tolist()) <= ({1, -1} if temperature < 1 else {1, 2, -1})
+        assert not result.log_prob.isnan().any()
+
+
 def test_indices_out_of_range_are_never_followed(gpu):
     target = torch.randn(2, 2, 9, device=gpu)
     drafts = torch.tensor([[10**9, 0], [-5, 0]], device=gpu)
