@@ -26,6 +26,7 @@ from torch_winnow.reference.soft_embedding import soft_embedding
 from torch_winnow.reference.unmasking import (
     generate,
     logit_stats,
+    merge_logit_stats,
     select_positions,
     unmask_step_,
 )
@@ -43,6 +44,7 @@ __all__ = [
     "generate",
     "logit_stats",
     "merge_attention",
+    "merge_logit_stats",
     "paged_attention",
     "resample",
     "score_blocks",
