@@ -10,6 +10,7 @@ from torch_winnow.models.decoding import Decoding, sample
 from torch_winnow.models.dense import DenseConfig, DenseDecoder, DenseDecoding
 from torch_winnow.models.layers import StackConfig
 from torch_winnow.models.masked_diffusion import MaskedDiffusion, MaskedDiffusionConfig
+from torch_winnow.models.released_cat import load_released_cat
 
 __all__ = [
     "CATConfig",
@@ -23,5 +24,6 @@ __all__ = [
     "MaskedDiffusion",
     "MaskedDiffusionConfig",
     "StackConfig",
+    "load_released_cat",
     "sample",
 ]

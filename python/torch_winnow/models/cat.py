@@ -6,12 +6,13 @@ so far. So N tokens of context cost N/C + C rows of cache instead of N. One set 
 several chunk sizes; which one is chosen at every call, trading speed against quality.
 
 Rows of the decoder. Block n is ``[vector n, separator, tokens of chunk n]``: vector 0 is a learned
-dummy, vector n is the compression of chunk n - 1, so a token never sees its own chunk's vector. The
-separator is one learned row per chunk size (adaptive models; ``separator=False`` is the layout of
-fixed-size ones). In the paper a row's rotary position is its offset in the block: the place of a
-chunk reaches the decoder through the compressor alone, which reads it from a prefix row, and which
-vector is the latest has to be learned. With ``positions="sequence"`` a row's position is its place
-among all rows, and attention knows it from the start; short trainings want that.
+dummy, one per chunk size, and vector n is the compression of chunk n - 1, so a token never sees its
+own chunk's vector. The separator is one learned row per chunk size (adaptive models;
+``separator=False`` is the layout of fixed-size ones). In the paper a row's rotary position is its
+offset in the block: the place of a chunk reaches the decoder through the compressor alone, which
+reads it from a prefix row, and which vector is the latest has to be learned. With
+``positions="sequence"`` a row's position is its place among all rows, and attention knows it from
+the start; short trainings want that.
 
 The chunk's last token needs no row of its own: the next token is the first of a new chunk and is
 predicted from that chunk's vector and separator, and nothing else could see the row. Leaving it out
@@ -36,8 +37,6 @@ from torch_winnow.models.layers import Stack, StackConfig, check_tokens
 
 __all__ = ["CATConfig", "CATDecoding", "Compressor", "CompressAttendTransformer"]
 
-_PREFIX = 2  # rows before a chunk in the compressor: the chunk size's marker, the chunk's position
-
 
 @dataclass(frozen=True)
 class CATConfig:
@@ -50,6 +49,9 @@ class CATConfig:
         separator: whether a learned row per chunk size follows each vector.
         positions: of the decoder's rows, "block" (the offset in the block, the paper's) or
             "sequence" (the place among all rows).
+        projection: how one projection serves chunks below the largest size: "last" takes its last
+            places, so that the tokens just before a chunk's end are read alike at every size;
+            "interpolated" stretches it, as the paper does.
         vocab_size: number of token ids.
         max_tokens: longest sequence.
     """
@@ -61,6 +63,7 @@ class CATConfig:
     chunk_sizes: tuple[int, ...] = (4, 8, 16, 32)
     separator: bool = True
     positions: Literal["block", "sequence"] = "block"
+    projection: Literal["last", "interpolated"] = "last"
     vocab_size: int = 256
     max_tokens: int = 4096
 
@@ -70,6 +73,16 @@ class CATConfig:
             raise ValueError(f"chunk_sizes: expected distinct positive sizes, got {sizes}")
         if self.positions not in ("block", "sequence"):
             raise ValueError(f'positions: expected "block" or "sequence", got {self.positions!r}')
+        if self.projection not in ("last", "interpolated"):
+            raise ValueError(
+                f'projection: expected "last" or "interpolated", got {self.projection!r}'
+            )
+
+    @property
+    def prefix_rows(self) -> int:
+        """Rows before a chunk in the compressor: the chunk size's marker, if there are several
+        sizes, and the chunk's place."""
+        return 2 if len(self.chunk_sizes) > 1 else 1
 
     @property
     def leading_rows(self) -> int:
@@ -102,13 +115,12 @@ class Compressor(nn.Module):
         width = config.compressor.width
         max_chunks = math.ceil(config.max_tokens / min(config.chunk_sizes))
         self.embedding = nn.Embedding(config.vocab_size, width)
-        self.size_rows = nn.Parameter(torch.randn(len(config.chunk_sizes), width))
+        sizes = len(config.chunk_sizes)
+        self.size_rows = nn.Parameter(torch.randn(sizes, width)) if sizes > 1 else None
         # Waves of many lengths, not noise: neighbours start alike, so that recency can be read from
         # them before training has seen every place many times.
         self.position_rows = nn.Parameter(_waves(max_chunks, width))
-        self.stack = Stack(config.compressor, _PREFIX + max(config.chunk_sizes))
-        # One projection, for the largest chunk; a smaller one uses the part of its last places, so
-        # that the bytes just before a chunk's end, which matter most, are read alike at every size.
+        self.stack = Stack(config.compressor, config.prefix_rows + max(config.chunk_sizes))
         self.projection = nn.Linear(
             max(config.chunk_sizes) * width, config.decoder.width, bias=False
         )
@@ -120,24 +132,33 @@ class Compressor(nn.Module):
         ``first`` is the place of chunk 0 in its sequence.
         """
         batch, count, size = chunks.shape
-        which = self.config.chunk_sizes.index(size)
-        block, width = _PREFIX + size, self.config.compressor.width
+        lead, width = self.config.prefix_rows, self.config.compressor.width
+        block = lead + size
         places = self.position_rows[first : first + count]
-        prefix = torch.stack((self.size_rows[which].expand_as(places), places), dim=1)
-        rows = torch.cat(
-            (prefix.expand(batch, count, _PREFIX, width), self.embedding(chunks)), dim=2
-        )
+        prefix = places.unsqueeze(1)
+        if self.size_rows is not None:
+            marker = self.size_rows[self.config.chunk_sizes.index(size)]
+            prefix = torch.stack((marker.expand_as(places), places), dim=1)
+        rows = torch.cat((prefix.expand(batch, count, lead, width), self.embedding(chunks)), dim=2)
         positions = torch.arange(block, device=chunks.device).repeat(count)
 
         def within_block(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             return block_diagonal_attention(query, key, value, block_size=block)
 
         hidden = self.stack(rows.flatten(1, 2), positions, within_block)
-        hidden = hidden.view(batch, count, block, width)[:, :, _PREFIX:].flatten(2)
-        weight = self.projection.weight
+        return self._project(hidden.view(batch, count, block, width)[:, :, lead:].flatten(2))
+
+    def _project(self, chunks: Tensor) -> Tensor:
+        """One vector per chunk of features ``(B, K, C * width)``."""
+        weight, features = self.projection.weight, chunks.shape[-1]
+        if self.config.projection == "interpolated":
+            if features < weight.shape[1]:
+                size = (weight.shape[0], features)
+                weight = F.interpolate(weight[None, None], size=size, mode="bilinear")[0, 0]
+            return F.linear(chunks, weight)
         # The root gives the vectors of all sizes one magnitude.
-        scale = math.sqrt(weight.shape[1] / hidden.shape[-1])
-        return scale * F.linear(hidden, weight[:, -hidden.shape[-1] :])
+        scale = math.sqrt(weight.shape[1] / features)
+        return scale * F.linear(chunks, weight[:, -features:])
 
 
 class CompressAttendTransformer(nn.Module):
@@ -160,7 +181,7 @@ class CompressAttendTransformer(nn.Module):
         width = config.decoder.width
         self.compressor = Compressor(config)
         self.embedding = nn.Embedding(config.vocab_size, width)
-        self.dummy_vector = nn.Parameter(torch.randn(width))
+        self.dummy_vectors = nn.Parameter(torch.randn(len(config.chunk_sizes), width))
         self.separators = (
             nn.Parameter(torch.randn(len(config.chunk_sizes), width)) if config.separator else None
         )
@@ -242,7 +263,8 @@ class CompressAttendTransformer(nn.Module):
 
     def _vectors(self, chunks: Tensor) -> Tensor:
         """The dummy and the vectors of ``chunks (B, K, C)``: ``(B, K + 1, width)``."""
-        dummy = self.dummy_vector.expand(chunks.shape[0], 1, -1)
+        dummy = self.dummy_vectors[self.config.chunk_sizes.index(chunks.shape[2])]
+        dummy = dummy.expand(chunks.shape[0], 1, -1)
         if not chunks.shape[1]:
             return dummy
         vectors = self.compressor(chunks)
