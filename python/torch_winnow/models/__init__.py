@@ -5,7 +5,8 @@
 - :class:`MaskedDiffusion`: fills in masked tokens in any order.
 """
 
-from torch_winnow.models.cat import CATConfig, CATDecoding, CompressAttendTransformer, Compressor
+from torch_winnow.models.cat import CATConfig, CompressAttendTransformer, Compressor
+from torch_winnow.models.cat_decoding import CATDecoding
 from torch_winnow.models.decoding import Decoding, sample
 from torch_winnow.models.dense import DenseConfig, DenseDecoder, DenseDecoding
 from torch_winnow.models.layers import StackConfig

@@ -23,8 +23,9 @@ The block length is therefore ``C + 1`` with a separator, ``C`` without.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
@@ -32,10 +33,13 @@ from torch import Tensor, nn
 
 from torch_winnow.attention import block_diagonal_attention, cat_attention
 from torch_winnow.kvcache import BlockPool, PagedKVCache
-from torch_winnow.models.decoding import Decoding, check_length, make_pool, sample
+from torch_winnow.models.decoding import check_length, check_lengths, make_pool, sample
 from torch_winnow.models.layers import Stack, StackConfig, check_tokens
 
-__all__ = ["CATConfig", "CATDecoding", "Compressor", "CompressAttendTransformer"]
+if TYPE_CHECKING:
+    from torch_winnow.models.cat_decoding import CATDecoding
+
+__all__ = ["CATConfig", "Compressor", "CompressAttendTransformer"]
 
 
 @dataclass(frozen=True)
@@ -126,19 +130,19 @@ class Compressor(nn.Module):
         )
         nn.init.normal_(self.projection.weight, std=self.projection.in_features**-0.5)
 
-    def forward(self, chunks: Tensor, first: int = 0) -> Tensor:
+    def forward(self, chunks: Tensor, places: Tensor | None = None) -> Tensor:
         """Vectors ``(B, K, decoder width)`` of tokens ``(B, K, C)``.
 
-        ``first`` is the place of chunk 0 in its sequence.
+        ``places (B, K)`` are those of the chunks in their sequences, by default 0 to K - 1.
         """
         batch, count, size = chunks.shape
         lead, width = self.config.prefix_rows, self.config.compressor.width
         block = lead + size
-        places = self.position_rows[first : first + count]
-        prefix = places.unsqueeze(1)
+        place = self.position_rows[:count] if places is None else self.position_rows[places]
+        prefix = place.unsqueeze(-2)
         if self.size_rows is not None:
             marker = self.size_rows[self.config.chunk_sizes.index(size)]
-            prefix = torch.stack((marker.expand_as(places), places), dim=1)
+            prefix = torch.stack((marker.expand_as(place), place), dim=-2)
         rows = torch.cat((prefix.expand(batch, count, lead, width), self.embedding(chunks)), dim=2)
         positions = torch.arange(block, device=chunks.device).repeat(count)
 
@@ -202,10 +206,10 @@ class CompressAttendTransformer(nn.Module):
         padding = count * chunk_size - length  # after every row that is read: it changes nothing
         chunks = F.pad(tokens, (0, padding)).view(batch, count, chunk_size)
         lead, block = self.config.leading_rows, self.config.block_rows(chunk_size)
-        vectors = self._vectors(chunks[:, :-1]).unsqueeze(2)[:, :count]
+        vectors = self.vectors(chunks[:, :-1]).unsqueeze(2)[:, :count]
         rows = [vectors, self.embedding(chunks[:, :, :-1])]
         if self.separators is not None:
-            separator = self._separator(chunk_size)
+            separator = self.separator(chunk_size)
             rows.insert(1, separator.expand(batch, count, 1, -1))
         positions = self._positions(torch.arange(count * block, device=tokens.device), block)
 
@@ -228,10 +232,24 @@ class CompressAttendTransformer(nn.Module):
         return make_pool(self.stack, batch_size, rows, spare_blocks=spare_blocks)
 
     @torch.inference_mode()
-    def start(self, prompt: Tensor, pool: BlockPool, *, chunk_size: int) -> CATDecoding:
-        """Reads ``prompt (B, N)`` (N may be 0) and returns the sequences, ready to grow."""
+    def start(
+        self,
+        prompt: Tensor,
+        pool: BlockPool,
+        *,
+        chunk_size: int,
+        lengths: Sequence[int] | Tensor | None = None,
+    ) -> CATDecoding:
+        """Reads ``prompt (B, N)`` (N may be 0) and returns the sequences, ready to grow.
+
+        Of prompt b the first ``lengths[b]`` tokens count, by default all: sequences may stand at
+        different places of their chunks.
+        """
+        from torch_winnow.models.cat_decoding import CATDecoding
+
         prompt = self._check(prompt, chunk_size, "prompt")
-        return CATDecoding(self, prompt, PagedKVCache(pool, prompt.shape[0]), chunk_size)
+        cache = PagedKVCache(pool, prompt.shape[0])
+        return CATDecoding(self, prompt, check_lengths(lengths, prompt), cache, chunk_size)
 
     def generate(
         self,
@@ -239,13 +257,17 @@ class CompressAttendTransformer(nn.Module):
         num_tokens: int,
         *,
         chunk_size: int,
+        lengths: Sequence[int] | Tensor | None = None,
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Continues ``prompt (B, N)`` by ``num_tokens`` tokens: ``(B, num_tokens)`` int64."""
+        """Continues ``prompt (B, N)`` by ``num_tokens`` tokens: ``(B, num_tokens)`` int64.
+
+        ``lengths`` as in :meth:`start`.
+        """
         total = check_length(prompt, num_tokens, self.config.max_tokens)
         pool = self.block_pool(prompt.shape[0], total, chunk_size=chunk_size)
-        decoding = self.start(prompt, pool, chunk_size=chunk_size)
+        decoding = self.start(prompt, pool, chunk_size=chunk_size, lengths=lengths)
         return sample(decoding, num_tokens, temperature=temperature, generator=generator)
 
     def _check(self, tokens: Tensor, chunk_size: int, name: str = "tokens") -> Tensor:
@@ -261,7 +283,7 @@ class CompressAttendTransformer(nn.Module):
             )
         return tokens
 
-    def _vectors(self, chunks: Tensor) -> Tensor:
+    def vectors(self, chunks: Tensor) -> Tensor:
         """The dummy and the vectors of ``chunks (B, K, C)``: ``(B, K + 1, width)``."""
         dummy = self.dummy_vectors[self.config.chunk_sizes.index(chunks.shape[2])]
         dummy = dummy.expand(chunks.shape[0], 1, -1)
@@ -274,69 +296,9 @@ class CompressAttendTransformer(nn.Module):
         """Rotary positions of rows that are numbered through all blocks."""
         return rows if self.config.positions == "sequence" else rows % block
 
-    def _separator(self, chunk_size: int) -> Tensor:
+    def separator(self, chunk_size: int) -> Tensor:
         assert self.separators is not None
         return self.separators[self.config.chunk_sizes.index(chunk_size)]
-
-
-class CATDecoding(Decoding):
-    """Sequences of a CAT: vectors 0..n in the cache, then the rows of the chunk being decoded.
-
-    When a chunk is full, its rows are dropped and its vector takes their place.
-    """
-
-    def __init__(
-        self, model: CompressAttendTransformer, prompt: Tensor, cache: PagedKVCache, chunk_size: int
-    ) -> None:
-        super().__init__(model.stack, cache, prompt.shape[1], model.config.max_tokens)
-        self._model, self._size = model, chunk_size
-        self._lead = model.config.leading_rows
-        batch = prompt.shape[0]
-        full, tail = divmod(prompt.shape[1], chunk_size)
-        chunks, rest = prompt[:, : full * chunk_size], prompt[:, full * chunk_size :]
-        self._chunk = prompt.new_zeros((batch, chunk_size))
-        self._chunk[:, :tail] = rest
-        # Completed chunks are seen through their vectors alone: their tokens need no rows.
-        rows = [model._vectors(chunks.view(batch, full, chunk_size))]
-        if model.separators is not None:
-            rows.append(model._separator(chunk_size).expand(batch, 1, -1))
-        rows.append(model.embedding(rest))
-        block = model.config.block_rows(chunk_size)
-        vectors = torch.arange(full + 1, device=prompt.device) * block
-        others = vectors[-1] + torch.arange(1, self._lead + tail, device=prompt.device)
-        positions = model._positions(torch.cat((vectors, others)), block)
-        hidden = self._stack(torch.cat(rows, dim=1), positions, self._prefill)
-        self.logits = model.head(hidden[:, -1])
-
-    @torch.inference_mode()
-    def step(self, tokens: Tensor) -> Tensor:
-        model = self._model
-        done, offset = divmod(self.length, self._size)
-        self._lengthen()
-        self._chunk[:, offset] = tokens
-        if offset + 1 < self._size:
-            rows = model.embedding(tokens).unsqueeze(1)
-            start = model.config.block_start(done, self._size) + self._lead + offset
-        else:
-            rows = self._turn_chunk()
-            start = model.config.block_start(done + 1, self._size)
-        hidden = self._stack(rows, slice(start, start + rows.shape[1]), self._append)
-        self.logits = model.head(hidden[:, -1])
-        return self.logits
-
-    def _select(self, sequences: Tensor) -> None:
-        super()._select(sequences)
-        self._chunk = self._chunk[sequences]
-
-    def _turn_chunk(self) -> Tensor:
-        """Replaces the finished chunk's rows by the first rows of the next block."""
-        model, done = self._model, self.length // self._size
-        self.cache.truncate_([done] * self.cache.batch_size)
-        rows: Tensor = model.compressor(self._chunk.unsqueeze(1), first=done - 1)
-        if model.separators is None:
-            return rows
-        separator = model._separator(self._size).expand(rows.shape[0], 1, -1)
-        return torch.cat((rows, separator), dim=1)
 
 
 def _waves(count: int, width: int) -> Tensor:
