@@ -1,8 +1,8 @@
 """Generating token by token: what the dense decoder and the CAT share.
 
-A ``Decoding`` holds the sequences of one batch and their keys and values in pages. They may differ in
-length; each step adds one token to every one of them. What the rows of the cache mean is the model's
-business, and stays in the model's file.
+A ``Decoding`` holds the sequences of one batch and their keys and values in pages. They may differ
+in length; each step adds one token to every one of them. What the rows of the cache mean is the
+model's business, and stays in the model's file.
 """
 
 from __future__ import annotations
