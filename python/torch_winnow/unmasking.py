@@ -7,6 +7,7 @@ needs about a third of the calls of one-at-a-time decoding at equal quality; use
 a threshold of about 0.2 nats.
 
 - :func:`logit_stats`: token, confidence, margin, entropy of each row from one read of the logits.
+- :func:`merge_logit_stats`: the same from parts of the vocabulary, bit for bit.
 - :func:`select_positions`: which positions a rule accepts.
 - :func:`unmask_step_`: both, and the tokens written in place.
 - :func:`generate`: the loop around a model, block by block.
@@ -20,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_winnow._unmasking.logit_stats import LogitStats, id_tensor, logit_stats, seed_tensor
+from torch_winnow._unmasking.logit_stats import LogitStats, logit_stats, seed_tensor
+from torch_winnow._unmasking.merge import merge_logit_stats
 from torch_winnow._unmasking.results import AnswerEntropy, GenerateResult, StepResult
 from torch_winnow._unmasking.rules import (
     ConfidenceFactor,
@@ -33,6 +35,16 @@ from torch_winnow._unmasking.rules import (
     check_rule,
     select,
     select_positions,
+)
+from torch_winnow._unmasking.step import (
+    check_logits,
+    check_tokens,
+    in_window,
+    order_seed,
+    score_of,
+    unmask_step_,
+    with_mask_id,
+    write_tokens,
 )
 
 __all__ = [
@@ -48,142 +60,13 @@ __all__ = [
     "TopK",
     "generate",
     "logit_stats",
+    "merge_logit_stats",
     "select_positions",
     "unmask_step_",
 ]
 
 # Odd, so that the steps of one seed never share a key (the golden ratio, as in splitmix64).
 _STEP_KEY = 0x9E3779B97F4A7C15 - 2**64
-
-
-def _in_window(window: Tensor, length: int) -> Tensor:
-    position = torch.arange(length, device=window.device)
-    return (position >= window[:, :1]) & (position < window[:, 1:])
-
-
-def _score(stats: LogitStats, rule: Rule) -> Tensor:
-    match rule.score:
-        case "entropy":
-            return stats.entropy
-        case "margin":
-            return stats.margin
-        case "confidence":
-            # max_prob is exact where the two agree: e.g. one half, which a threshold may name.
-            return torch.where(stats.token == stats.argmax, stats.max_prob, stats.log_prob.exp())
-        case _:
-            return stats.entropy  # the order is random; only a NaN matters
-
-
-def _check_tokens(tokens: Tensor) -> None:
-    if tokens.dim() != 2 or tokens.dtype not in (torch.int64, torch.int32):
-        raise ValueError(
-            f"tokens: expected (B, L) int64 or int32, got {tuple(tokens.shape)} {tokens.dtype}"
-        )
-
-
-def _check_logits(logits: Tensor, tokens: Tensor) -> None:
-    if logits.dim() != 3 or logits.shape[:2] != tokens.shape:
-        raise ValueError(
-            f"logits: expected (B, L, V) with (B, L) = {tuple(tokens.shape)} as in tokens, "
-            f"got {tuple(logits.shape)}"
-        )
-
-
-def _narrowed(masked: Tensor, mask: Tensor | None, window: Tensor | None) -> Tensor:
-    """The masked positions that the caller's ``mask`` and ``window`` leave to choose from."""
-    if mask is not None:
-        if mask.shape != masked.shape or mask.dtype != torch.bool:
-            raise ValueError(
-                f"mask: expected {tuple(masked.shape)} bool as in tokens, got "
-                f"{tuple(mask.shape)} {mask.dtype}"
-            )
-        masked = masked & mask
-    if window is not None:
-        if not isinstance(window, Tensor) or window.dtype != torch.int64:
-            raise ValueError(f"window: expected an int64 tensor (B, 2), got {window!r}")
-        if window.shape != (masked.shape[0], 2):
-            raise ValueError(
-                f"window: expected (B, 2) with B={masked.shape[0]}, got {tuple(window.shape)}"
-            )
-        masked = masked & _in_window(window, masked.shape[1])
-    return masked
-
-
-def _without(mask_id: int, suppress_ids: Any, logits: Tensor) -> Tensor | None:
-    ids = id_tensor(suppress_ids, logits)
-    if not 0 <= mask_id < logits.shape[-1]:
-        return ids
-    own = torch.full((1,), mask_id, dtype=torch.int64, device=logits.device)
-    return own if ids is None else torch.cat([ids, own])
-
-
-@torch.no_grad()
-def unmask_step_(
-    tokens: Tensor,
-    logits: Tensor,
-    *,
-    mask_id: int,
-    rule: Rule,
-    window: Tensor | None = None,
-    step: int = 0,
-    **logit_stats_options: Any,
-) -> StepResult:
-    """One step of decoding: chooses masked positions by a rule and writes their tokens in place.
-
-    Args:
-        tokens: ``(B, L)`` int64 or int32, changed in place where it equals ``mask_id``.
-        logits: ``(B, L, V)``; only those of masked positions in the window are read.
-        mask_id: the mask's token id. It is suppressed, so it is never written; it may lie outside
-            the vocabulary.
-        rule: one of the rule classes of this module.
-        window: ``(B, 2)`` int64, [start, end) of the positions to choose from.
-        step: which step of a :class:`TopK` schedule this is.
-        logit_stats_options: as in :func:`logit_stats`. ``mask`` narrows the choice further.
-
-    Returns:
-        :class:`StepResult`. Every row with a mask in its window gets at least one token, unless all
-        its logits there are NaN: such positions are left alone.
-
-    Raises:
-        ValueError: for a wrong shape, dtype or option.
-
-    Example:
-        >>> import torch
-        >>> from torch_winnow.unmasking import EntropyThreshold, unmask_step_
-        >>> tokens = torch.tensor([[5, 9, 9]])
-        >>> logits = torch.zeros(1, 3, 10)
-        >>> logits[0, 1, 7] = 20.0
-        >>> unmask_step_(tokens, logits, mask_id=9, rule=EntropyThreshold(0.2)).count, tokens
-        (tensor([1]), tensor([[5, 7, 9]]))
-    """
-    _check_tokens(tokens)
-    _check_logits(logits, tokens)
-    check_rule(rule)
-    masked = _narrowed(tokens == mask_id, logit_stats_options.pop("mask", None), window)
-    seed = seed_tensor(
-        logit_stats_options.pop("seed", None), logit_stats_options.pop("generator", None)
-    )
-    suppressed = _without(mask_id, logit_stats_options.pop("suppress_ids", None), logits)
-    stats = logit_stats(
-        logits, mask=masked, suppress_ids=suppressed, seed=seed, **logit_stats_options
-    )
-    transfer, _ = select(
-        _score(stats, rule), masked, rule, step=step, seed=_order_seed(rule, seed, tokens)
-    )
-    return _write(tokens, transfer, stats)
-
-
-def _order_seed(rule: Rule, seed: Tensor | None, tokens: Tensor) -> Tensor | None:
-    """The key of a random order, which is needed even where tokens are the argmax."""
-    if rule.score != "random" or seed is not None:
-        return seed
-    return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=tokens.device)
-
-
-def _write(tokens: Tensor, transfer: Tensor, stats: LogitStats) -> StepResult:
-    transfer = transfer & (stats.token >= 0)
-    tokens.copy_(torch.where(transfer, stats.token, tokens))
-    return StepResult(transfer, transfer.sum(1), stats)
 
 
 @torch.no_grad()
@@ -239,7 +122,7 @@ def generate(
         >>> result.tokens, result.calls
         (tensor([[0, 1, 2, 3]]), 2)
     """
-    _check_tokens(tokens)
+    check_tokens(tokens)
     check_rule(rule)
     for name, value in (("block_length", block_length), ("steps", steps)):
         if value is not None and value < 1:
@@ -275,16 +158,16 @@ def generate(
             raise ValueError(
                 f"model: expected logits (B, L, V) or an object with them, got {logits!r}"
             )
-        _check_logits(logits, tokens)
+        check_logits(logits, tokens)
         current = (_first(masked) - first) // block
         block_step = torch.where(current == block_index, block_step + 1, 0)
         block_index = current
         start = first + current * block
-        in_block = masked & _in_window(torch.stack([start, start + block], 1), length)
+        in_block = masked & in_window(torch.stack([start, start + block], 1), length)
         stats = logit_stats(
             logits,
             mask=in_block if answer is None else in_block | (masked & answer),
-            suppress_ids=_without(mask_id, suppress_ids, logits),
+            suppress_ids=with_mask_id(mask_id, suppress_ids, logits),
             seed=step_seed,
             **logit_stats_options,
         )
@@ -293,11 +176,11 @@ def generate(
             left = (steps - block_step).clamp(min=1)
             least = torch.maximum(least, (in_block.sum(1) + left - 1) // left)
         transfer, _ = select(
-            _score(stats, rule),
+            score_of(stats, rule),
             in_block,
             rule,
             at_least=least,
-            seed=_order_seed(rule, step_seed, tokens),
+            seed=order_seed(rule, step_seed, tokens),
         )
         if stop is not None and answer is not None:
             pending = masked & answer
@@ -305,7 +188,7 @@ def generate(
             ends = answer.any(1) & ~stopped & (total < stop.gamma)
             transfer = torch.where(ends[:, None], pending, transfer)
             stopped = stopped | ends
-        written = _write(tokens, transfer, stats)
+        written = write_tokens(tokens, transfer, stats)
         step_map.masked_fill_(written.transfer, calls)
         entropies = torch.where(written.transfer, stats.entropy.float(), entropies)
         stuck = in_block.any(1) & ~stopped & (written.count == 0)
