@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_winnow._unmasking.arguments import count_or_none, integer
 from torch_winnow._unmasking.logit_stats import logit_stats, seed_tensor
 from torch_winnow._unmasking.results import AnswerEntropy, GenerateResult
 from torch_winnow._unmasking.rules import Rule, TopK, check_rule, select
@@ -80,9 +81,9 @@ def generate(
     """
     check_tokens(tokens)
     check_rule(rule)
-    for name, value in (("block_length", block_length), ("steps", steps)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name}: expected None or at least 1, got {value}")
+    mask_id = integer("mask_id", mask_id)
+    block_length = count_or_none("block_length", block_length)
+    steps = count_or_none("steps", steps)
     for name in ("mask", "target_ids", "previous_logits", "unconditional_logits"):
         if name in logit_stats_options:
             raise ValueError(f"{name}: belongs to one step, so generate does not take it")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from torch_winnow import _library  # noqa: F401  (registers the operators)
 from torch_winnow._fake import check_same_device
+from torch_winnow._unmasking.arguments import integer
 
 _logit_stats = torch.ops.winnow.logit_stats
 
@@ -52,11 +53,12 @@ def seed_tensor(seed: int | Tensor | None, generator: torch.Generator | None) ->
         return torch.randint(
             -(2**63), 2**63 - 1, (), dtype=torch.int64, generator=generator, device=generator.device
         )
-    if isinstance(seed, int):
-        if not -(2**63) <= seed < 2**63:
-            raise ValueError(f"seed: expected a 64-bit signed integer, got {seed}")
-        return torch.tensor(seed, dtype=torch.int64)
-    return seed
+    if seed is None or isinstance(seed, Tensor):
+        return seed
+    seed = integer("seed", seed)
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed: expected a 64-bit signed integer, got {seed}")
+    return torch.tensor(seed, dtype=torch.int64)
 
 
 def id_tensor(ids: Tensor | Sequence[int] | None, like: Tensor) -> Tensor | None:
@@ -64,9 +66,11 @@ def id_tensor(ids: Tensor | Sequence[int] | None, like: Tensor) -> Tensor | None
         raise ValueError(f"suppress_ids: expected (n,) int64, got {tuple(ids.shape)} {ids.dtype}")
     if ids is None or isinstance(ids, Tensor):
         return ids
-    if not isinstance(ids, Sequence) or not all(isinstance(i, int) for i in ids):
-        raise ValueError(f"suppress_ids: expected integer token ids, got {ids!r}")
-    return torch.tensor(list(ids), dtype=torch.int64, device=like.device)
+    try:
+        numbers = [integer("suppress_ids", i) for i in ids]
+    except (TypeError, ValueError):
+        raise ValueError(f"suppress_ids: expected integer token ids, got {ids!r}") from None
+    return torch.tensor(numbers, dtype=torch.int64, device=like.device)
 
 
 def is_raw(statistics: str) -> bool:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from torch_winnow._unmasking.arguments import number
 from torch_winnow._unmasking.logit_stats import LogitStats
 
 
@@ -58,3 +59,8 @@ class AnswerEntropy:
 
     positions: Tensor
     gamma: float
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.positions, Tensor):
+            raise ValueError(f"positions: expected a bool tensor, got {self.positions!r}")
+        object.__setattr__(self, "gamma", number("gamma", self.gamma, 0.0))

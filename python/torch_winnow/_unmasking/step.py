@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_winnow._unmasking.arguments import integer
 from torch_winnow._unmasking.logit_stats import LogitStats, id_tensor, logit_stats, seed_tensor
 from torch_winnow._unmasking.results import StepResult
 from torch_winnow._unmasking.rules import Rule, check_rule, select
@@ -115,6 +116,7 @@ def unmask_step_(
     check_tokens(tokens)
     check_logits(logits, tokens)
     check_rule(rule)
+    mask_id = integer("mask_id", mask_id)
     masked = narrowed(tokens == mask_id, logit_stats_options.pop("mask", None), window)
     seed = seed_tensor(
         logit_stats_options.pop("seed", None), logit_stats_options.pop("generator", None)
