@@ -14,9 +14,21 @@ a threshold of about 0.2 nats.
 
 from __future__ import annotations
 
+from torch_winnow._unmasking.decoding import Decoding, DecodingStatus
 from torch_winnow._unmasking.generate import generate
+from torch_winnow._unmasking.history_rules import (
+    DraftVerify,
+    FirstHitting,
+    KLStability,
+    Remasking,
+)
 from torch_winnow._unmasking.logit_stats import LogitStats, logit_stats
-from torch_winnow._unmasking.results import AnswerEntropy, GenerateResult, StepResult
+from torch_winnow._unmasking.results import (
+    AnswerEntropy,
+    GenerateResult,
+    StepContext,
+    StepResult,
+)
 from torch_winnow._unmasking.rules import (
     ConfidenceFactor,
     ConfidenceThreshold,
@@ -32,11 +44,18 @@ __all__ = [
     "AnswerEntropy",
     "ConfidenceFactor",
     "ConfidenceThreshold",
+    "Decoding",
+    "DecodingStatus",
+    "DraftVerify",
     "EntropyBound",
     "EntropyThreshold",
+    "FirstHitting",
     "GenerateResult",
+    "KLStability",
     "LogitStats",
     "PrefixThreshold",
+    "Remasking",
+    "StepContext",
     "StepResult",
     "TopK",
     "generate",
