@@ -9,11 +9,14 @@ a threshold of about 0.2 nats.
 - :func:`logit_stats`: token, confidence, margin, entropy of each row from one read of the logits.
 - :func:`select_positions`: which positions a rule accepts.
 - :func:`unmask_step_`: both, and the tokens written in place.
-- :func:`generate`: the loop around a model, block by block.
+- :func:`generate`: the loop around a model, block by block; :data:`presets` holds the published
+  samplers with their defaults, :class:`Decoding` serves loops of one's own.
+- :class:`Template`: prompts with named spans to fill in, and :func:`score_span`, how likely one is.
 """
 
 from __future__ import annotations
 
+from torch_winnow._unmasking import presets
 from torch_winnow._unmasking.decoding import Decoding, DecodingStatus
 from torch_winnow._unmasking.generate import generate
 from torch_winnow._unmasking.history_rules import (
@@ -38,7 +41,9 @@ from torch_winnow._unmasking.rules import (
     TopK,
     select_positions,
 )
+from torch_winnow._unmasking.shadow import ShadowBlock
 from torch_winnow._unmasking.step import unmask_step_
+from torch_winnow._unmasking.template import SpanScore, Template, score_span
 
 __all__ = [
     "AnswerEntropy",
@@ -55,11 +60,16 @@ __all__ = [
     "LogitStats",
     "PrefixThreshold",
     "Remasking",
+    "ShadowBlock",
+    "SpanScore",
     "StepContext",
     "StepResult",
+    "Template",
     "TopK",
     "generate",
     "logit_stats",
+    "presets",
+    "score_span",
     "select_positions",
     "unmask_step_",
 ]

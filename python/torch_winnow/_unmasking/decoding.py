@@ -130,7 +130,9 @@ class Decoding:
         """What a model may want to know before the coming step."""
         window = torch.stack([self._start, self._start + self._block], 1)
         window = window.clamp(max=self.tokens.shape[1])
-        return StepContext(window, self._changed, self._active, self._chooser.time, self.mask_id)
+        return StepContext(
+            window, self._changed, self._active, self._chooser.time, self.mask_id, self._block
+        )
 
     def status(self) -> DecodingStatus:
         """Where the decode stands; waits for the device.

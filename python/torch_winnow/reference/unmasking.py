@@ -221,6 +221,7 @@ def generate(
                 torch.ones(batch, dtype=torch.bool),
                 None if time is None else torch.full((batch,), time, dtype=torch.float64),
                 mask_id,
+                block_length,
             )
             logits = model(asked, about) if context else model(asked)
             logits = getattr(logits, "logits", logits)
