@@ -73,6 +73,13 @@ STABLE_TORCH_LIBRARY(winnow, m) {
       "select_positions(Tensor score, Tensor mask, int order, int criterion, float threshold, "
       "int limit, Tensor? window, Tensor? at_least, Tensor? seed) -> (Tensor transfer, Tensor "
       "count)");
+  m.def(
+      "soft_embedding(Tensor logits, Tensor embedding, Tensor mask_embedding, Tensor? mask, "
+      "float temperature, int? top_k, float? top_p, float mix) -> Tensor");
+  m.def(
+      "speculative_verify(Tensor draft_tokens, Tensor? draft_logits, Tensor target_logits, "
+      "float temperature, Tensor? lengths, Tensor? order, Tensor? seed) -> "
+      "(Tensor accepted, Tensor token, Tensor tokens, Tensor log_prob)");
 
   // kvcache
   m.def(

@@ -43,6 +43,12 @@ CALLS = {
     "unmasking target_ids": lambda: ops.logit_stats(
         SCORES, None, 1.0, None, INDICES[:, 0].to("meta"), None, None, 0.0, None, None, None, True
     ),
+    "verification draft_logits": lambda: ops.speculative_verify(
+        INDICES, X[0].to("meta"), X[0], 0.0, None, None, None
+    ),
+    "embedding mask_embedding": lambda: ops.soft_embedding(
+        SCORES, SCORES.expand(2, 3), SCORES[0].to("meta"), None, 1.0, None, None, 0.2
+    ),
     "kvcache seq_lens": lambda: ops.paged_attention(
         torch.zeros(2, 2, 1, 8), PAGES, PAGES, TABLE, LENGTHS.to("meta")
     ),

@@ -13,6 +13,8 @@ a threshold of about 0.2 nats.
 - :func:`generate`: the loop around a model, block by block; :data:`presets` holds the published
   samplers with their defaults, :class:`Decoding` serves loops of one's own.
 - :class:`Template`: prompts with named spans to fill in, and :func:`score_span`, how likely one is.
+- :func:`speculative_verify`: drafted tokens become an exact sample of a target model.
+- :func:`soft_embedding`: masked positions as mixtures of embeddings, for latent refinement.
 """
 
 from __future__ import annotations
@@ -44,8 +46,10 @@ from torch_winnow._unmasking.rules import (
     select_positions,
 )
 from torch_winnow._unmasking.shadow import ShadowBlock
+from torch_winnow._unmasking.soft_embedding import soft_embedding
 from torch_winnow._unmasking.step import unmask_step_
 from torch_winnow._unmasking.template import SpanScore, Template, score_span
+from torch_winnow._unmasking.verification import Verification, speculative_verify
 
 __all__ = [
     "AnswerEntropy",
@@ -68,11 +72,14 @@ __all__ = [
     "StepResult",
     "Template",
     "TopK",
+    "Verification",
     "generate",
     "logit_stats",
     "merge_logit_stats",
     "presets",
     "score_span",
     "select_positions",
+    "soft_embedding",
+    "speculative_verify",
     "unmask_step_",
 ]

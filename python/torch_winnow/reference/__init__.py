@@ -22,6 +22,7 @@ from torch_winnow.reference.resampling import (
     gather_particles_,
     resample,
 )
+from torch_winnow.reference.soft_embedding import soft_embedding
 from torch_winnow.reference.unmasking import (
     generate,
     logit_stats,
@@ -29,6 +30,7 @@ from torch_winnow.reference.unmasking import (
     select_positions,
     unmask_step_,
 )
+from torch_winnow.reference.verification import speculative_verify
 
 __all__ = [
     "block_diagonal_attention",
@@ -48,5 +50,7 @@ __all__ = [
     "score_blocks",
     "select_blocks",
     "select_positions",
+    "soft_embedding",
+    "speculative_verify",
     "unmask_step_",
 ]
