@@ -24,7 +24,14 @@ Scheme scheme_of(const std::string& name) {
   if (name == "stratified") return Scheme::kStratified;
   if (name == "multinomial") return Scheme::kMultinomial;
   if (name == "residual") return Scheme::kResidual;
-  fail("scheme: expected systematic, stratified, multinomial or residual, got '", name, "'");
+  if (name == "ssp") return Scheme::kSsp;
+  if (name == "killing") return Scheme::kKilling;
+  if (name == "optimal") return Scheme::kOptimal;
+  fail(
+      "scheme: expected systematic, stratified, residual, ssp, killing, optimal or multinomial, "
+      "got "
+      "'",
+      name, "'");
 }
 
 // One uniform per population, or one per sample.
@@ -46,6 +53,24 @@ Tensor check_uniforms(const Tensor& uniforms, const std::string& scheme, const T
                scheme == "systematic" ? "(...)" : "(..., M)", " for log_weights of shape ",
                shape_of(log_weights), " and M = ", samples, ", got shape ", shape_of(uniforms));
   return torch::stable::contiguous(uniforms);
+}
+
+// One particle per population.
+Tensor check_pinned(const Tensor& pinned, const Tensor& log_weights, int64_t samples) {
+  check_cpu("pinned", pinned);
+  check_dtype("pinned", pinned, ScalarType::Long);
+  WINNOW_CHECK(shape(pinned) == leading_shape(log_weights),
+               "pinned: expected one particle per population (...) for log_weights of shape ",
+               shape_of(log_weights), ", got shape ", shape_of(pinned));
+  const Tensor result = torch::stable::contiguous(pinned);
+  const auto* index = static_cast<const int64_t*>(result.data_ptr());
+  const int64_t particles = log_weights.size(log_weights.dim() - 1);
+  const int64_t most = particles < samples ? particles : samples;
+  for (int64_t i = 0; i < result.numel(); ++i) {
+    WINNOW_CHECK(index[i] >= 0 && index[i] < most, "pinned: expected a particle below K = ",
+                 particles, " and M = ", samples, ", got ", index[i]);
+  }
+  return result;
 }
 
 uint64_t seed_of(int64_t seed, const std::optional<Tensor>& seed_tensor) {
@@ -109,7 +134,7 @@ void resample_in_blocks(ResampleCall call) {
 Resampled resample(const Tensor& log_weights, std::string scheme,
                    std::optional<int64_t> num_samples, std::optional<double> ess_threshold,
                    bool keep_slots, std::optional<Tensor> mask, std::optional<Tensor> uniforms,
-                   int64_t seed, std::optional<Tensor> seed_tensor) {
+                   std::optional<Tensor> pinned, int64_t seed, std::optional<Tensor> seed_tensor) {
   check_floating("log_weights", log_weights);
   WINNOW_CHECK(log_weights.dim() >= 1, "log_weights: expected (..., K), got a scalar");
   const Rows rows = as_rows(log_weights);
@@ -138,6 +163,9 @@ Resampled resample(const Tensor& log_weights, std::string scheme,
   WINNOW_CHECK(!keep_slots || samples == particles, "num_samples: expected K = ", particles,
                " with keep_slots, got ", samples);
 
+  WINNOW_CHECK(call.scheme != Scheme::kKilling || samples == particles,
+               "num_samples: expected K = ", particles, " with scheme='killing', got ", samples);
+
   Rows mask_rows = {log_weights, 0, 0, 0};
   if (mask.has_value()) {
     check_cpu("mask", *mask);
@@ -156,6 +184,13 @@ Resampled resample(const Tensor& log_weights, std::string scheme,
     call.uniforms = uniform_rows.data_ptr();
     call.uniforms_type = element_type(uniform_rows);
     call.uniforms_stride = call.scheme == Scheme::kSystematic ? 1 : samples;
+  }
+
+  Tensor pinned_rows = log_weights;
+  if (pinned.has_value()) {
+    WINNOW_CHECK(!uniforms.has_value(), "uniforms: not accepted with pinned, which decides some");
+    pinned_rows = check_pinned(*pinned, log_weights, samples);
+    call.pinned = static_cast<const int64_t*>(pinned_rows.data_ptr());
   }
 
   Shape population = leading_shape(log_weights);
