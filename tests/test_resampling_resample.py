@@ -28,7 +28,7 @@ def assert_same(result, expected):
         )
 
 
-SHAPES = [(1,), (15,), (3, 16), (2, 2, 17), (2, 130), (4200,), (0, 4), (2, 0)]
+SHAPES = [(1,), (15,), (3, 16), (2, 2, 17), (2, 130), (700,), (0, 4), (2, 0)]
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -51,6 +51,14 @@ def test_float64_and_other_sample_counts(scheme, samples, cpu_capability):
     assert_same(result, expected)
     torch.testing.assert_close(result.log_z, expected.log_z, rtol=1e-13, atol=1e-13)
     torch.testing.assert_close(result.ess, expected.ess, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("scheme", ["ssp", "killing", "optimal"])
+def test_more_particles_than_a_run_of_runs(scheme):
+    """ssp pairs 64 particles, then 64 such runs, then those."""
+    log_weights = torch.randn(4200, dtype=torch.float64)
+    options = {"scheme": scheme, "num_samples": 2000 if scheme == "optimal" else None, "seed": 2}
+    assert_same(resample(log_weights, **options), reference.resample(log_weights, **options))
 
 
 @pytest.mark.parametrize("scheme", ["systematic", "stratified", "multinomial"])

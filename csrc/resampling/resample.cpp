@@ -67,8 +67,9 @@ Tensor check_pinned(const Tensor& pinned, const Tensor& log_weights, int64_t sam
   const int64_t particles = log_weights.size(log_weights.dim() - 1);
   const int64_t most = particles < samples ? particles : samples;
   for (int64_t i = 0; i < result.numel(); ++i) {
-    WINNOW_CHECK(index[i] >= 0 && index[i] < most, "pinned: expected a particle below K = ",
-                 particles, " and M = ", samples, ", got ", index[i]);
+    WINNOW_CHECK(index[i] >= 0 && index[i] < most,
+                 "pinned: expected a particle below K = ", particles, " and M = ", samples,
+                 ", got ", index[i]);
   }
   return result;
 }
