@@ -64,13 +64,6 @@ void find_threshold(const Work<T>& work) {
   }
 }
 
-// Slots that end before a particle: those of `kept` kept particles, and points of the grid.
-inline int64_t slots_of_kept(const Population& p, int64_t kept) {
-  if (p.drawn > 0 || p.kept == 0) return kept;
-  const int64_t rest = p.samples % p.kept;
-  return kept * (p.samples / p.kept) + (kept < rest ? kept : rest);
-}
-
 template <typename T>
 void spread_kept_and_drawn(const Work<T>& work, const Arrays<T>& arrays, int64_t b) {
   const Population& p = work.population;
@@ -78,9 +71,12 @@ void spread_kept_and_drawn(const Work<T>& work, const Arrays<T>& arrays, int64_t
   // Without anything to draw the grid has no points.
   const uint64_t total = p.drawn > 0 ? p.drawn_total : 1;
   const uint64_t offset = p.drawn > 0 ? multiply_high(uniform_bits(uniforms, 0), total) : 0;
-  const Grid grid = make_grid(p.drawn, total, offset);
+  const PointGrid grid = make_grid(p.drawn, total, offset);
+  const auto of_kept = [&](int64_t kept) {
+    return slots_of_kept(kept, p.kept, p.drawn, p.samples);
+  };
   const auto slots = [&](uint64_t light, int64_t kept) {
-    return (p.drawn > 0 ? count_at(uniforms, grid, false, light) : 0) + slots_of_kept(p, kept);
+    return (p.drawn > 0 ? count_at(uniforms, grid, false, light) : 0) + of_kept(kept);
   };
   uint64_t light = work.block(b).start;
   int64_t kept = work.block(b).kept;
@@ -106,7 +102,7 @@ void spread_kept_and_drawn(const Work<T>& work, const Arrays<T>& arrays, int64_t
       }
       if (p.drawn > 0) systematic_counts(grid, cumulative + l, counts + l);
     }
-    for (int64_t l = 0; l < n; ++l) counts[l] += slots_of_kept(p, added[l]);
+    for (int64_t l = 0; l < n; ++l) counts[l] += of_kept(added[l]);
     previous = scatter(counts, n, first, previous, limit, arrays.offspring, ancestors);
     for (int64_t l = 0; l < n; ++l) counts[l] = 0;
   }

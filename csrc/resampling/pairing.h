@@ -15,56 +15,21 @@
 namespace winnow {
 namespace {
 
-struct Remainder {
-  uint64_t rest;
-  int64_t owner;
-};
-
-// The whole part of samples * weight / total; the remainder goes to `rest`.
-inline int64_t whole_offspring(const Grid& grid, uint64_t weight, uint64_t* rest) {
-  const auto total = static_cast<int64_t>(grid.total);
-  auto whole = static_cast<int64_t>(static_cast<double>(weight) * grid.ratio);
-  auto over =
-      static_cast<int64_t>(grid.samples * weight - static_cast<uint64_t>(whole) * grid.total);
-  for (; over >= total; over -= total) ++whole;
-  for (; over < 0; over += total) --whole;
-  *rest = static_cast<uint64_t>(over);
-  return whole;
-}
-
-// Given that the pinned particle's remainder will be completed, whether it is now. Its remainder is
-// the probability of that, so each outcome counts in proportion to the remainder that it leaves.
-inline bool completed_now(uint64_t own, uint64_t other, uint64_t bits, uint64_t total) {
-  const double u = static_cast<double>(static_cast<int64_t>(bits >> 11)) * 0x1p-53;
-  const auto t = static_cast<double>(total);
-  const double range = static_cast<double>(2 * total - own - other);
-  return u * static_cast<double>(own) * range < t * static_cast<double>(total - other);
-}
-
-// `live` meets `next`; who is left is `live`. `certain` is the pinned particle if it must gain.
-inline void pair_up(Remainder* live, const Remainder& next, uint64_t bits, uint64_t total,
-                    int64_t certain, int64_t* offspring) {
-  const uint64_t sum = live->rest + next.rest;
-  const bool over = sum >= total;
-  const uint64_t range = over ? 2 * total - sum : sum;
-  const uint64_t share = over ? total - next.rest : live->rest;
-  bool first = multiply_high(bits, range) < share;
-  if (live->owner == certain) {
-    first = !over || completed_now(live->rest, next.rest, bits, total);
-  } else if (next.owner == certain) {
-    first = over && !completed_now(next.rest, live->rest, bits, total);
-  }
-  offspring[first ? live->owner : next.owner] += over;
-  live->owner = first == over ? next.owner : live->owner;
-  live->rest = over ? sum - total : sum;
+// `live` meets `next`; who is left is `live`.
+inline void meet(Remainder* live, const Remainder& next, uint64_t bits, uint64_t total,
+                 int64_t certain, int64_t* offspring) {
+  const Pairing result = pair_up(*live, next, bits, total, certain);
+  *live = result.left;
+  // The one that is left gains nothing; adding that to it spares a branch.
+  offspring[result.completed < 0 ? live->owner : result.completed] += result.completed >= 0;
 }
 
 template <typename T>
 void pair_block(const Work<T>& work, int64_t* offspring, int64_t b) {
   const Population& p = work.population;
-  const Grid grid = make_grid(p.samples, p.total, 0);
+  const PointGrid grid = make_grid(p.samples, p.total, 0);
   const Uniforms uniforms = uniforms_of(work.call, p);
-  const int64_t certain = p.forced_rest ? p.pinned : -1;
+  const int64_t certain = p.forced.rest ? p.pinned : -1;
   const int64_t end = b * kBlock + work.length(b);
   uint64_t weight[kRun];
   uint64_t bits[kRun];
@@ -77,12 +42,13 @@ void pair_block(const Work<T>& work, int64_t* offspring, int64_t b) {
     }
     Remainder live = {};
     for (int64_t l = 0; l < n; ++l) {
-      Remainder next = {0, first + l};
-      offspring[first + l] = whole_offspring(grid, weight[l], &next.rest);
+      const Split share = split(grid, weight[l]);
+      const Remainder next = {share.rest, first + l};
+      offspring[first + l] = share.whole;
       if (l == 0) {
         live = next;
       } else {
-        pair_up(&live, next, bits[l], p.total, certain, offspring);
+        meet(&live, next, bits[l], p.total, certain, offspring);
       }
     }
     work.cumulative[first / kRun] = live.rest;
@@ -95,7 +61,7 @@ template <typename T>
 void pair_runs(const Work<T>& work, int64_t* offspring) {
   const Population& p = work.population;
   const Uniforms uniforms = uniforms_of(work.call, p);
-  const int64_t certain = p.forced_rest ? p.pinned : -1;
+  const int64_t certain = p.forced.rest ? p.pinned : -1;
   int64_t count = (p.particles + kRun - 1) / kRun;
   for (int64_t particles = kRun; count > 1; particles *= kRun) {
     const int64_t groups = (count + kRun - 1) / kRun;
@@ -103,8 +69,8 @@ void pair_runs(const Work<T>& work, int64_t* offspring) {
       const int64_t last = (g + 1) * kRun < count ? (g + 1) * kRun : count;
       Remainder live = {work.cumulative[g * kRun], work.guide[g * kRun]};
       for (int64_t e = g * kRun + 1; e < last; ++e) {
-        pair_up(&live, {work.cumulative[e], work.guide[e]}, uniform_bits(uniforms, e * particles),
-                p.total, certain, offspring);
+        meet(&live, {work.cumulative[e], work.guide[e]}, uniform_bits(uniforms, e * particles),
+             p.total, certain, offspring);
       }
       work.cumulative[g] = live.rest;
       work.guide[g] = static_cast<uint32_t>(live.owner);

@@ -7,33 +7,14 @@
 
 #include <cstdint>
 
-#include "resampling/optimal.h"
-#include "resampling/pairing.h"
-#include "resampling/spread.h"
+#include "resampling/exact.h"
 #include "resampling/work.h"
 
 namespace winnow {
 namespace {
 
-typedef unsigned __int128 Wider;
-
-// Elements of a population's uniforms that no scheme uses.
-constexpr int64_t kPinnedPoint = std::numeric_limits<int64_t>::max();
-constexpr int64_t kPinnedCopy = kPinnedPoint - 1;
-
 inline uint64_t pinned_bits(const ResampleCall& call, const Population& p, int64_t element) {
   return philox_bits(call.seed, static_cast<uint64_t>(p.row), static_cast<uint64_t>(element));
-}
-
-// Uniform in [0, width).
-inline Wider point_below(Wider width, uint64_t bits) {
-  const Wider low = static_cast<Wider>(bits) * static_cast<uint64_t>(width);
-  return static_cast<Wider>(bits) * static_cast<uint64_t>(width >> 64) + (low >> 64);
-}
-
-// The uniform whose multiply_high with `total` is `point`.
-inline uint64_t bits_of_point(uint64_t point, uint64_t total) {
-  return static_cast<uint64_t>(((static_cast<Wider>(point) << 64) + (total - 1)) / total);
 }
 
 // The total of the weights before particle k that lie below the threshold.
@@ -56,65 +37,17 @@ void give_least_weight(const Work<T>& work) {
   if (work.weights[p.pinned] < least) work.weights[p.pinned] = least;
 }
 
-// Killing: b survives in its slot, or another slot is killed and draws b. Particle k is killed with
-// probability 1 - q_k / most; `cumulative` is of the q.
-template <typename T>
-int64_t pinned_slot(const Work<T>& work, uint64_t most, uint64_t bits) {
-  const Population& p = work.population;
-  const Wider point = point_below(static_cast<Wider>(p.particles) * most, bits);
-  if (point < p.total) return p.pinned;
-  int64_t low = 0;
-  int64_t high = p.particles - 1;
-  while (low < high) {
-    const int64_t middle = (low + high) / 2;
-    const Wider killed = static_cast<Wider>(middle + 1) * most - work.cumulative[middle];
-    if (killed > point - p.total) {
-      high = middle;
-    } else {
-      low = middle + 1;
-    }
-  }
-  return low;
-}
-
 // Before anything is spread.
 template <typename T>
 void decide_by_pinned(const Work<T>& work) {
-  const ResampleCall& call = work.call;
+  const Scheme scheme = work.call.scheme;
   Population& p = work.population;
   const uint64_t weight = work.fixed_weight(p.pinned);
-  const bool optimal = call.scheme == Scheme::kOptimal;
-  const auto samples = static_cast<uint64_t>(optimal ? p.drawn : p.samples);
-  const uint64_t total = optimal ? p.drawn_total : p.total;
+  const bool optimal = scheme == Scheme::kOptimal;
   if (optimal && weight >= p.threshold) return;  // kept in any case
-  const uint64_t before = total_before(work, p.pinned, optimal ? p.threshold : ~uint64_t{0});
-  const Wider point =
-      point_below(static_cast<Wider>(samples) * weight, pinned_bits(call, p, kPinnedPoint));
-  const Wider place = static_cast<Wider>(samples) * before + point;
-  switch (call.scheme) {
-    case Scheme::kSystematic:
-    case Scheme::kOptimal:
-      p.forced = 0;
-      p.forced_bits = bits_of_point(static_cast<uint64_t>(place % total), total);
-      break;
-    case Scheme::kStratified:
-      p.forced = static_cast<int64_t>(place / total);
-      p.forced_bits = bits_of_point(static_cast<uint64_t>(place % total), total);
-      break;
-    case Scheme::kMultinomial:
-      p.forced = p.pinned;
-      p.forced_bits = bits_of_point(before, total);
-      break;
-    case Scheme::kResidual:
-    case Scheme::kSsp: {
-      uint64_t rest;
-      const int64_t whole = whole_offspring(make_grid(p.samples, total, 0), weight, &rest);
-      p.forced_rest = point >= static_cast<Wider>(static_cast<uint64_t>(whole)) * total;
-      break;
-    }
-    case Scheme::kKilling:
-      break;  // needs the cumulative weights: pinned_slot
-  }
+  p.forced = force(scheme, p.pinned, optimal ? p.drawn : p.samples, weight,
+                   total_before(work, p.pinned, optimal ? p.threshold : ~uint64_t{0}),
+                   optimal ? p.drawn_total : p.total, pinned_bits(work.call, p, kPinnedPoint));
 }
 
 inline void reverse(int64_t* first, int64_t n) {

@@ -136,8 +136,9 @@ void settle(const Work<T>& work, const Arrays<T>& arrays, int which) {
       if (call.scheme == Scheme::kResidual) residual(work, arrays);
       if (call.scheme == Scheme::kSsp) pair_runs(work, arrays.offspring);
       if (call.scheme == Scheme::kKilling && p.pinned >= 0) {
-        p.forced =
-            pinned_slot(work, static_cast<uint64_t>(p.scale), pinned_bits(call, p, kPinnedPoint));
+        p.forced.element = killed_slot(p.pinned, p.particles, static_cast<uint64_t>(p.scale),
+                                       p.total, pinned_bits(call, p, kPinnedPoint),
+                                       [&](int64_t k) { return work.cumulative[k]; });
       }
       p.items = independent && guide_bits(p.particles) != 0 ? p.blocks : 0;
       break;

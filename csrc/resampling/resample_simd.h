@@ -5,28 +5,10 @@
 
 #include "common/cpu_capability.h"
 #include "common/element_type.h"
+#include "resampling/exact.h"
+#include "resampling/scheme.h"
 
 namespace winnow {
-
-enum class Scheme : int {
-  kSystematic,
-  kStratified,
-  kMultinomial,
-  kResidual,
-  kSsp,
-  kKilling,
-  kOptimal
-};
-
-// Bits of `status`; torch_winnow.resampling.Status names them for users.
-constexpr int32_t kStatusNoWeight = 1;
-constexpr int32_t kStatusNan = 2;
-constexpr int32_t kStatusInfinite = 4;
-constexpr int32_t kStatusNothingLive = 8;
-
-// Work is split in blocks of this size whatever the number of threads, so that results never depend
-// on it. 8192 float weights are 32 KB: a block stays in the first-level cache between its passes.
-constexpr int64_t kBlock = 8192;
 
 struct ResampleCall {
   const void* log_weights;  // row r at r * stride elements
@@ -68,10 +50,8 @@ struct Population {
   double squares;
   double scale;  // weight to fixed point
   uint64_t total;
-  int64_t pinned;        // the particle that keeps its slot, -1: none
-  int64_t forced;        // the uniform whose value `pinned` decides, -1: none
-  uint64_t forced_bits;  // that value
-  bool forced_rest;      // residual, ssp: the pinned particle gains from its remainder
+  int64_t pinned;  // the particle that keeps its slot, -1: none
+  Forced forced;
   uint64_t threshold;    // optimal: the least fixed weight that is kept as it is
   int64_t kept;          // optimal: how many are
   int64_t drawn;         // optimal: how many of the others are drawn,
@@ -100,9 +80,6 @@ struct ResampleScratch {
 };
 
 constexpr int64_t kBytesPerBlock = 64;
-// Particles whose remainders ssp pairs one after another.
-constexpr int64_t kRun = 64;
-
 [[maybe_unused]] inline bool searches(Scheme scheme) {
   return scheme == Scheme::kMultinomial || scheme == Scheme::kResidual ||
          scheme == Scheme::kKilling;

@@ -26,7 +26,7 @@ inline int guide_bits(int64_t particles) {
   return bits;
 }
 
-inline Grid grid_of(const Uniforms& uniforms, const Population& p) {
+inline PointGrid grid_of(const Uniforms& uniforms, const Population& p) {
   const bool systematic = uniforms.call.scheme == Scheme::kSystematic;
   return make_grid(p.samples, p.total,
                    systematic ? multiply_high(uniform_bits(uniforms, 0), p.total) : 0);
@@ -61,7 +61,7 @@ void spread_block(const Work<T>& work, const Arrays<T>& arrays, int64_t b) {
   }
   const bool stratified = call.scheme == Scheme::kStratified;
   const Uniforms uniforms = uniforms_of(call, p);
-  const Grid grid = grid_of(uniforms, p);
+  const PointGrid grid = grid_of(uniforms, p);
   const Block& block = work.block(b);
   int64_t previous = b == 0 ? 0 : count_at(uniforms, grid, stratified, block.start);
   const int64_t limit = b + 1 == p.blocks
@@ -87,7 +87,7 @@ template <typename T>
 void guide_block(const Work<T>& work, int64_t b, uint64_t total) {
   const Population& p = work.population;
   const int64_t cells = int64_t{1} << guide_bits(p.particles);
-  const Grid grid = make_grid(cells, total, 0);
+  const PointGrid grid = make_grid(cells, total, 0);
   const uint64_t* cumulative = work.cumulative;
   const int64_t begin = b * kBlock;
   const int64_t end = begin + work.length(b);
@@ -168,7 +168,7 @@ void draw(const Work<T>& work, uint64_t total, int64_t begin, int64_t end, int64
 template <typename T>
 void kill(const Work<T>& work, int64_t begin, int64_t end, int64_t* offspring, int64_t* ancestors) {
   const Population& p = work.population;
-  const Uniforms uniforms = {work.call, p.row, -1, 0};
+  const Uniforms uniforms = {work.call, p.row, {}};
   const auto shift = static_cast<int>(64 - exponent_of(p.scale));
   uint64_t uniform[kBatch];
   uint32_t particle[kBatch];
@@ -195,8 +195,8 @@ void kill(const Work<T>& work, int64_t begin, int64_t end, int64_t* offspring, i
     }
     find(work, p.total, uniform, killed, offspring, found);
     for (int64_t i = 0; i < killed; ++i) particle[slot[i]] = found[i];
-    if (p.forced >= j && p.forced < j + n) {
-      particle[p.forced - j] = static_cast<uint32_t>(p.pinned);
+    if (p.forced.element >= j && p.forced.element < j + n) {
+      particle[p.forced.element - j] = static_cast<uint32_t>(p.pinned);
     }
     if (ancestors != nullptr) {
       for (int64_t l = 0; l < n; ++l) ancestors[j + l] = particle[l];
@@ -212,20 +212,19 @@ void residual(const Work<T>& work, const Arrays<T>& arrays) {
   const Population& p = work.population;
   int shift = 0;
   while ((int64_t{1} << shift) < p.particles) ++shift;
-  const Grid grid = make_grid(p.samples, p.total, 0);
+  const PointGrid grid = make_grid(p.samples, p.total, 0);
   uint64_t before = 0;
   uint64_t rests = 0;
   int64_t drawn = p.samples;
   for (int64_t k = 0; k < p.particles; ++k) {
     const uint64_t weight = work.cumulative[k] - before;
     before = work.cumulative[k];
-    uint64_t rest;
-    const int64_t whole = whole_offspring(grid, weight, &rest);
-    arrays.offspring[k] = whole;
-    drawn -= whole;
-    work.cumulative[k] = rests += rest >> shift;
+    const Split share = split(grid, weight);
+    arrays.offspring[k] = share.whole;
+    drawn -= share.whole;
+    work.cumulative[k] = rests += share.rest >> shift;
   }
-  if (p.forced_rest) {
+  if (p.forced.rest) {
     ++arrays.offspring[p.pinned];
     --drawn;
   }
@@ -281,7 +280,7 @@ void arrange(const Work<T>& work, const Arrays<T>& arrays) {
   }
   if (p.pinned < 0 || scheme == Scheme::kMultinomial) return;
   if (scheme == Scheme::kKilling) {
-    ancestors[p.forced] = ancestors[p.pinned];
+    ancestors[p.forced.element] = ancestors[p.pinned];
     ancestors[p.pinned] = p.pinned;
   } else {
     rotate_to_pinned(work.call, p, arrays.offspring, ancestors);

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "resampling/exact.h"
 #include "resampling/fixed_point.h"
 #include "resampling/resample_simd.h"
 
@@ -17,12 +18,11 @@ namespace {
 struct Uniforms {
   const ResampleCall& call;
   int64_t row;
-  int64_t forced;
-  uint64_t forced_bits;
+  Forced forced;
 };
 
 inline Uniforms uniforms_of(const ResampleCall& call, const Population& p) {
-  return {call, p.row, p.forced, p.forced_bits};
+  return {call, p.row, p.forced};
 }
 
 template <typename U>
@@ -33,7 +33,7 @@ inline uint64_t bits_of_uniform(U value) {
 }
 
 inline uint64_t uniform_bits(const Uniforms& from, int64_t element) {
-  if (element == from.forced) return from.forced_bits;
+  if (element == from.forced.element) return from.forced.bits;
   const ResampleCall& call = from.call;
   if (call.uniforms == nullptr) {
     return philox_bits(call.seed, static_cast<uint64_t>(from.row), static_cast<uint64_t>(element));
@@ -53,9 +53,9 @@ inline void uniform_lanes(const Uniforms& from, const uint64_t* element, int64_t
                                       load_wide(element + h));
       std::memcpy(bits + h, &drawn, sizeof drawn);
     }
-    if (from.forced < 0) return;
+    if (from.forced.element < 0) return;
     for (int i = 0; i < kLanes; ++i) {
-      if (element[i] == static_cast<uint64_t>(from.forced)) bits[i] = from.forced_bits;
+      if (element[i] == static_cast<uint64_t>(from.forced.element)) bits[i] = from.forced.bits;
     }
     return;
   }
@@ -72,33 +72,8 @@ inline void uniform_run(const Uniforms& from, int64_t first, int64_t limit, uint
   uniform_lanes(from, element, limit, bits);
 }
 
-struct Grid {
-  uint64_t samples;
-  uint64_t total;
-  uint64_t offset;  // systematic: the U of all points
-  double ratio;     // samples / total
-  double shift;     // offset / total
-  double near;      // more than the rounding error of a scaled cumulative weight
-};
-
-inline double near_tie(int64_t samples) {
-  return (static_cast<double>(samples) + 1.0) * 0x1p-50;
-}
-
-inline Grid make_grid(int64_t samples, uint64_t total, uint64_t offset) {
-  Grid grid;
-  grid.samples = static_cast<uint64_t>(samples);
-  grid.total = total;
-  grid.offset = offset;
-  const double inverse = 1.0 / static_cast<double>(total);
-  grid.ratio = static_cast<double>(samples) * inverse;
-  grid.shift = static_cast<double>(offset) * inverse;
-  grid.near = near_tie(samples);
-  return grid;
-}
-
 // ceil((M c - U) / T) where it is known to be `guess` or a neighbour: the remainder fits 64 bits.
-inline int64_t systematic_exact(const Grid& grid, uint64_t cumulative, int64_t guess) {
+inline int64_t systematic_exact(const PointGrid& grid, uint64_t cumulative, int64_t guess) {
   auto rest = static_cast<int64_t>(grid.samples * cumulative - grid.offset -
                                    static_cast<uint64_t>(guess) * grid.total);
   const auto total = static_cast<int64_t>(grid.total);
@@ -107,7 +82,7 @@ inline int64_t systematic_exact(const Grid& grid, uint64_t cumulative, int64_t g
   return guess;
 }
 
-inline int64_t stratified_exact(const Uniforms& from, const Grid& grid, uint64_t cumulative,
+inline int64_t stratified_exact(const Uniforms& from, const PointGrid& grid, uint64_t cumulative,
                                 int64_t guess) {
   auto rest =
       static_cast<int64_t>(grid.samples * cumulative - static_cast<uint64_t>(guess) * grid.total);
@@ -120,7 +95,7 @@ inline int64_t stratified_exact(const Uniforms& from, const Grid& grid, uint64_t
 }
 
 // The cumulative count at one cumulative weight, for the boundaries of blocks.
-inline int64_t count_at(const Uniforms& from, const Grid& grid, bool stratified,
+inline int64_t count_at(const Uniforms& from, const PointGrid& grid, bool stratified,
                         uint64_t cumulative) {
   const auto scaled = static_cast<unsigned __int128>(grid.samples) * cumulative;
   const auto guess = static_cast<int64_t>(scaled / grid.total);
@@ -145,7 +120,7 @@ inline bool any_long(LongPart mask) {
 }
 
 // counts[i] for kWide cumulative weights.
-inline void systematic_counts(const Grid& grid, const uint64_t* cumulative, int64_t* counts) {
+inline void systematic_counts(const PointGrid& grid, const uint64_t* cumulative, int64_t* counts) {
   const f64x8 c = to_double(load_wide(cumulative));
   LongPart ties = {};
   for (int p = 0; p < kParts; ++p) {
@@ -158,8 +133,8 @@ inline void systematic_counts(const Grid& grid, const uint64_t* cumulative, int6
 }
 
 // counts[i] for kLanes cumulative weights.
-inline void stratified_counts(const Uniforms& from, const Grid& grid, const uint64_t* cumulative,
-                              int64_t* counts) {
+inline void stratified_counts(const Uniforms& from, const PointGrid& grid,
+                              const uint64_t* cumulative, int64_t* counts) {
   double fraction[kLanes];
   uint64_t stratum[kLanes];
   for (int h = 0; h < kLanes; h += kWide) {

@@ -72,8 +72,7 @@ void start(const Work<T>& work, int64_t row, int64_t particles, int64_t samples,
   p.blocks = (particles + kBlock - 1) / kBlock;
   p.items = p.blocks;
   p.pinned = pinned;
-  p.forced = -1;
-  p.forced_rest = false;
+  p.forced = {};
   p.log_z = 0.0;
   p.ess = 0.0;
   p.resampled = false;
