@@ -89,6 +89,32 @@ def test_negative_rewards(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("threshold", [None, 0.5, 0.9])
+@pytest.mark.parametrize("scheme", ["systematic", "residual"])
+def test_controller_matches_definition(kind, threshold, scheme):
+    """Prompt by prompt, with broken constraints among the rewards and two runs of one object."""
+    options = {"ess_threshold": threshold, "scheme": scheme, "seed": 3}
+    ours = FKSteering(kind, 1.5, **options)
+    expected = reference.FKSteering(kind, 1.5, **options)
+    for run in range(2):
+        rewards = torch.randn(5, 3, 2, 7, generator=torch.Generator().manual_seed(run))
+        rewards[2, 0, 0, :3] = -INF
+        rewards[3, 1, 0, 2] = float("nan")
+        for step, reward in enumerate(rewards):
+            result = ours.step(reward, terminal=step == 4)
+            wanted = expected.step(reward, terminal=step == 4)
+            assert torch.equal(result.resampled, wanted.resampled)
+            assert torch.equal(result.ancestors, wanted.ancestors)
+            torch.testing.assert_close(ours.weights, wanted.log_weights.softmax(-1))
+            torch.testing.assert_close(ours.log_z, expected.log_z, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(ours.reward, expected.reward, equal_nan=True)
+        assert torch.equal(ours.best(), expected.best())
+        assert torch.equal(ours.select(rewards[0]), expected.select(rewards[0]))
+        ours.reset()
+        expected.reset()
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("threshold", [None, 0.75, 0.9])
 def test_steers_to_the_tilted_distribution(kind, threshold):
     """An enumerable chain: exp(log_z) times the weighted share of each end state estimates
@@ -225,6 +251,15 @@ def test_neighbouring_seeds_share_no_draws():
         steering = FKSteering(ess_threshold=None, scheme="multinomial", seed=seed)
         draws += [tuple(steering.step(rewards).offspring.tolist()) for _ in range(6)]
     assert len(set(draws)) == len(draws) == 42
+
+
+def test_keys_of_numbers_and_tensors_are_the_same():
+    for seed in (0, 1, -1, 7, 2**63 - 1, -(2**63)):
+        for step in (0, 1, 2, 1000):
+            key = _step_key(seed, step)
+            assert key == _step_key(torch.tensor(seed), step).item()
+            assert -(2**63) <= key < 2**63
+    assert _step_key(0, 0) == 0xE220A8397B1DCDAF - 2**64  # splitmix64's first number from 0
 
 
 def test_seeds_of_any_kind_of_integer():

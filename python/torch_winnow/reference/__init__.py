@@ -22,6 +22,7 @@ from torch_winnow.reference.resampling import (
     gather_particles_,
     resample,
 )
+from torch_winnow.reference.steering import FKSteering
 from torch_winnow.reference.unmasking import (
     generate,
     logit_stats,
@@ -30,6 +31,7 @@ from torch_winnow.reference.unmasking import (
 )
 
 __all__ = [
+    "FKSteering",
     "block_diagonal_attention",
     "block_summaries",
     "cat_attention",
