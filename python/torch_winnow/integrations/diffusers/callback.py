@@ -88,8 +88,7 @@ class FKSteeringCallback(PipelineCallback):  # type: ignore[misc]
             raise ValueError(f"reward_fn: expected a function, got {type(reward_fn).__name__}")
         if not isinstance(num_particles, int) or num_particles < 1:
             raise ValueError(f"num_particles: expected an int of at least 1, got {num_particles!r}")
-        is_number = isinstance(steps, int)
-        if (is_number and steps < 1) or not (is_number or isinstance(steps, _NUMBERS)):
+        if not (steps >= 1 if isinstance(steps, int) else isinstance(steps, _NUMBERS)):
             raise ValueError(f"steps: expected at least 1, or a set of numbers, got {steps!r}")
         if reward_on not in ("clean", "sample"):
             raise ValueError(f"reward_on: expected 'clean' or 'sample', got {reward_on!r}")
