@@ -23,6 +23,7 @@ from torch_winnow.reference.resampling import (
     resample,
 )
 from torch_winnow.reference.soft_embedding import soft_embedding
+from torch_winnow.reference.steering import FKSteering
 from torch_winnow.reference.unmasking import (
     generate,
     logit_stats,
@@ -33,6 +34,7 @@ from torch_winnow.reference.unmasking import (
 from torch_winnow.reference.verification import speculative_verify
 
 __all__ = [
+    "FKSteering",
     "block_diagonal_attention",
     "block_summaries",
     "cat_attention",
