@@ -57,7 +57,9 @@ class CacheMachine(RuleBasedStateMachine):
         return sum(block is held for _, rows in self.caches for row in rows for held in row.blocks)
 
     def free_blocks(self) -> int:
-        return self.blocks - len({id(b) for _, rows in self.caches for row in rows for b in row.blocks})
+        return self.blocks - len(
+            {id(b) for _, rows in self.caches for row in rows for b in row.blocks}
+        )
 
     def claim(self, rows: list[Row], touched: list[tuple[int, list[int]]]) -> bool:
         """Give each (row, block indices) blocks of its own; undo it if there are too few."""
