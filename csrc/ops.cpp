@@ -39,9 +39,16 @@ STABLE_TORCH_LIBRARY(winnow, m) {
 
   // resampling
   m.def("effective_sample_size(Tensor log_weights) -> Tensor");
+  m.def("log_mean_exp(Tensor log_weights) -> Tensor");
+  m.def("weight_entropy(Tensor log_weights) -> Tensor");
+  m.def("conditional_effective_sample_size(Tensor log_weights, Tensor log_increments) -> Tensor");
+  m.def(
+      "next_temperature(Tensor log_likelihood, Tensor beta, float target_ess, float max_beta, "
+      "Tensor? log_weights) -> Tensor");
   m.def(
       "resample(Tensor log_weights, str scheme, int? num_samples, float? ess_threshold, "
-      "bool keep_slots, Tensor? mask, Tensor? uniforms, int seed, Tensor? seed_tensor) -> "
+      "bool keep_slots, Tensor? mask, Tensor? uniforms, Tensor? pinned, int seed, "
+      "Tensor? seed_tensor) -> "
       "(Tensor ancestors, Tensor offspring, Tensor log_weights, Tensor log_z, Tensor ess, "
       "Tensor resampled, Tensor status)");
   m.def("gather_particles(Tensor state, Tensor ancestors, int dim) -> Tensor");
