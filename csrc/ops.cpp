@@ -39,9 +39,16 @@ STABLE_TORCH_LIBRARY(winnow, m) {
 
   // resampling
   m.def("effective_sample_size(Tensor log_weights) -> Tensor");
+  m.def("log_mean_exp(Tensor log_weights) -> Tensor");
+  m.def("weight_entropy(Tensor log_weights) -> Tensor");
+  m.def("conditional_effective_sample_size(Tensor log_weights, Tensor log_increments) -> Tensor");
+  m.def(
+      "next_temperature(Tensor log_likelihood, Tensor beta, float target_ess, float max_beta, "
+      "Tensor? log_weights) -> Tensor");
   m.def(
       "resample(Tensor log_weights, str scheme, int? num_samples, float? ess_threshold, "
-      "bool keep_slots, Tensor? mask, Tensor? uniforms, int seed, Tensor? seed_tensor) -> "
+      "bool keep_slots, Tensor? mask, Tensor? uniforms, Tensor? pinned, int seed, "
+      "Tensor? seed_tensor) -> "
       "(Tensor ancestors, Tensor offspring, Tensor log_weights, Tensor log_z, Tensor ess, "
       "Tensor resampled, Tensor status)");
   m.def("gather_particles(Tensor state, Tensor ancestors, int dim) -> Tensor");
@@ -80,6 +87,13 @@ STABLE_TORCH_LIBRARY(winnow, m) {
       "select_positions(Tensor score, Tensor mask, int order, int criterion, float threshold, "
       "int limit, Tensor? window, Tensor? at_least, Tensor? seed) -> (Tensor transfer, Tensor "
       "count)");
+  m.def(
+      "soft_embedding(Tensor logits, Tensor embedding, Tensor mask_embedding, Tensor? mask, "
+      "float temperature, int? top_k, float? top_p, float mix) -> Tensor");
+  m.def(
+      "speculative_verify(Tensor draft_tokens, Tensor? draft_logits, Tensor target_logits, "
+      "float temperature, Tensor? lengths, Tensor? order, Tensor? seed) -> "
+      "(Tensor accepted, Tensor token, Tensor tokens, Tensor log_prob)");
 
   // kvcache
   m.def(
