@@ -1,7 +1,10 @@
 list(APPEND WINNOW_CPU_SOURCES
   csrc/unmasking/logit_stats.cpp
   csrc/unmasking/logit_stats_double.cpp
+  csrc/unmasking/measure_rows.cpp
+  csrc/unmasking/merge_logit_stats.cpp
   csrc/unmasking/select_positions.cpp
+  csrc/unmasking/unmask_step.cpp
 )
 list(APPEND WINNOW_SIMD_SOURCES
   csrc/unmasking/logit_stats_simd.cc

@@ -7,6 +7,7 @@ needs about a third of the calls of one-at-a-time decoding at equal quality; use
 a threshold of about 0.2 nats.
 
 - :func:`logit_stats`: token, confidence, margin, entropy of each row from one read of the logits.
+- :func:`merge_logit_stats`: the same from parts of the vocabulary, bit for bit.
 - :func:`select_positions`: which positions a rule accepts.
 - :func:`unmask_step_`: both, and the tokens written in place.
 - :func:`generate`: the loop around a model, block by block; :data:`presets` holds the published
@@ -26,6 +27,7 @@ from torch_winnow._unmasking.history_rules import (
     Remasking,
 )
 from torch_winnow._unmasking.logit_stats import LogitStats, logit_stats
+from torch_winnow._unmasking.merge import merge_logit_stats
 from torch_winnow._unmasking.results import (
     AnswerEntropy,
     GenerateResult,
@@ -68,6 +70,7 @@ __all__ = [
     "TopK",
     "generate",
     "logit_stats",
+    "merge_logit_stats",
     "presets",
     "score_span",
     "select_positions",

@@ -7,10 +7,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_winnow import _library  # noqa: F401  (registers the operators)
+from torch_winnow._fake import check_same_device
 from torch_winnow._unmasking.arguments import integer
-from torch_winnow._unmasking.logit_stats import LogitStats, id_tensor, logit_stats, seed_tensor
+from torch_winnow._unmasking.logit_stats import (
+    LogitStats,
+    as_stats,
+    check_tensor,
+    empty_statistics,
+    id_tensor,
+    logit_operands,
+)
 from torch_winnow._unmasking.results import StepResult
-from torch_winnow._unmasking.rules import Rule, check_rule, select
+from torch_winnow._unmasking.rules import Rule, _plan, check_rule
+
+_unmask_step = torch.ops.winnow.unmask_step_
+
+# Numbered as in csrc/unmasking/step_arguments.h. In a random order only a NaN matters.
+_SCORES = {"entropy": 0, "confidence": 1, "margin": 2, "random": 0}
 
 
 def in_window(window: Tensor, length: int) -> Tensor:
@@ -32,6 +46,7 @@ def score_of(stats: LogitStats, rule: Rule) -> Tensor:
 
 
 def check_tokens(tokens: Tensor) -> None:
+    check_tensor("tokens", tokens)
     if tokens.dim() != 2 or tokens.dtype not in (torch.int64, torch.int32):
         raise ValueError(
             f"tokens: expected (B, L) int64 or int32, got {tuple(tokens.shape)} {tokens.dtype}"
@@ -39,31 +54,12 @@ def check_tokens(tokens: Tensor) -> None:
 
 
 def check_logits(logits: Tensor, tokens: Tensor) -> None:
+    check_tensor("logits", logits)
     if logits.dim() != 3 or logits.shape[:2] != tokens.shape:
         raise ValueError(
             f"logits: expected (B, L, V) with (B, L) = {tuple(tokens.shape)} as in tokens, "
             f"got {tuple(logits.shape)}"
         )
-
-
-def narrowed(masked: Tensor, mask: Tensor | None, window: Tensor | None) -> Tensor:
-    """The masked positions that the caller's ``mask`` and ``window`` leave to choose from."""
-    if mask is not None:
-        if mask.shape != masked.shape or mask.dtype != torch.bool:
-            raise ValueError(
-                f"mask: expected {tuple(masked.shape)} bool as in tokens, got "
-                f"{tuple(mask.shape)} {mask.dtype}"
-            )
-        masked = masked & mask
-    if window is not None:
-        if not isinstance(window, Tensor) or window.dtype != torch.int64:
-            raise ValueError(f"window: expected an int64 tensor (B, 2), got {window!r}")
-        if window.shape != (masked.shape[0], 2):
-            raise ValueError(
-                f"window: expected (B, 2) with B={masked.shape[0]}, got {tuple(window.shape)}"
-            )
-        masked = masked & in_window(window, masked.shape[1])
-    return masked
 
 
 def with_mask_id(mask_id: int, suppress_ids: Any, logits: Tensor) -> Tensor | None:
@@ -94,8 +90,10 @@ def unmask_step_(
             the vocabulary.
         rule: one of the rule classes of this module.
         window: ``(B, 2)`` int64, [start, end) of the positions to choose from.
-        step: which step of a :class:`TopK` schedule this is.
-        logit_stats_options: as in :func:`logit_stats`. ``mask`` narrows the choice further.
+        step: which step of a :class:`TopK` schedule this is. It is not part of the key of the
+            draws: give each step a seed of its own, or a ``generator``.
+        logit_stats_options: as in :func:`logit_stats`. ``mask`` narrows the choice further;
+            ``shift=True`` where the logits at a position predict the next one (Dream).
 
     Returns:
         :class:`StepResult`. Every row with a mask in its window gets at least one token, unless all
@@ -116,19 +114,68 @@ def unmask_step_(
     check_tokens(tokens)
     check_logits(logits, tokens)
     check_rule(rule)
-    mask_id = integer("mask_id", mask_id)
-    masked = narrowed(tokens == mask_id, logit_stats_options.pop("mask", None), window)
-    seed = seed_tensor(
-        logit_stats_options.pop("seed", None), logit_stats_options.pop("generator", None)
+    mask = logit_stats_options.pop("mask", None)
+    shift = logit_stats_options.pop("shift", False)
+    if "vocab_start" in logit_stats_options:
+        raise ValueError("vocab_start: a step needs the whole vocabulary; merge the parts first")
+    for name, value in (("mask", mask), ("window", window)):
+        if value is not None:
+            check_tensor(name, value)
+    operands = logit_operands(logits, **logit_stats_options)
+    transfer, count, *statistic = _unmask_step(
+        tokens,
+        logits.detach(),
+        integer("mask_id", mask_id),
+        mask,
+        window,
+        *operands,
+        shift,
+        _SCORES[rule.score],
+        *_plan(rule, integer("step", step, 0)),
+        order_seed(rule, operands.seed, tokens),
     )
-    suppressed = with_mask_id(mask_id, logit_stats_options.pop("suppress_ids", None), logits)
-    stats = logit_stats(
-        logits, mask=masked, suppress_ids=suppressed, seed=seed, **logit_stats_options
+    stats = as_stats(
+        statistic, operands.target_ids is not None, operands.previous_logits is not None
     )
-    transfer, _ = select(
-        score_of(stats, rule), masked, rule, step=step, seed=order_seed(rule, seed, tokens)
+    return StepResult(transfer, count, stats)
+
+
+@torch.library.register_fake("winnow::unmask_step_")
+def _(
+    tokens: Tensor,
+    logits: Tensor,
+    mask_id: int,
+    mask: Tensor | None,
+    window: Tensor | None,
+    temperature: float,
+    suppress_ids: Tensor | None,
+    target_ids: Tensor | None,
+    previous_logits: Tensor | None,
+    unconditional_logits: Tensor | None,
+    cfg_scale: float,
+    top_k: int | None,
+    top_p: float | None,
+    seed: Tensor | None,
+    raw: bool,
+    shift: bool,
+    score: int,
+    order: int,
+    criterion: int,
+    threshold: float,
+    limit: int,
+    order_seed: Tensor | None,
+) -> tuple[Tensor, ...]:
+    check_same_device(tokens=tokens, logits=logits, mask=mask, window=window)
+    check_same_device(tokens=tokens, suppress_ids=suppress_ids, target_ids=target_ids)
+    check_same_device(tokens=tokens, previous_logits=previous_logits, seed=seed)
+    check_same_device(tokens=tokens, unconditional_logits=unconditional_logits)
+    check_same_device(tokens=tokens, order_seed=order_seed)
+    transfer = torch.empty(tokens.shape, dtype=torch.bool, device=tokens.device)
+    count = tokens.new_empty(tokens.shape[:1], dtype=torch.int64)
+    statistics = empty_statistics(
+        logits, tuple(tokens.shape), target_ids is not None, previous_logits is not None
     )
-    return write_tokens(tokens, transfer, stats)
+    return transfer, count, *statistics
 
 
 def order_seed(rule: Rule, seed: Tensor | None, tokens: Tensor) -> Tensor | None:

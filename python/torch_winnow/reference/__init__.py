@@ -25,6 +25,7 @@ from torch_winnow.reference.resampling import (
 from torch_winnow.reference.unmasking import (
     generate,
     logit_stats,
+    merge_logit_stats,
     select_positions,
     unmask_step_,
 )
@@ -41,6 +42,7 @@ __all__ = [
     "generate",
     "logit_stats",
     "merge_attention",
+    "merge_logit_stats",
     "paged_attention",
     "resample",
     "score_blocks",

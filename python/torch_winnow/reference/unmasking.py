@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torch_winnow._unmasking.history_rules import DecodingRule
-from torch_winnow._unmasking.logit_stats import LogitStats
+from torch_winnow._unmasking.logit_stats import LogitStats, VocabularyPart
 from torch_winnow._unmasking.results import (
     AnswerEntropy,
     GenerateResult,
@@ -21,7 +21,7 @@ from torch_winnow._unmasking.rules import Rule
 from torch_winnow.reference._history import history_of
 from torch_winnow.reference._selection import select_positions
 
-__all__ = ["generate", "logit_stats", "select_positions", "unmask_step_"]
+__all__ = ["generate", "logit_stats", "merge_logit_stats", "select_positions", "unmask_step_"]
 
 INF = float("inf")
 
@@ -56,8 +56,34 @@ def logit_stats(
     statistics: str = "processed",
     seed: int | Tensor | None = None,
     generator: torch.Generator | None = None,
+    vocab_start: int | None = None,
+    shift: bool = False,
 ) -> LogitStats:
     """See :func:`torch_winnow.unmasking.logit_stats`; the noise of a draw is another."""
+    if shift:
+
+        def earlier(x: Tensor) -> Tensor:
+            return torch.cat([x[..., :1, :], x[..., :-1, :]], -2)
+
+        logits = earlier(logits)
+        previous_logits = None if previous_logits is None else earlier(previous_logits)
+        if unconditional_logits is not None:
+            unconditional_logits = earlier(unconditional_logits)
+    if vocab_start is not None:
+        return _part(
+            logits,
+            vocab_start,
+            suppress_ids,
+            target_ids,
+            mask=mask,
+            temperature=temperature,
+            previous_logits=previous_logits,
+            unconditional_logits=unconditional_logits,
+            cfg_scale=cfg_scale,
+            statistics=statistics,
+            seed=seed,
+            generator=generator,
+        )
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     x = logits.to(dtype)
     if unconditional_logits is not None and cfg_scale != 0:
@@ -114,7 +140,79 @@ def logit_stats(
         }
         ids_of["token"] = ids_of["token"].masked_fill(~mask, -1)
         ids_of["argmax"] = ids_of["argmax"].masked_fill(~mask, 0)
-    return LogitStats(**ids_of, **stats)
+    return LogitStats(**ids_of, **stats)  # type: ignore[arg-type]  # parts: None
+
+
+def _part(
+    logits: Tensor,
+    start: int,
+    suppress_ids: Tensor | Sequence[int] | None,
+    target_ids: Tensor | None,
+    **options: Any,
+) -> LogitStats:
+    """The definition's parts are the logits themselves, those of the step before appended."""
+    stop = start + logits.shape[-1]
+    ids = [] if suppress_ids is None else [int(i) for i in suppress_ids]
+    suppressed = [i - start for i in ids if start <= i < stop]
+    target = None if target_ids is None else target_ids - start
+    stats = logit_stats(logits, suppress_ids=suppressed, target_ids=target, **options)
+    if target is not None and stats.target_log_prob is not None:
+        inside = (target >= 0) & (target < stop - start)
+        measured = ~stats.target_log_prob.isnan() & (stats.max_prob > 0)
+        outside = stats.target_log_prob.masked_fill(measured & ~inside, -INF)
+        stats = stats._replace(target_log_prob=outside)
+    x, unconditional = logits, options["unconditional_logits"]
+    if unconditional is not None and options["cfg_scale"] != 0:
+        guided = unconditional + (options["cfg_scale"] + 1) * (logits - unconditional)
+        x = torch.where(logits == unconditional, logits, guided)
+    held = [x] if options["previous_logits"] is None else [x, options["previous_logits"]]
+    blocks = torch.stack(
+        [row.index_fill(-1, torch.tensor(suppressed).long(), -INF) for row in held]
+    )
+    part = VocabularyPart(
+        start,
+        stop,
+        blocks,
+        options["temperature"],
+        options["statistics"] == "raw",
+        None if options["seed"] is None else torch.as_tensor(options["seed"]),
+        target is not None,
+        len(held) == 2,
+    )
+    skipped = stats.max_prob == 0
+    return stats._replace(
+        token=torch.where(stats.token < 0, stats.token, stats.token + start),
+        argmax=torch.where((stats.argmax < 0) | skipped, stats.argmax, stats.argmax + start),
+        parts=(part,),
+    )
+
+
+def merge_logit_stats(parts: Sequence[LogitStats]) -> LogitStats:
+    """See :func:`torch_winnow.unmasking.merge_logit_stats`: the parts side by side."""
+    by_start = sorted(parts, key=lambda part: part.parts[0].start if part.parts else 0)
+    pieces = [piece for part in by_start for piece in part.parts or ()]
+    rows = torch.cat([piece.blocks for piece in pieces], -1)
+    first = pieces[0]
+    whole = logit_stats(
+        rows[0],
+        mask=by_start[0].max_prob != 0,
+        temperature=first.temperature,
+        previous_logits=rows[1] if first.has_previous else None,
+        statistics="raw" if first.raw else "processed",
+        seed=first.seed,
+    )
+    if first.has_target:
+        shares = [
+            part.target_log_prob + part.logsumexp - whole.logsumexp
+            for part in by_start
+            if part.target_log_prob is not None
+        ]
+        whole = whole._replace(target_log_prob=torch.stack(shares).amax(0))
+    return whole._replace(
+        token=torch.where(whole.token < 0, whole.token, whole.token + first.start),
+        argmax=torch.where(whole.argmax < 0, whole.argmax, whole.argmax + first.start),
+        parts=tuple(pieces),
+    )
 
 
 def _confidence(stats: LogitStats, rule: DecodingRule) -> Tensor:
