@@ -129,10 +129,8 @@ def dream_sampler(model, prompt, mask, steps, max_new_tokens, alg):
 
 
 @pytest.mark.parametrize(("batch", "padded"), [(1, False), (3, False), (3, True)])
-@pytest.mark.parametrize(
-    ("steps", "block_length", "cfg"), [(16, 16, 0.0), (8, 8, 0.0), (16, 4, 1.5)]
-)
-def test_llada(batch, padded, steps, block_length, cfg):
+@pytest.mark.parametrize(("steps", "block", "cfg"), [(16, 16, 0.0), (8, 8, 0.0), (16, 4, 1.5)])
+def test_llada(batch, padded, steps, block, cfg):
     model = LLaDAModelLM()
     ids, mask = prompts(batch, padded)
     expected = llada_sampler(model, ids, mask, steps, 16, block, cfg)
