@@ -182,6 +182,15 @@ struct SliceSums {
 constexpr double kLog2e = 1.4426950408889634;
 constexpr double kLn2 = 0.6931471805599453;
 
+// Finite and not 0, so that 0 stays 0 and infinity infinite.
+template <typename Real>
+WINNOW_DEVICE Real exponent_scale(double temperature) {
+  const double scale = kLog2e / temperature;
+  const double largest = std::numeric_limits<Real>::max();
+  const double smallest = std::numeric_limits<Real>::min();
+  return static_cast<Real>(scale < smallest ? smallest : scale < largest ? scale : largest);
+}
+
 template <typename T, typename Real>
 WINNOW_KERNEL(kThreads)
 scan_slices(LogitView<T, Real> view, double temperature, double draw_temperature,
@@ -221,8 +230,8 @@ scan_slices(LogitView<T, Real> view, double temperature, double draw_temperature
   Real drawn = Real(0);
   const Real reference = static_cast<Real>(top.first);
   if (reference != none && reference != -none) {
-    const Real scale = static_cast<Real>(kLog2e / temperature);
-    const Real draw_scale = static_cast<Real>(kLog2e / draw_temperature);
+    const Real scale = exponent_scale<Real>(temperature);
+    const Real draw_scale = exponent_scale<Real>(draw_temperature);
 #pragma unroll
     for (int e = 0; e < kPerThread; ++e) {
       const Real t = x[e] == reference ? Real(0) : (x[e] - reference) * scale;

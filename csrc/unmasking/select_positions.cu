@@ -8,7 +8,7 @@
 
 #include "common/device.h"
 #include "common/philox.h"
-#include "unmasking/selection_rule.h"
+#include "unmasking/selection_arguments.h"
 
 namespace winnow {
 namespace {
@@ -173,52 +173,31 @@ std::tuple<Tensor, Tensor> select_positions_cuda(const Tensor& score, const Tens
                                                  int64_t limit, const std::optional<Tensor>& window,
                                                  const std::optional<Tensor>& at_least,
                                                  const std::optional<Tensor>& seed) {
-  check_device("score", score);
-  check_dim("score", score, 2, "(B, L)");
-  const ScalarType dtype = score.scalar_type();
-  WINNOW_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double,
-               "score: expected float32 or float64, got ", name_of(dtype));
-  check_device("mask", mask);
-  check_dtype("mask", mask, ScalarType::Bool);
-  WINNOW_CHECK(shape(mask) == shape(score), "mask: expected the shape of score, ", shape_of(score),
-               ", got ", shape_of(mask));
+  const SelectionArguments checked = check_selection(score, mask, window, at_least, check_device);
   const int64_t batch = score.size(0);
   const int64_t length = score.size(1);
-  const auto integers = [&](const char* name, const std::optional<Tensor>& tensor,
-                            const Shape& sizes, const char* layout) -> std::optional<Tensor> {
-    if (!tensor.has_value()) return std::nullopt;
-    check_device(name, *tensor);
-    check_dtype(name, *tensor, ScalarType::Long);
-    WINNOW_CHECK(shape(*tensor) == sizes, name, ": expected ", layout, " with B=", batch,
-                 " as in score, got ", shape_of(*tensor));
-    return torch::stable::contiguous(*tensor);
-  };
   const Stream stream(score);
-  const auto windows = integers("window", window, {batch, 2}, "(B, 2)");
-  const auto minimum = integers("at_least", at_least, {batch}, "(B,)");
-  const Tensor scores = torch::stable::contiguous(score);
-  const Tensor masks = torch::stable::contiguous(mask);
   const Tensor transfer = empty({batch, length}, ScalarType::Bool, score);
   const Tensor count = empty({batch}, ScalarType::Long, score);
   const Tensor rank = empty({2, batch, length}, ScalarType::Long, score);
 
   Selection call = {};
-  call.mask = global<const bool>(masks);
-  if (windows) call.window = global<const int64_t>(*windows);
-  if (minimum) call.at_least = global<const int64_t>(*minimum);
+  call.mask = global<const bool>(checked.mask);
+  if (checked.window) call.window = global<const int64_t>(*checked.window);
+  if (checked.at_least) call.at_least = global<const int64_t>(*checked.at_least);
   if (seed) call.seed = seed_of(*seed);
-  call.rule = {static_cast<Order>(order), static_cast<Criterion>(criterion), threshold, limit};
+  call.rule = make_rule(order, criterion, threshold, limit);
   call.length = length;
   call.rank = global<int64_t>(rank);
   call.leftmost = global<int64_t>(rank) + batch * length;
   call.transfer = global<bool>(transfer);
   call.count = global<int64_t>(count);
-  if (dtype == ScalarType::Double) {
+  if (score.scalar_type() == ScalarType::Double) {
     launch("select_positions", select_rows<double>, {batch}, kThreads, stream,
-           global<const double>(scores), call);
+           global<const double>(checked.score), call);
   } else {
     launch("select_positions", select_rows<float>, {batch}, kThreads, stream,
-           global<const float>(scores), call);
+           global<const float>(checked.score), call);
   }
   return {transfer, count};
 }
