@@ -1,4 +1,4 @@
-// winnow::soft_embedding on the CPU. Slices of all rows that count are spread over threads for the
+// winnow::soft_embedding on the CPU. Blocks of all rows that count are spread over threads for the
 // entropies; then, a row at a time, top-k and top-p are found without a sort, what they keep is
 // listed, and only those rows of the embedding are read.
 #include "unmasking/soft_embedding.h"
@@ -69,10 +69,9 @@ struct Scratch {
         sum(new float[static_cast<size_t>(problem.width)]) {}
 };
 
-void embed_row(const Problem& problem, int64_t row, const LogitSliceSums* sums, Scratch& scratch) {
+void embed_row(const Problem& problem, int64_t row, const LogitBlockSums* sums, Scratch& scratch) {
   const LogitRows& logits = problem.logits;
-  const LogitDistribution full =
-      merge_slices(sums, logit_slices(logits.vocab), problem.temperature);
+  const LogitDistribution full = merge_blocks(logits, sums, problem.temperature);
   if (full.nan || !std::isfinite(full.reference)) return fill_nan(problem, row);
   const auto reference = static_cast<float>(full.reference);
   Truncation kept = {-std::numeric_limits<float>::infinity(), 0, -1};
@@ -96,17 +95,17 @@ void embed_row(const Problem& problem, int64_t row, const LogitSliceSums* sums, 
 
 void run(const Problem& problem) {
   const auto count = static_cast<int64_t>(problem.active.size());
-  const int64_t slices = logit_slices(problem.logits.vocab);
-  std::vector<LogitSliceSums> sums(static_cast<size_t>(count * slices));
-  const auto scan = WINNOW_SIMD(scan_logit_slices);
-  torch::stable::parallel_for(0, count * slices, 4, [&](int64_t begin, int64_t end) {
+  const int64_t blocks = logit_blocks(problem.logits.start, problem.logits.vocab);
+  std::vector<LogitBlockSums> sums(static_cast<size_t>(count * blocks));
+  const auto scan = WINNOW_SIMD(scan_logit_blocks);
+  torch::stable::parallel_for(0, count * blocks, 32, [&](int64_t begin, int64_t end) {
     scan(problem.logits, problem.active.data(), begin, end - begin, problem.temperature,
          problem.temperature, sums.data() + begin);
   });
   torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
     Scratch scratch(problem);
     for (int64_t a = begin; a < end; ++a) {
-      embed_row(problem, problem.active[static_cast<size_t>(a)], sums.data() + a * slices, scratch);
+      embed_row(problem, problem.active[static_cast<size_t>(a)], sums.data() + a * blocks, scratch);
     }
   });
 }
@@ -171,8 +170,8 @@ Tensor soft_embedding(const Tensor& logits, const Tensor& embedding, const Tenso
   const Tensor out = empty(out_shape, embedding.scalar_type(), embedding);
 
   Problem problem = {};
-  problem.logits = {rows.tensor.data_ptr(), rows.stride, nullptr, 0,          1.0,
-                    element_type(logits),   nullptr,     0,       rows.length};
+  problem.logits = {rows.tensor.data_ptr(), rows.stride, nullptr, 0,           1.0,
+                    element_type(logits),   nullptr,     0,       rows.length, 0};
   problem.embedding = static_cast<const char*>(embedding.data_ptr());
   problem.stride = embedding.stride(0);
   problem.width = embedding.size(1);

@@ -75,7 +75,7 @@ mix_rows(LogitView<T, Real> view, Mixture<E> mixture, Global<const SliceSums> sl
       mixing_share(mixture.mix, log(full.mass) - full.moment / full.mass, mixture.most_entropy);
 
   const Real reference = static_cast<Real>(full.top.first);
-  const Real scale = static_cast<Real>(kLog2e / mixture.temperature);
+  const Real scale = exponent_scale<Real>(mixture.temperature);
   constexpr int N = 16 / sizeof(T);
   Real sum[kColumns] = {};
   for (int64_t slice = 0; slice < count && share > 0.0; ++slice) {

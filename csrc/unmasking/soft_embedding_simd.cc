@@ -89,9 +89,9 @@ void collect_kept(const LogitRows& rows, int64_t row, float reference, double te
   int64_t n = 0;
   dispatch_logits(rows.type, [&](auto zero) {
     alignas(64) float buffer[kLogitBlock];
-    for (int64_t begin = 0; begin < rows.vocab; begin += kLogitBlock) {
-      const LogitBlock block =
-          load_block<decltype(zero)>(rows, row, begin, block_length(rows, begin), buffer);
+    for (int64_t b = 0; b < logit_blocks(rows.start, rows.vocab); ++b) {
+      const LogitBlock block = load_block<decltype(zero)>(rows, row, b, buffer);
+      const int64_t begin = block_begin(rows, b);
       for (int64_t v = 0; v < block.vectors; ++v) {
         const f32x16 x = load_lanes(block.data + v * kLanes);
         if (!any(x >= f32x16(kept.threshold))) continue;

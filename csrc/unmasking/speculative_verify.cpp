@@ -1,5 +1,5 @@
 // winnow::speculative_verify on the CPU. One step of all rows at a time: the rows of a step are
-// read only where the drafts before it were accepted, and slices of the vocabulary are spread over
+// read only where the drafts before it were accepted, and blocks of the vocabulary are spread over
 // threads. Then the rows that stopped draw their token from what the drafts left of the target.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -13,20 +13,16 @@
 #include "common/checks.h"
 #include "common/philox.h"
 #include "common/tensors.h"
+#include "unmasking/logit_draw.h"
 #include "unmasking/speculative_verify.h"
 #include "unmasking/verification_rows.h"
 
 namespace winnow {
 namespace {
 
-constexpr uint64_t kStepKey = uint64_t{1} << 32;  // elements of a step; slices begin below
-constexpr uint64_t kAcceptance = kStepKey - 1;    // the last of them: no slice begins there
-
-// (0, 1), 64 bits, exact towards 0.
-double open_uniform(uint32_t low, uint32_t high) {
-  const uint64_t bits = (static_cast<uint64_t>(high) << 32) | low;
-  return std::min((static_cast<double>(bits) + 0.5) * 0x1p-64, 1.0 - 0x1p-53);
-}
+constexpr int64_t kStepBlocks = (int64_t{1} << 32) / kLogitBlock;  // keys of a step, in blocks
+// The last element of a step: no block begins there.
+constexpr uint64_t kAcceptance = (uint64_t{1} << 32) - 1;
 
 // The checked arguments.
 struct Problem {
@@ -57,8 +53,8 @@ struct Problem {
 };
 
 LogitRows view_of(const Rows& rows) {
-  return {rows.tensor.data_ptr(),    rows.stride, nullptr, 0,          1.0,
-          element_type(rows.tensor), nullptr,     0,       rows.length};
+  return {rows.tensor.data_ptr(),    rows.stride, nullptr, 0,           1.0,
+          element_type(rows.tensor), nullptr,     0,       rows.length, 0};
 }
 
 struct Outcome {
@@ -102,7 +98,7 @@ class Verifier {
  private:
   double uniform(int64_t row, int64_t step) const {
     const Philox4 bits = philox(problem_.seed, static_cast<uint64_t>(row),
-                                static_cast<uint64_t>(step) * kStepKey + kAcceptance);
+                                (static_cast<uint64_t>(step) << 32) + kAcceptance);
     return open_uniform(bits.x[0], bits.x[1]);
   }
 
@@ -171,51 +167,38 @@ class Verifier {
     return false;
   }
 
-  // Slices compete by exponential clocks in proportion to their mass, then one of them is inverted:
-  // as exact in the tail as logit_stats.
+  // Blocks of the vocabulary compete in proportion to their mass, then one of them is inverted.
   void draw() {
-    const int64_t slices = logit_slices(problem_.target_rows.length);
+    const LogitRows view = view_of(problem_.target_rows);
+    const int64_t blocks = logit_blocks(view.start, view.vocab);
     const auto count = static_cast<int64_t>(pending_.size());
-    std::vector<double> masses(static_cast<size_t>(count * slices));
-    torch::stable::parallel_for(0, count * slices, 4, [&](int64_t begin, int64_t end) {
+    std::vector<double> masses(static_cast<size_t>(count * blocks));
+    torch::stable::parallel_for(0, count * blocks, 32, [&](int64_t begin, int64_t end) {
       for (int64_t u = begin; u < end; ++u) {
         masses[static_cast<size_t>(u)] =
-            rows_.slice_mass(pending_[static_cast<size_t>(u / slices)].place, u % slices);
+            rows_.block_mass(pending_[static_cast<size_t>(u / blocks)].place, u % blocks);
       }
     });
     torch::stable::parallel_for(0, count, 4, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        draw_token(pending_[static_cast<size_t>(i)], masses.data() + i * slices, slices);
+        draw_token(pending_[static_cast<size_t>(i)], masses.data() + i * blocks, blocks);
       }
     });
   }
 
-  void draw_token(Pending& pending, double* masses, int64_t slices) {
+  void draw_token(Pending& pending, double* masses, int64_t blocks) {
     ResidualPlace& place = pending.place;
-    if (!std::any_of(masses, masses + slices, [](double mass) { return mass > 0.0; })) {
+    if (!std::any_of(masses, masses + blocks, [](double mass) { return mass > 0.0; })) {
       // The two distributions are equal but for rounding, which rejected the draft: any token of
       // the target will do.
       place.draft = -1;
       place.excluded = -1;
-      for (int64_t s = 0; s < slices; ++s) masses[s] = rows_.slice_mass(place, s);
+      for (int64_t b = 0; b < blocks; ++b) masses[b] = rows_.block_mass(place, b);
     }
-    double earliest = 0.0;
-    int64_t chosen = -1;
-    double inside = 0.0;
-    for (int64_t s = 0; s < slices; ++s) {
-      if (!(masses[s] > 0.0)) continue;
-      const Philox4 bits = philox(
-          problem_.seed, static_cast<uint64_t>(pending.row),
-          static_cast<uint64_t>(pending.step) * kStepKey + static_cast<uint64_t>(s * kLogitSlice));
-      const double arrival = -std::log1p(-open_uniform(bits.x[0], bits.x[1]));
-      const double log_time = std::log(arrival) - std::log(masses[s]);
-      if (chosen >= 0 && !(log_time < earliest)) continue;
-      earliest = log_time;
-      chosen = s;
-      inside = open_uniform(bits.x[2], bits.x[3]);
-    }
+    BlockRace race(problem_.seed, pending.row);
+    for (int64_t b = 0; b < blocks; ++b) race.enter(b, pending.step * kStepBlocks + b, masses[b]);
     Outcome& out = outcomes_[static_cast<size_t>(pending.row)];
-    out.token = rows_.draw(place, chosen, inside);
+    out.token = rows_.draw(place, race.block(), race.uniform());
     out.put(out.token, place.target_measured.log_prob(rows_.logit(true, place.target, out.token),
                                                       temperature_));
   }

@@ -49,14 +49,6 @@ struct Models {
   LogitView<T, Real> draft;
 };
 
-// Not 0, so that infinitely low logits stay so at any temperature.
-template <typename Real>
-WINNOW_DEVICE Real scale_of(double temperature) {
-  const double scale = kLog2e / temperature;
-  const double smallest = std::numeric_limits<Real>::min();
-  return static_cast<Real>(scale > smallest ? scale : smallest);
-}
-
 // Slice sums of the target's rows of all steps, then of the draft's.
 template <typename T, typename Real>
 WINNOW_KERNEL(kThreads)
@@ -93,7 +85,7 @@ measure_steps(Models<T, Real> models, Steps steps, Global<SliceSums> sums) {
   Real mass = Real(0);
   const Real reference = static_cast<Real>(top.first);
   if (reference != none && reference != -none) {
-    const Real scale = scale_of<Real>(steps.temperature);
+    const Real scale = exponent_scale<Real>(steps.temperature);
 #pragma unroll
     for (int e = 0; e < kPerThread; ++e) {
       mass += exp2_of(x[e] == reference ? Real(0) : (x[e] - reference) * scale);
@@ -208,7 +200,7 @@ struct Residual {
         target_share(static_cast<Real>(1.0 / verdict.target_distribution.mass)),
         draft_reference(static_cast<Real>(verdict.draft_distribution.top.first)),
         draft_share(static_cast<Real>(1.0 / verdict.draft_distribution.mass)),
-        scale(scale_of<Real>(temperature)) {}
+        scale(exponent_scale<Real>(temperature)) {}
 
   WINNOW_DEVICE double weight(int64_t index, Real x, Real y) const {
     if (index == excluded) return 0.0;

@@ -17,14 +17,14 @@ struct ResidualRow {
   int64_t excluded;  // a token that must not be drawn, or -1
 };
 
-// Sum of max(p - q, 0) over one slice of the vocabulary.
-WINNOW_SIMD_DECLARE(sum_residual_slice, const LogitRows& target, const LogitRows& draft,
-                    const ResidualRow& row, double temperature, int64_t slice, double* mass)
+// Sum of max(p - q, 0) over one block of the vocabulary.
+WINNOW_SIMD_DECLARE(sum_residual_block, const LogitRows& target, const LogitRows& draft,
+                    const ResidualRow& row, double temperature, int64_t block, double* mass)
 
-// A token of one slice drawn in proportion to max(p - q, 0), by inverting the distribution function
-// at `uniform` in [0, 1); -1 where the slice has no mass.
-WINNOW_SIMD_DECLARE(draw_in_residual_slice, const LogitRows& target, const LogitRows& draft,
-                    const ResidualRow& row, double temperature, int64_t slice, double uniform,
+// A token of one block drawn in proportion to max(p - q, 0), by inverting the distribution function
+// at `uniform` in [0, 1); -1 where the block has no mass.
+WINNOW_SIMD_DECLARE(draw_in_residual_block, const LogitRows& target, const LogitRows& draft,
+                    const ResidualRow& row, double temperature, int64_t block, double uniform,
                     int64_t* token)
 
 }  // namespace winnow

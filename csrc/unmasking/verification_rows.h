@@ -42,17 +42,17 @@ class FloatVerification {
 
   std::vector<MeasuredRow> measure(bool of_target, const std::vector<int64_t>& rows) const {
     const LogitRows& view = of_target ? target_ : draft_;
-    const int64_t slices = logit_slices(view.vocab);
+    const int64_t blocks = logit_blocks(view.start, view.vocab);
     const auto count = static_cast<int64_t>(rows.size());
-    std::vector<LogitSliceSums> sums(static_cast<size_t>(count * slices));
-    const auto scan = WINNOW_SIMD(scan_logit_slices);
-    torch::stable::parallel_for(0, count * slices, 4, [&](int64_t begin, int64_t end) {
+    std::vector<LogitBlockSums> sums(static_cast<size_t>(count * blocks));
+    const auto scan = WINNOW_SIMD(scan_logit_blocks);
+    torch::stable::parallel_for(0, count * blocks, 32, [&](int64_t begin, int64_t end) {
       scan(view, rows.data(), begin, end - begin, temperature_, temperature_, sums.data() + begin);
     });
     std::vector<MeasuredRow> measured(rows.size());
     for (size_t i = 0; i < rows.size(); ++i) {
       const LogitDistribution row =
-          merge_slices(sums.data() + static_cast<int64_t>(i) * slices, slices, temperature_);
+          merge_blocks(view, sums.data() + static_cast<int64_t>(i) * blocks, temperature_);
       measured[i] = {row.reference, std::log(row.mass), row.argmax,
                      !row.nan && std::isfinite(row.reference)};
     }
@@ -61,21 +61,21 @@ class FloatVerification {
 
   double logit(bool of_target, int64_t row, int64_t index) const {
     float x = 0.0f;
-    WINNOW_SIMD(logit_at)(of_target ? target_ : draft_, row, index, &x);
+    WINNOW_SIMD(copy_logits)(of_target ? target_ : draft_, row, index, 1, &x);
     return x;
   }
 
-  double slice_mass(const ResidualPlace& place, int64_t slice) const {
+  double block_mass(const ResidualPlace& place, int64_t block) const {
     double mass = 0.0;
-    WINNOW_SIMD(sum_residual_slice)
-    (target_, draft_, narrow(place), temperature_, slice, &mass);
+    WINNOW_SIMD(sum_residual_block)
+    (target_, draft_, narrow(place), temperature_, block, &mass);
     return mass;
   }
 
-  int64_t draw(const ResidualPlace& place, int64_t slice, double uniform) const {
+  int64_t draw(const ResidualPlace& place, int64_t block, double uniform) const {
     int64_t token = -1;
-    WINNOW_SIMD(draw_in_residual_slice)
-    (target_, draft_, narrow(place), temperature_, slice, uniform, &token);
+    WINNOW_SIMD(draw_in_residual_block)
+    (target_, draft_, narrow(place), temperature_, block, uniform, &token);
     return token;
   }
 
@@ -128,16 +128,17 @@ class DoubleVerification {
     return data(of_target, row)[index];
   }
 
-  double slice_mass(const ResidualPlace& place, int64_t slice) const {
+  double block_mass(const ResidualPlace& place, int64_t block) const {
     double mass = 0.0;
-    for (int64_t v = slice * kLogitSlice; v < end_of(slice); ++v) mass += weight(place, v);
+    for (int64_t v = block_begin(target_, block); v < block_end(target_, block); ++v)
+      mass += weight(place, v);
     return mass;
   }
 
-  int64_t draw(const ResidualPlace& place, int64_t slice, double uniform) const {
-    double left = uniform * slice_mass(place, slice);
+  int64_t draw(const ResidualPlace& place, int64_t block, double uniform) const {
+    double left = uniform * block_mass(place, block);
     int64_t token = -1;
-    for (int64_t v = slice * kLogitSlice; v < end_of(slice); ++v) {
+    for (int64_t v = block_begin(target_, block); v < block_end(target_, block); ++v) {
       const double w = weight(place, v);
       if (!(w > 0.0)) continue;
       token = v;
@@ -151,11 +152,6 @@ class DoubleVerification {
   const double* data(bool of_target, int64_t row) const {
     const LogitRows& view = of_target ? target_ : draft_;
     return static_cast<const double*>(view.logits) + row * view.stride;
-  }
-
-  int64_t end_of(int64_t slice) const {
-    const int64_t end = (slice + 1) * kLogitSlice;
-    return end < target_.vocab ? end : target_.vocab;
   }
 
   double weight(const ResidualPlace& place, int64_t v) const {
