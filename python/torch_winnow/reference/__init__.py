@@ -33,6 +33,7 @@ from torch_winnow.reference.soft_embedding import soft_embedding
 from torch_winnow.reference.steering import FKSteering
 from torch_winnow.reference.unmasking import (
     generate,
+    linear_logit_stats,
     logit_stats,
     merge_logit_stats,
     select_positions,
@@ -53,6 +54,7 @@ __all__ = [
     "gather_particles_",
     "generate",
     "log_mean_exp",
+    "linear_logit_stats",
     "logit_stats",
     "merge_attention",
     "merge_logit_stats",
