@@ -18,20 +18,28 @@ from torch_winnow._resampling.weights import (
     normalised_weights,
     weight_entropy,
 )
+from torch_winnow._resampling.without_replacement import (
+    WithoutReplacement,
+    inclusion_probabilities,
+    sample_without_replacement,
+)
 
 __all__ = [
     "FKSteering",
     "PotentialState",
     "Resampling",
     "Status",
+    "WithoutReplacement",
     "conditional_effective_sample_size",
     "effective_sample_size",
     "fk_potential",
     "gather_particles",
     "gather_particles_",
+    "inclusion_probabilities",
     "log_mean_exp",
     "next_temperature",
     "normalised_weights",
     "resample",
+    "sample_without_replacement",
     "weight_entropy",
 ]

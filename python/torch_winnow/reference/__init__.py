@@ -29,6 +29,10 @@ from torch_winnow.reference.resampling_weights import (
     normalised_weights,
     weight_entropy,
 )
+from torch_winnow.reference.resampling_without_replacement import (
+    inclusion_probabilities,
+    sample_without_replacement,
+)
 from torch_winnow.reference.unmasking import (
     generate,
     logit_stats,
@@ -47,6 +51,7 @@ __all__ = [
     "gather_particles",
     "gather_particles_",
     "generate",
+    "inclusion_probabilities",
     "log_mean_exp",
     "logit_stats",
     "merge_attention",
@@ -54,6 +59,7 @@ __all__ = [
     "normalised_weights",
     "paged_attention",
     "resample",
+    "sample_without_replacement",
     "score_blocks",
     "select_blocks",
     "select_positions",
