@@ -47,7 +47,8 @@ STABLE_TORCH_LIBRARY(winnow, m) {
       "Tensor? log_weights) -> Tensor");
   m.def(
       "resample(Tensor log_weights, str scheme, int? num_samples, float? ess_threshold, "
-      "bool keep_slots, Tensor? mask, Tensor? uniforms, int seed, Tensor? seed_tensor) -> "
+      "bool keep_slots, Tensor? mask, Tensor? uniforms, Tensor? pinned, int seed, "
+      "Tensor? seed_tensor) -> "
       "(Tensor ancestors, Tensor offspring, Tensor log_weights, Tensor log_z, Tensor ess, "
       "Tensor resampled, Tensor status)");
   m.def(

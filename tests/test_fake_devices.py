@@ -33,7 +33,7 @@ CALLS = {
     "attention outs[1]": lambda: merge_attention([X, META], [X[..., 0], X[..., 0]]),
     "attention lses[0]": lambda: merge_attention([X, X], [META[..., 0], X[..., 0]]),
     "resampling mask": lambda: ops.resample(
-        SCORES, "systematic", None, None, False, SCORES.bool().to("meta"), None, 0, None
+        SCORES, "systematic", None, None, False, SCORES.bool().to("meta"), None, None, 0, None
     ),
     "resampling ancestors": lambda: ops.gather_particles(SCORES, INDICES.to("meta"), 1),
     "in-place ancestors": lambda: ops.gather_particles_(SCORES, INDICES.to("meta"), 1),

@@ -11,11 +11,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from torch_winnow._resampling.gather import gather_particles
-from torch_winnow._resampling.resample import Resampling, check_seed, resample
+from torch_winnow._resampling.resample import SCHEMES, Resampling, check_seed, resample
 from torch_winnow._resampling.weights import require_tensor
 
 _KINDS = ("difference", "max", "sum")
-_SCHEMES = ("systematic", "stratified", "residual", "multinomial")
 
 Tree = TypeVar("Tree")
 
@@ -198,8 +197,8 @@ class FKSteering:
         generator: torch.Generator | None = None,
     ) -> None:
         _check_potential(kind, lmbda)
-        if scheme not in _SCHEMES:
-            raise ValueError(f"scheme: expected one of {', '.join(_SCHEMES)}, got {scheme!r}")
+        if scheme not in SCHEMES:
+            raise ValueError(f"scheme: expected one of {', '.join(SCHEMES)}, got {scheme!r}")
         if ess_threshold is not None and not (_is_number(ess_threshold) and 0 < ess_threshold <= 1):
             raise ValueError(
                 f"ess_threshold: expected a share in (0, 1] or None, got {ess_threshold!r}"
