@@ -51,6 +51,12 @@ STABLE_TORCH_LIBRARY(winnow, m) {
       "Tensor? seed_tensor) -> "
       "(Tensor ancestors, Tensor offspring, Tensor log_weights, Tensor log_z, Tensor ess, "
       "Tensor resampled, Tensor status)");
+  m.def(
+      "sample_without_replacement(Tensor log_weights, int k, str design, int seed, "
+      "Tensor? seed_tensor) -> (Tensor indices, Tensor inclusion, Tensor weights)");
+  m.def("inclusion_probabilities(Tensor log_weights, int k) -> Tensor");
+  m.def("trace_ancestors(Tensor ancestors, Tensor indices) -> Tensor");
+  m.def("uniforms(Tensor seed, SymInt rows, SymInt count) -> Tensor");
   m.def("gather_particles(Tensor state, Tensor ancestors, int dim) -> Tensor");
   m.def("gather_particles_(Tensor(a!) state, Tensor ancestors, int dim) -> ()");
 
@@ -59,12 +65,19 @@ STABLE_TORCH_LIBRARY(winnow, m) {
       "logit_stats(Tensor logits, Tensor? mask, float temperature, Tensor? suppress_ids, "
       "Tensor? target_ids, Tensor? previous_logits, Tensor? unconditional_logits, float cfg_scale, "
       "int? top_k, float? top_p, Tensor? seed, bool raw, SymInt? vocab_start=None, "
-      "bool shift=False) -> "
+      "bool shift=False, Tensor? row_keys=None) -> "
       "(Tensor token, Tensor log_prob, Tensor argmax, Tensor max_prob, Tensor margin, "
       "Tensor entropy, Tensor logsumexp, Tensor target_log_prob, Tensor kl, Tensor part)");
   m.def(
       "merge_logit_stats(Tensor[] parts, SymInt[] starts, SymInt[] counts, float temperature, "
-      "Tensor? seed, bool raw, bool has_target, bool has_previous) -> "
+      "Tensor? seed, bool raw, bool has_target, bool has_previous, "
+      "Tensor? row_keys=None) -> "
+      "(Tensor token, Tensor log_prob, Tensor argmax, Tensor max_prob, Tensor margin, "
+      "Tensor entropy, Tensor logsumexp, Tensor target_log_prob, Tensor kl)");
+  m.def(
+      "linear_logit_stats(Tensor hidden, Tensor weight, Tensor? bias, Tensor? mask, "
+      "float temperature, Tensor? suppress_ids, Tensor? target_ids, Tensor? seed, bool raw, "
+      "bool shift) -> "
       "(Tensor token, Tensor log_prob, Tensor argmax, Tensor max_prob, Tensor margin, "
       "Tensor entropy, Tensor logsumexp, Tensor target_log_prob, Tensor kl)");
   m.def(

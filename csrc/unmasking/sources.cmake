@@ -19,4 +19,5 @@ list(APPEND WINNOW_CUDA_SOURCES
   csrc/unmasking/select_positions.cu
   csrc/unmasking/soft_embedding.cu
   csrc/unmasking/speculative_verify.cu
+  csrc/unmasking/unmask_step.cu
 )

@@ -7,6 +7,7 @@ needs about a third of the calls of one-at-a-time decoding at equal quality; use
 a threshold of about 0.2 nats.
 
 - :func:`logit_stats`: token, confidence, margin, entropy of each row from one read of the logits.
+- :func:`linear_logit_stats`: the same from hidden states, without the logits.
 - :func:`merge_logit_stats`: the same from parts of the vocabulary, bit for bit.
 - :func:`select_positions`: which positions a rule accepts.
 - :func:`unmask_step_`: both, and the tokens written in place.
@@ -28,6 +29,7 @@ from torch_winnow._unmasking.history_rules import (
     KLStability,
     Remasking,
 )
+from torch_winnow._unmasking.linear import linear_logit_stats
 from torch_winnow._unmasking.logit_stats import LogitStats, logit_stats
 from torch_winnow._unmasking.merge import merge_logit_stats
 from torch_winnow._unmasking.results import (
@@ -74,6 +76,7 @@ __all__ = [
     "TopK",
     "Verification",
     "generate",
+    "linear_logit_stats",
     "logit_stats",
     "merge_logit_stats",
     "presets",
