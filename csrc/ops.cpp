@@ -51,6 +51,12 @@ STABLE_TORCH_LIBRARY(winnow, m) {
       "Tensor? seed_tensor) -> "
       "(Tensor ancestors, Tensor offspring, Tensor log_weights, Tensor log_z, Tensor ess, "
       "Tensor resampled, Tensor status)");
+  m.def(
+      "sample_without_replacement(Tensor log_weights, int k, str design, int seed, "
+      "Tensor? seed_tensor) -> (Tensor indices, Tensor inclusion, Tensor weights)");
+  m.def("inclusion_probabilities(Tensor log_weights, int k) -> Tensor");
+  m.def("trace_ancestors(Tensor ancestors, Tensor indices) -> Tensor");
+  m.def("uniforms(Tensor seed, SymInt rows, SymInt count) -> Tensor");
   m.def("gather_particles(Tensor state, Tensor ancestors, int dim) -> Tensor");
   m.def("gather_particles_(Tensor(a!) state, Tensor ancestors, int dim) -> ()");
 

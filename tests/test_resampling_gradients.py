@@ -102,7 +102,9 @@ def test_finished_weights_are_lowered_by_log_z():
     torch.testing.assert_close(gradient, expected)
 
 
-@pytest.mark.parametrize("scheme", ["multinomial", "systematic", "stratified", "residual"])
+@pytest.mark.parametrize(
+    "scheme", ["multinomial", "systematic", "stratified", "residual", "ssp", "optimal"]
+)
 def test_values_are_those_without_gradient(scheme):
     x = torch.randn(4, 9)
     options = {"scheme": scheme, "num_samples": 5, "seed": 4}

@@ -57,7 +57,7 @@ def decided(drafts, q, p, seed: int, row: int) -> list[int]:
 @pytest.mark.parametrize("certain", [False, True], ids=["drawn", "certain"])
 @pytest.mark.parametrize("wide", [torch.float32, torch.float64])
 def test_decisions_are_the_definitions_for_the_same_uniforms(wide, certain):
-    batch, vocab, seed = 3000, 6, 77
+    batch, vocab, seed = 1500, 6, 77
     q, p = 2 * torch.randn(2, batch, 2, vocab, dtype=wide)
     drafts = q.softmax(-1).view(-1, vocab).multinomial(1).view(batch, 2)
     result = speculative_verify(drafts, None if certain else q, p, seed=seed)
@@ -72,7 +72,7 @@ def test_decisions_are_the_definitions_for_the_same_uniforms(wide, certain):
 @pytest.mark.parametrize("peaked", [0.5, 4.0])
 def test_definition_over_a_grid_of_uniforms(peaked):
     """Draft, acceptance and residual together give the target: to 1/n, without any randomness."""
-    vocab, n = 5, 1000
+    vocab, n = 5, 400
     grid = ((torch.arange(n) + 0.5) / n).tolist()
     for seed in range(3):
         torch.manual_seed(seed)
@@ -115,7 +115,7 @@ def conditionals(joint, tokens, order) -> torch.Tensor:
 def test_sequences_follow_the_target(kind, drafting):
     """Chi-square over all 27 sequences, completed by the target; rejects at p < 1e-4."""
     scipy_stats = pytest.importorskip("scipy.stats")
-    batch = 40_000
+    batch = 25_000
     joint = (1.3 * torch.randn(27, dtype=torch.float64)).softmax(0)
     one_hot = torch.nn.functional.one_hot(OUTCOMES, 3).double()
     draft = torch.einsum("o,oiv->iv", joint, one_hot)
@@ -146,7 +146,7 @@ def test_sequences_follow_the_target(kind, drafting):
 def test_residuals_over_several_slices(wide):
     """Chi-square of the step's token over a vocabulary of two slices, a draft that covers part."""
     scipy_stats = pytest.importorskip("scipy.stats")
-    batch, vocab = 6000 if wide != torch.float64 else 2000, 9000
+    batch, vocab = 6000 if wide != torch.float64 else 1000, 9000
     ids = torch.tensor([0, 17, 8191, 8192, 8999])
     p = torch.full((1, 2, vocab), -INF)
     q = torch.full((1, 1, vocab), -INF)
@@ -338,7 +338,8 @@ def test_any_values(values, temperature, certain, wide):
         expected = reference.speculative_verify(drafts, None, target, temperature=0.0)
         assert torch.equal(result.tokens, expected.tokens)
     elif wide == torch.float64 and (target.amax(-1).isfinite() & q.amax(-1).isfinite()).all():
-        p, q = ((x[0] / temperature).softmax(-1) for x in (target, q))
+        p, q = ((x - x.amax(-1, keepdim=True)) / temperature for x in (target[0], q[0]))
+        p, q = p.softmax(-1), q.softmax(-1)
         assert result.tokens[0].tolist() == decided(drafts[0], None if certain else q, p, 1, 0)
 
 

@@ -42,6 +42,20 @@ inline double largest(const double* x, int64_t n) {
   return top;
 }
 
+// Elements i to i + 7 of an array of n, -inf beyond.
+inline f64x8 load_some(const double* x, int64_t i, int64_t n) {
+  if (n - i >= kWide) return load_wide(x + i);
+  double part[kWide];
+  for (int64_t l = 0; l < kWide; ++l) part[l] = i + l < n ? x[i + l] : kNone;
+  return load_wide(part);
+}
+
+inline double sum_of_exp(const double* x, int64_t n) {
+  f64x8 sum = wide(0.0);
+  for (int64_t i = 0; i < n; i += kWide) sum = sum + exp_wide(load_some(x, i, n));
+  return sum_wide(sum);
+}
+
 // log sum exp(weight + d likelihood).
 inline double log_sum(const double* weight, const double* likelihood, double d, int64_t n) {
   double top = kNone;
@@ -50,15 +64,12 @@ inline double log_sum(const double* weight, const double* likelihood, double d, 
     top = x > top ? x : top;
   }
   if (top == kNone) return kNone;
-  double sum = 0.0;
+  f64x8 sum = wide(0.0);
   for (int64_t i = 0; i < n; i += kWide) {
-    double part[kWide];
-    for (int64_t l = 0; l < kWide; ++l) {
-      part[l] = i + l < n ? weight[i + l] + d * likelihood[i + l] - top : kNone;
-    }
-    sum += sum_wide(exp_wide(load_wide(part)));
+    const f64x8 x = load_some(weight, i, n) + wide(d) * load_some(likelihood, i, n);
+    sum = sum + exp_wide(x - wide(top));
   }
-  return top + log_of(sum);
+  return top + log_of(sum_wide(sum));
 }
 
 // An infinite top: those that have it are all there is.
@@ -112,12 +123,7 @@ Living<double> gather_weighted(const T* likelihood, const T* weights, int64_t n,
   relative_to(top_weight, a, n);
   for (int64_t i = 0; i < n; ++i) l[i] = a[i] > kNone ? l[i] : kNone;
   const double top = largest(l, n);
-  double all = 0.0;
-  for (int64_t i = 0; i < n; i += kWide) {
-    double part[kWide];
-    for (int64_t k = 0; k < kWide; ++k) part[k] = i + k < n ? a[i + k] : kNone;
-    all += sum_wide(exp_wide(load_wide(part)));
-  }
+  const double all = sum_of_exp(a, n);
   if (top == kNone) return living;
   relative_to(top, l, n);
   for (int64_t i = 0; i < n; ++i) {
@@ -139,17 +145,15 @@ inline double log_share(const Living<double>& living, double d) {
     const double twice = log_sum(living.log_weight, living.log_likelihood, 2.0 * d, living.count);
     return 2.0 * once - living.log_weight_sum - twice;
   }
-  double sum = 0.0;
-  double squares = 0.0;
+  f64x8 total = wide(0.0);
+  f64x8 total_squares = wide(0.0);
   for (int64_t i = 0; i < living.count; i += kWide) {
-    double part[kWide];
-    for (int64_t l = 0; l < kWide; ++l) {
-      part[l] = i + l < living.count ? d * living.log_likelihood[i + l] : kNone;
-    }
-    const f64x8 v = exp_wide(load_wide(part));
-    sum += sum_wide(v);
-    squares += sum_wide(v * v);
+    const f64x8 v = exp_wide(wide(d) * load_some(living.log_likelihood, i, living.count));
+    total = total + v;
+    total_squares = total_squares + v * v;
   }
+  const double sum = sum_wide(total);
+  const double squares = sum_wide(total_squares);
   return log_of(sum * sum / (squares * static_cast<double>(living.count)));
 }
 

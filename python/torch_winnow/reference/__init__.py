@@ -29,6 +29,10 @@ from torch_winnow.reference.resampling_weights import (
     normalised_weights,
     weight_entropy,
 )
+from torch_winnow.reference.resampling_without_replacement import (
+    inclusion_probabilities,
+    sample_without_replacement,
+)
 from torch_winnow.reference.soft_embedding import soft_embedding
 from torch_winnow.reference.steering import FKSteering
 from torch_winnow.reference.unmasking import (
@@ -53,6 +57,7 @@ __all__ = [
     "gather_particles",
     "gather_particles_",
     "generate",
+    "inclusion_probabilities",
     "linear_logit_stats",
     "log_mean_exp",
     "logit_stats",
@@ -62,6 +67,7 @@ __all__ = [
     "normalised_weights",
     "paged_attention",
     "resample",
+    "sample_without_replacement",
     "score_blocks",
     "select_blocks",
     "select_positions",
