@@ -24,9 +24,9 @@ _linear_logit_stats = torch.ops.winnow.linear_logit_stats
 _logit_stats = torch.ops.winnow.logit_stats
 _merge_logit_stats = torch.ops.winnow.merge_logit_stats
 
-# The share of the logits that is held at once. A GPU needs large tiles to be busy, and gathers no
-# rows; on the CPU their copy takes hidden_size / vocabulary more.
-_SHARE = {"cpu": 0.015, "cuda": 0.04}
+# The share of the logits that is held at once; the copy of gathered rows takes hidden_size /
+# vocabulary more.
+_SHARE = 0.015
 
 
 def linear_logit_stats(
@@ -46,15 +46,13 @@ def linear_logit_stats(
 ) -> LogitStats:
     """:func:`logit_stats` of ``hidden @ weight.T + bias``, a tile of the vocabulary at a time.
 
-    The logits are never held together: a tile of 1.5% of the vocabulary (4% on a GPU; at least 1024
-    tokens) is multiplied, measured and forgotten, and the tiles' statistics are merged as by
+    The logits are never held together: a tile of 1.5% of the vocabulary (at least 1024 tokens) is
+    multiplied, measured and forgotten, and the tiles' statistics are merged as by
     :func:`merge_logit_stats`. What comes out is what :func:`logit_stats` makes of the same logits;
     those of a matrix product of another shape may differ in their last bits. A draw is the same
-    draw. Memory beyond the arguments stays under 5% of the logits for vocabularies from 50 times
-    1024 tokens and 25 times the hidden size on.
-
-    On the CPU only the rows where ``mask`` is true are multiplied. On a GPU all are, because how
-    many they are is not known to the host.
+    draw. Only the rows where ``mask`` is true are multiplied. Memory beyond the arguments stays
+    under 5% of the logits for vocabularies of more than 60000 tokens and 40 times the hidden size.
+    On the CPU.
 
     Args:
         hidden: ``(..., E)`` float32, bfloat16 or float16.
@@ -156,35 +154,26 @@ def _tiled(
                 f"{ids.dtype}"
             )
     vocab = weight.shape[0]
-    if suppress_ids is not None and hidden.device.type == "cpu" and len(suppress_ids):
+    if suppress_ids is not None and len(suppress_ids):
         low, high = int(suppress_ids.min()), int(suppress_ids.max())
         if low < 0 or high >= vocab:
             raise ValueError(
                 f"suppress_ids: expected ids in [0, {vocab}), got {low if low < 0 else high}"
             )
     rows = hidden.reshape(-1, hidden.shape[-1])
-    counts = None if mask is None else mask.reshape(-1)
     target = None if target_ids is None else target_ids.reshape(-1)
-    keys = torch.arange(rows.shape[0], device=rows.device)
-    gathers = hidden.device.type == "cpu" and counts is not None
-    if gathers and counts is not None:
-        keys = counts.nonzero()[:, 0]
+    keys = torch.arange(rows.shape[0])
+    if mask is not None:
+        keys = mask.reshape(-1).nonzero()[:, 0]
         target = None if target is None else target[keys]
+    if target is not None and ((target < 0) | (target >= vocab)).any():
+        raise ValueError(f"target_ids: expected ids in [0, {vocab}) where mask is true")
     if shift:
         rows = rows[torch.where(keys % shape[-1] > 0, keys - 1, keys)]
-    elif gathers:
+    elif mask is not None:
         rows = rows[keys]
-    merged = _merged_tiles(
-        rows, weight, bias, None if gathers else counts, temperature, suppress_ids, target, seed,
-        raw, keys,
-    )  # fmt: skip
-    if (
-        target is not None
-        and hidden.device.type == "cpu"
-        and ((target < 0) | (target >= vocab)).any()
-    ):
-        raise ValueError(f"target_ids: expected ids in [0, {vocab}) where mask is true")
-    if not gathers:
+    merged = _merged_tiles(rows, weight, bias, temperature, suppress_ids, target, seed, raw, keys)
+    if mask is None:
         return tuple(s.reshape(shape) if s.shape == keys.shape else s for s in merged)
     empty = empty_statistics(hidden, tuple(shape), target_ids is not None, False)
     for whole, part, skipped in zip(empty, merged, (-1, *[0] * 8), strict=True):
@@ -197,7 +186,6 @@ def _merged_tiles(
     rows: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    mask: Tensor | None,
     temperature: float,
     suppress_ids: Tensor | None,
     target: Tensor | None,
@@ -206,8 +194,7 @@ def _merged_tiles(
     keys: Tensor,
 ) -> tuple[Tensor, ...]:
     vocab = weight.shape[0]
-    share = _SHARE.get(rows.device.type, 0.04)
-    width = BLOCK * max(1, int(share * vocab) // BLOCK)
+    width = BLOCK * max(1, int(_SHARE * vocab) // BLOCK)
     starts = list(range(0, vocab, width)) or [0]
     parts, counts = [], []
     logits = rows.new_empty(rows.shape[0] * min(width, vocab))
@@ -220,7 +207,7 @@ def _merged_tiles(
         else:
             torch.addmm(bias[start : start + width], rows, columns.T, out=tile)
         *_, blocks = _logit_stats(
-            tile, mask, temperature, suppress_ids, target, None, None, 0.0, None, None, seed, raw,
+            tile, None, temperature, suppress_ids, target, None, None, 0.0, None, None, seed, raw,
             start, False, keys,
         )  # fmt: skip
         parts.append(blocks)
@@ -231,8 +218,7 @@ def _merged_tiles(
     return tuple(merged)
 
 
-for _device in ("CPU", "CUDA"):
-    torch.library.impl("winnow::linear_logit_stats", _device, func=_tiled)
+torch.library.impl("winnow::linear_logit_stats", "CPU", func=_tiled)
 
 
 @torch.library.register_fake("winnow::linear_logit_stats")
