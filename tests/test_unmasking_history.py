@@ -5,6 +5,7 @@ exact law of the process that they stand for.
 from __future__ import annotations
 
 import itertools
+import random
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch
 from torch_winnow import reference
 from torch_winnow._unmasking.choosers import uniforms
 from torch_winnow.unmasking import (
+    AnswerEntropy,
     Decoding,
     DraftVerify,
     EntropyThreshold,
@@ -30,9 +32,10 @@ MASK = VOCAB - 1
 @pytest.fixture
 def model():
     """Logits that depend on all tokens of the row, so that a position's change as others do."""
-    table = 3 * torch.randn(VOCAB, VOCAB)
-    place = 2 * torch.randn(64, VOCAB)
-    mix = torch.randn(64, 64) / 6
+    wide = {"dtype": torch.float64}
+    table = 3 * torch.randn(VOCAB, VOCAB, **wide)
+    place = 2 * torch.randn(64, VOCAB, **wide)
+    mix = torch.randn(64, 64, **wide) / 6
 
     def run(tokens):
         length = tokens.shape[1]
@@ -75,6 +78,37 @@ def test_generate_matches_definition(rule, block_length, model):
     for row in range(len(tokens)):  # whatever else is in the batch
         alone = generate(model, tokens[row : row + 1], **options)
         assert torch.equal(alone.tokens[0], result.tokens[row])
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_any_combination_matches_definition(seed, model):
+    choose = random.Random(seed)
+    chance = choose.random
+    batch, length = choose.randint(0, 3), choose.randint(0, 18)
+    tokens = torch.randint(0, MASK, (batch, length))
+    tokens[torch.rand(batch, length) < chance()] = MASK
+    rule = choose.choice(
+        [
+            KLStability(chance(), 3 * chance(), choose.randint(1, 3), choose.randint(1, 3)),
+            DraftVerify(chance(), chance()),
+            EntropyThreshold(2 * chance(), order=choose.choice(["any", "left_to_right"])),
+            PrefixThreshold(chance()),
+            TopK((3, 1, 2)),
+        ]
+    )
+    options = {"mask_id": MASK, "rule": rule, "block_length": choose.choice([None, 1, 3, 5, 30])}
+    if not isinstance(rule, DraftVerify):
+        options |= choose.choice([{}, {"sliding": True}, {"steps": choose.randint(1, 6)}])
+    if not isinstance(rule, KLStability):
+        options |= choose.choice([{}, {"cfg_scale": 1.0}])
+    if chance() < 0.4:
+        options["stop"] = AnswerEntropy(torch.rand(length) < 0.2, 4 * chance())
+    options |= choose.choice([{}, {"shift": True}, {"top_k": 4}])
+    result = generate(model, tokens, **options)
+    expected = reference.generate(model, tokens, **options)
+    assert torch.equal(result.tokens, expected.tokens)
+    assert torch.equal(result.step_map, expected.step_map)
+    assert result.calls == expected.calls
 
 
 def test_the_rules_do_what_they_are_for(model):
