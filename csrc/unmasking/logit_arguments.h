@@ -29,6 +29,7 @@ struct LogitRequest {
   bool raw;
   const std::optional<int64_t>& vocab_start;
   bool shift;
+  const std::optional<Tensor>& row_keys;
 };
 
 struct LogitOptions {
@@ -58,10 +59,11 @@ struct LogitArguments {
   Rows rows;
   std::optional<Rows> unconditional;
   std::optional<Rows> previous;
-  std::optional<Tensor> mask;        // these three contiguous
+  std::optional<Tensor> mask;        // these contiguous
   std::optional<Tensor> suppressed;  // ids as given
   std::optional<Tensor> target;
-  double guidance;  // cfg_scale + 1
+  std::optional<Tensor> keys;  // of the draws; else a row's index
+  double guidance;             // cfg_scale + 1
   LogitOptions options;
   bool is_part;  // of a vocabulary, from `start` on
   int64_t start;
@@ -144,6 +146,7 @@ LogitArguments check_logit_arguments(const LogitRequest& call, const OnDevice& c
   checked.mask = one_per_row("mask", call.mask, logits, ScalarType::Bool, check_device);
   checked.target =
       one_per_row("target_ids", call.target_ids, logits, ScalarType::Long, check_device);
+  checked.keys = one_per_row("row_keys", call.row_keys, logits, ScalarType::Long, check_device);
   checked.guidance = call.cfg_scale + 1.0;
   LogitOptions& options = checked.options;
   options = logit_options(call.temperature, call.seed.has_value(), call.raw);

@@ -20,12 +20,12 @@ inline double open_uniform(uint32_t low, uint32_t high) {
 // wins in proportion to its weight.
 class BlockRace {
  public:
-  BlockRace(uint64_t seed, int64_t row) : seed_(seed), row_(static_cast<uint64_t>(row)) {}
+  BlockRace(uint64_t seed, int64_t key) : seed_(seed), key_(static_cast<uint64_t>(key)) {}
 
   // `place`: of the block in the whole vocabulary.
   void enter(int64_t block, int64_t place, double weight) {
     if (!(weight > 0.0)) return;
-    const Philox4 bits = philox(seed_, row_, static_cast<uint64_t>(place * kLogitBlock));
+    const Philox4 bits = philox(seed_, key_, static_cast<uint64_t>(place * kLogitBlock));
     const double u = open_uniform(bits.x[0], bits.x[1]);
     // A clock shows at least u: most need no logarithm.
     if (block_ >= 0 && u >= earliest_ * weight) return;
@@ -41,7 +41,7 @@ class BlockRace {
 
  private:
   const uint64_t seed_;
-  const uint64_t row_;
+  const uint64_t key_;
   int64_t block_ = -1;
   double earliest_ = 0.0;
   double uniform_ = 0.0;

@@ -162,8 +162,8 @@ finish_rows(LogitView<T, Real> view, RowOptions options, Global<const SliceSums>
         log_mass = log(kept.drawn);
       }
       if (!(log_mass > -infinity)) continue;
-      const Philox4 words =
-          philox(options.seed.get(), static_cast<uint64_t>(row), static_cast<uint64_t>(s * kSlice));
+      const Philox4 words = philox(options.seed.get(), static_cast<uint64_t>(view.key(row)),
+                                   static_cast<uint64_t>(s * kSlice));
       const double arrival = -log1p(-open_uniform(words.x[0], words.x[1]));
       clock = earlier(clock, {log(arrival) - log_mass, s, open_uniform(words.x[2], words.x[3])});
     }

@@ -18,10 +18,10 @@ logit_stats(const Tensor& logits, const std::optional<Tensor>& mask, double temp
             const std::optional<Tensor>& unconditional_logits, double cfg_scale,
             std::optional<int64_t> top_k, std::optional<double> top_p,
             const std::optional<Tensor>& seed, bool raw, std::optional<int64_t> vocab_start,
-            bool shift) {
+            bool shift, const std::optional<Tensor>& row_keys) {
   LogitProblem problem;
   prepare({logits, mask, temperature, suppress_ids, target_ids, previous_logits,
-           unconditional_logits, cfg_scale, top_k, top_p, seed, raw, vocab_start, shift},
+           unconditional_logits, cfg_scale, top_k, top_p, seed, raw, vocab_start, shift, row_keys},
           problem);
   Shape part_shape = {0};
   if (vocab_start) {

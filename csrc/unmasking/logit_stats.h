@@ -48,6 +48,10 @@ struct LogitProblem {
     const auto& target = arguments.target;
     return target ? static_cast<const int64_t*>(target->data_ptr()) + row : nullptr;
   }
+  int64_t key_of(int64_t row) const {
+    const auto& keys = arguments.keys;
+    return keys ? static_cast<const int64_t*>(keys->data_ptr())[row] : row;
+  }
 };
 
 // All rows are active, or those of the mask. Views point into the problem: it must not be moved.
@@ -66,7 +70,7 @@ int64_t part_words(const LogitProblem& problem);
 bool describe(const LogitDistribution& row, int64_t start, RowStats& stats);
 
 // The race of blocks first to end - 1 for the token, where `reference` is the largest logit.
-BlockRace race_blocks(const LogitRows& rows, int64_t row, const LogitBlockSums* sums, int64_t first,
+BlockRace race_blocks(const LogitRows& rows, int64_t key, const LogitBlockSums* sums, int64_t first,
                       int64_t end, double reference, double temperature, uint64_t seed);
 
 // KL(current || previous), from the blocks' sums and cross terms.
@@ -81,7 +85,7 @@ uint64_t seed_on_cpu(const Tensor& seed);
 
 std::vector<double> load_double_row(const LogitRows& rows, int64_t row);
 // A float64 row whose logits are at `source`; `previous` and `target` may be null.
-RowStats double_row_stats(const LogitRows& rows, const LogitRows* previous, int64_t row,
+RowStats double_row_stats(const LogitRows& rows, const LogitRows* previous, int64_t key,
                           int64_t source, const LogitOptions& options, uint64_t seed,
                           const int64_t* target);
 

@@ -65,14 +65,14 @@ void truncate(std::vector<double>& x, double top, const LogitOptions& options) {
 }
 
 // As for float32: first a block, then a token in it.
-int64_t draw(const std::vector<double>& x, double top, const LogitRows& rows, int64_t row,
+int64_t draw(const std::vector<double>& x, double top, const LogitRows& rows, int64_t key,
              double temperature, uint64_t seed) {
   const auto weight = [&](int64_t i) {
     return std::exp((x[static_cast<size_t>(i)] - top) / temperature);
   };
   const int64_t blocks = logit_blocks(rows.start, rows.vocab);
   std::vector<double> masses(static_cast<size_t>(blocks));
-  BlockRace race(seed, row);
+  BlockRace race(seed, key);
   for (int64_t b = 0; b < blocks; ++b) {
     double& mass = masses[static_cast<size_t>(b)];
     for (int64_t i = block_begin(rows, b); i < block_end(rows, b); ++i) mass += weight(i);
@@ -107,7 +107,7 @@ std::vector<double> load_double_row(const LogitRows& rows, int64_t row) {
   return x;
 }
 
-RowStats double_row_stats(const LogitRows& rows, const LogitRows* previous, int64_t row,
+RowStats double_row_stats(const LogitRows& rows, const LogitRows* previous, int64_t key,
                           int64_t source, const LogitOptions& options, uint64_t seed,
                           const int64_t* target) {
   RowStats stats;
@@ -129,7 +129,7 @@ RowStats double_row_stats(const LogitRows& rows, const LogitRows* previous, int6
     return (x_measured[static_cast<size_t>(index)] - measured.top) / t - measured.log_mass;
   };
   const int64_t token = options.draws
-                            ? draw(drawn, measured.top, rows, row, options.draw_temperature, seed)
+                            ? draw(drawn, measured.top, rows, key, options.draw_temperature, seed)
                             : measured.argmax;
   stats.argmax = rows.start + measured.argmax;
   stats.token = rows.start + token;

@@ -131,8 +131,8 @@ Row finish_row(const LogitProblem& problem, size_t active, LogitBlockSums* sums,
     return keeps ? measured.log_prob(logit) : -kInfinity;
   };
   if (options.draws) {
-    const BlockRace race =
-        race_blocks(rows, row, drawn_sums, 0, blocks, top, options.draw_temperature, problem.seed);
+    const BlockRace race = race_blocks(rows, problem.key_of(row), drawn_sums, 0, blocks, top,
+                                       options.draw_temperature, problem.seed);
     const int64_t token = draw_token(problem, source, drawn_sums, race, drawn);
     stats.token = rows.start + token;
     if (stats.token != stats.argmax) stats.log_prob = log_prob(token);
@@ -150,8 +150,8 @@ struct Previous {
   const float* cross;
 };
 
-void write_part(const LogitProblem& problem, size_t active, const LogitBlockSums* sums,
-                const Previous& previous, float* part) {
+void write_part(const LogitProblem& problem, size_t active, const RowStats& stats,
+                const LogitBlockSums* sums, const Previous& previous, float* part) {
   const int64_t row = problem.active[active];
   const int64_t source = problem.sources[active];
   const LogitRows& rows = problem.view;
@@ -187,9 +187,13 @@ void write_part(const LogitProblem& problem, size_t active, const LogitBlockSums
   part[kDrawnIndex] = -1.0f;
   part[kDrawnLogit] = part[kTargetLogit] = -std::numeric_limits<float>::infinity();
   if (options.draws && std::isfinite(reference)) {
-    const BlockRace race = race_blocks(rows, row, sums, first, first + layout.whole, reference,
-                                       options.draw_temperature, problem.seed);
-    const int64_t token = draw_token(problem, source, sums, race, kKeepAll);
+    int64_t token = stats.token - rows.start;
+    if (layout.head + layout.tail > 0) {
+      const BlockRace race =
+          race_blocks(rows, problem.key_of(row), sums, first, first + layout.whole, reference,
+                      options.draw_temperature, problem.seed);
+      token = draw_token(problem, source, sums, race, kKeepAll);
+    }
     part[kDrawnIndex] = static_cast<float>(token);
     if (token >= 0) part[kDrawnLogit] = logit_at(rows, source, token);
   }
@@ -239,7 +243,8 @@ std::vector<RowStats> measure_floats(const LogitProblem& problem, float* parts) 
         }
       }
       if (parts != nullptr) {
-        write_part(problem, active, own, previous, parts + problem.active[active] * words);
+        write_part(problem, active, finished.stats, own, previous,
+                   parts + problem.active[active] * words);
       }
       results[active] = finished.stats;
     }
@@ -275,9 +280,9 @@ std::vector<RowStats> measure_doubles(const LogitProblem& problem, double* parts
         for (int64_t a = begin; a < end; ++a) {
           const auto active = static_cast<size_t>(a);
           const int64_t row = problem.active[active];
-          results[active] =
-              double_row_stats(problem.view, problem.previous(), row, problem.sources[active],
-                               problem.arguments.options, problem.seed, problem.target_of(row));
+          results[active] = double_row_stats(problem.view, problem.previous(), problem.key_of(row),
+                                             problem.sources[active], problem.arguments.options,
+                                             problem.seed, problem.target_of(row));
           if (parts != nullptr) write_double_part(problem, active, parts + row * words);
         }
       });
@@ -368,9 +373,9 @@ bool describe(const LogitDistribution& row, int64_t start, RowStats& stats) {
   return true;
 }
 
-BlockRace race_blocks(const LogitRows& rows, int64_t row, const LogitBlockSums* sums, int64_t first,
+BlockRace race_blocks(const LogitRows& rows, int64_t key, const LogitBlockSums* sums, int64_t first,
                       int64_t end, double reference, double temperature, uint64_t seed) {
-  BlockRace race(seed, row);
+  BlockRace race(seed, key);
   for (int64_t b = first; b < end; ++b) {
     const double weight = std::exp((sums[b].reference - reference) / temperature);
     race.enter(b, rows.start / kLogitBlock + b, weight * sums[b].drawn);

@@ -29,7 +29,10 @@ struct Merge {
   uint64_t seed;
   bool has_target;
   bool has_previous;
-  LogitRows rows;  // the whole: for its start and length
+  LogitRows rows;       // the whole: for its start and length
+  const int64_t* keys;  // of the draws, or null
+
+  int64_t key_of(int64_t row) const { return keys == nullptr ? row : keys[row]; }
 };
 
 // A row of all the parts, block by block.
@@ -47,7 +50,7 @@ class WholeRow {
     const LogitDistribution measured = merge_blocks(merge_.rows, sums_.data(), options.temperature);
     if (!describe(measured, merge_.rows.start, stats)) return stats;
     if (options.draws) {
-      BlockRace race(merge_.seed, row_);
+      BlockRace race(merge_.seed, merge_.key_of(row_));
       for (size_t b = 0; b < sums_.size(); ++b) {
         if (drawn_[b].token < 0 && edges_[b].count == 0) continue;
         const double weight =
@@ -203,8 +206,8 @@ RowStats double_stats(const Merge& merge, int64_t row) {
   rows.type = ElementType::kDouble;
   LogitRows previous_rows = rows;
   previous_rows.logits = previous.data();
-  RowStats stats = double_row_stats(rows, merge.has_previous ? &previous_rows : nullptr, row, 0,
-                                    merge.options, merge.seed, nullptr);
+  RowStats stats = double_row_stats(rows, merge.has_previous ? &previous_rows : nullptr,
+                                    merge.key_of(row), 0, merge.options, merge.seed, nullptr);
   if (merge.has_target && !std::isnan(stats.max_prob)) {
     stats.target_log_prob = target / merge.options.temperature - stats.logsumexp;
   }
@@ -214,7 +217,8 @@ RowStats double_stats(const Merge& merge, int64_t row) {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
 merge_logit_stats(const std::vector<Tensor>& parts, const std::vector<int64_t>& starts,
                   const std::vector<int64_t>& counts, double temperature,
-                  const std::optional<Tensor>& seed, bool raw, bool has_target, bool has_previous) {
+                  const std::optional<Tensor>& seed, bool raw, bool has_target, bool has_previous,
+                  const std::optional<Tensor>& row_keys) {
   check_parts(parts, starts, counts, has_previous, check_cpu);
   Merge merge = {};
   merge.options = logit_options(temperature, seed.has_value(), raw);
@@ -222,6 +226,8 @@ merge_logit_stats(const std::vector<Tensor>& parts, const std::vector<int64_t>& 
   merge.has_target = has_target;
   merge.has_previous = has_previous;
   const Tensor& like = parts.front();
+  const auto keys = one_per_row("row_keys", row_keys, like, ScalarType::Long, check_cpu);
+  merge.keys = keys ? static_cast<const int64_t*>(keys->data_ptr()) : nullptr;
   const bool is_double = like.scalar_type() == ScalarType::Double;
   for (size_t p = 0; p < parts.size(); ++p) {
     const Tensor dense = torch::stable::contiguous(parts[p]);

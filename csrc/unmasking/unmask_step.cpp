@@ -89,9 +89,10 @@ unmask_step(Tensor tokens, const Tensor& logits, int64_t mask_id, const std::opt
   const Tensor masked = candidates(call, call.mask, mask_id);
   const std::optional<Tensor> rows = masked;
   LogitProblem problem;
-  prepare({logits, rows, temperature, suppress_ids, target_ids, previous_logits,
-           unconditional_logits, cfg_scale, top_k, top_p, seed, raw, std::nullopt, shift},
-          problem, mask_id);
+  prepare(
+      {logits, rows, temperature, suppress_ids, target_ids, previous_logits, unconditional_logits,
+       cfg_scale, top_k, top_p, seed, raw, std::nullopt, shift, std::nullopt},
+      problem, mask_id);
   const uint64_t lots = order_seed ? seed_on_cpu(*order_seed) : 0;
 
   const Outputs out(shape(tokens), logits, target_ids.has_value(), previous_logits.has_value());

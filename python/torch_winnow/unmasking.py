@@ -7,12 +7,15 @@ needs about a third of the calls of one-at-a-time decoding at equal quality; use
 a threshold of about 0.2 nats.
 
 - :func:`logit_stats`: token, confidence, margin, entropy of each row from one read of the logits.
+- :func:`linear_logit_stats`: the same from hidden states, without the logits.
 - :func:`merge_logit_stats`: the same from parts of the vocabulary, bit for bit.
 - :func:`select_positions`: which positions a rule accepts.
 - :func:`unmask_step_`: both, and the tokens written in place.
 - :func:`generate`: the loop around a model, block by block; :data:`presets` holds the published
   samplers with their defaults, :class:`Decoding` serves loops of one's own.
 - :class:`Template`: prompts with named spans to fill in, and :func:`score_span`, how likely one is.
+- :func:`speculative_verify`: drafted tokens become an exact sample of a target model.
+- :func:`soft_embedding`: masked positions as mixtures of embeddings, for latent refinement.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from torch_winnow._unmasking.history_rules import (
     KLStability,
     Remasking,
 )
+from torch_winnow._unmasking.linear import linear_logit_stats
 from torch_winnow._unmasking.logit_stats import LogitStats, logit_stats
 from torch_winnow._unmasking.merge import merge_logit_stats
 from torch_winnow._unmasking.results import (
@@ -44,8 +48,10 @@ from torch_winnow._unmasking.rules import (
     select_positions,
 )
 from torch_winnow._unmasking.shadow import ShadowBlock
+from torch_winnow._unmasking.soft_embedding import soft_embedding
 from torch_winnow._unmasking.step import unmask_step_
 from torch_winnow._unmasking.template import SpanScore, Template, score_span
+from torch_winnow._unmasking.verification import Verification, speculative_verify
 
 __all__ = [
     "AnswerEntropy",
@@ -68,11 +74,15 @@ __all__ = [
     "StepResult",
     "Template",
     "TopK",
+    "Verification",
     "generate",
+    "linear_logit_stats",
     "logit_stats",
     "merge_logit_stats",
     "presets",
     "score_span",
     "select_positions",
+    "soft_embedding",
+    "speculative_verify",
     "unmask_step_",
 ]

@@ -15,7 +15,7 @@ from torch_winnow._unmasking.arguments import integer
 _logit_stats = torch.ops.winnow.logit_stats
 
 # As in csrc/unmasking/logit_part.h.
-_BLOCK, _HEADER = 1024, 4
+BLOCK, _HEADER = 1024, 4
 
 
 class VocabularyPart(NamedTuple):
@@ -316,6 +316,7 @@ def _(
     raw: bool,
     vocab_start: int | None = None,
     shift: bool = False,
+    row_keys: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     check_same_device(logits=logits, mask=mask, suppress_ids=suppress_ids, target_ids=target_ids)
     check_same_device(logits=logits, previous_logits=previous_logits, seed=seed)
@@ -361,7 +362,7 @@ def empty_statistics(
 
 def part_words(start: int, vocab: int, previous: bool, double: bool) -> int:
     """The length of a row of ``VocabularyPart.blocks``, as in csrc/unmasking/logit_part.h."""
-    head = vocab if double else min(-start % _BLOCK, vocab)
-    whole = (vocab - head) // _BLOCK
-    edges = vocab - whole * _BLOCK
+    head = vocab if double else min(-start % BLOCK, vocab)
+    whole = (vocab - head) // BLOCK
+    edges = vocab - whole * BLOCK
     return _HEADER + edges + whole * 6 + (edges + whole * 3 if previous else 0)

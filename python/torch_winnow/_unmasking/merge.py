@@ -97,6 +97,7 @@ def _(
     raw: bool,
     has_target: bool,
     has_previous: bool,
+    row_keys: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     for part in parts:
         check_same_device(parts=parts[0], part=part)

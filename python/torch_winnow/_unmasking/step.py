@@ -183,9 +183,3 @@ def order_seed(rule: Rule, seed: Tensor | None, tokens: Tensor) -> Tensor | None
     if rule.score != "random" or seed is not None:
         return seed
     return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=tokens.device)
-
-
-def write_tokens(tokens: Tensor, transfer: Tensor, stats: LogitStats) -> StepResult:
-    transfer = transfer & (stats.token >= 0)
-    tokens.copy_(torch.where(transfer, stats.token, tokens))
-    return StepResult(transfer, transfer.sum(1), stats)

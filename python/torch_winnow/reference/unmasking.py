@@ -21,7 +21,14 @@ from torch_winnow._unmasking.rules import Rule
 from torch_winnow.reference._history import history_of
 from torch_winnow.reference._selection import select_positions
 
-__all__ = ["generate", "logit_stats", "merge_logit_stats", "select_positions", "unmask_step_"]
+__all__ = [
+    "generate",
+    "linear_logit_stats",
+    "logit_stats",
+    "merge_logit_stats",
+    "select_positions",
+    "unmask_step_",
+]
 
 INF = float("inf")
 
@@ -141,6 +148,13 @@ def logit_stats(
         ids_of["token"] = ids_of["token"].masked_fill(~mask, -1)
         ids_of["argmax"] = ids_of["argmax"].masked_fill(~mask, 0)
     return LogitStats(**ids_of, **stats)  # type: ignore[arg-type]  # parts: None
+
+
+def linear_logit_stats(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None = None, **logit_stats_options: Any
+) -> LogitStats:
+    """See :func:`torch_winnow.unmasking.linear_logit_stats`."""
+    return logit_stats(torch.nn.functional.linear(hidden, weight, bias), **logit_stats_options)
 
 
 def _part(
