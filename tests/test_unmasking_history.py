@@ -405,6 +405,27 @@ def test_nan_rows_are_reported_under_every_rule():
 
 
 @pytest.mark.parametrize(
+    "rule", [KLStability(), DraftVerify(0.1, 0.9), Remasking(6, 0.2), FirstHitting()], ids=str
+)
+def test_any_integer_any_dtype_and_nothing_at_all(rule, model):
+    tokens = prompt()
+    wide = generate(model, tokens, mask_id=MASK, rule=rule, seed=3)
+    narrow = generate(
+        lambda t: model(t.long()), tokens.to(torch.int32), mask_id=MASK, rule=rule, seed=3
+    )
+    assert narrow.tokens.dtype == torch.int32
+    assert torch.equal(narrow.tokens, wide.tokens.to(torch.int32))
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        result = generate(lambda t, d=dtype: model(t).to(d), tokens, mask_id=MASK, rule=rule)
+        assert not (result.tokens == MASK).any()
+    for shape in ((0, 3), (2, 0), (0, 0)):
+        nothing = generate(model, torch.zeros(shape, dtype=torch.int64), mask_id=MASK, rule=rule)
+        assert nothing.tokens.shape == shape
+        assert nothing.calls == 0
+    assert generate(model, torch.ones(2, 3).long(), mask_id=MASK, rule=rule).calls == 0
+
+
+@pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: KLStability(history=0), "history: expected at least 1, got 0"),

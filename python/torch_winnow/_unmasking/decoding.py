@@ -264,4 +264,4 @@ def _answer_positions(stop: AnswerEntropy | None, tokens: Tensor) -> Tensor | No
             f"stop.positions: expected {tuple(tokens.shape)} or {tuple(tokens.shape[1:])} bool, "
             f"got {tuple(positions.shape)} {positions.dtype}"
         )
-    return positions.expand(tokens.shape)
+    return positions.to(tokens.device).expand(tokens.shape)
