@@ -87,6 +87,8 @@ class Decoding:
         for name in ("mask", "target_ids", "previous_logits", "unconditional_logits"):
             if name in logit_stats_options:
                 raise ValueError(f"{name}: belongs to one step, so generate does not take it")
+        if logit_stats_options.get("vocab_start") is not None:
+            raise ValueError("vocab_start: a decode needs the whole vocabulary; merge in the model")
         self.mask_id = integer("mask_id", mask_id)
         self._steps = count_or_none("steps", steps)
         if self._steps is not None and isinstance(rule, DraftVerify | Remasking | FirstHitting):
