@@ -87,3 +87,9 @@ def test_all_on_meta_gives_shapes():
 
 def test_absent_tensors_are_skipped():
     check_same_device(first=None, second=X, third=None)
+
+
+def test_a_number_on_the_cpu_goes_with_any_device():
+    check_same_device(logits=META, seed=torch.tensor(7))
+    with pytest.raises(ValueError, match="seed: expected a tensor on cpu like logits"):
+        check_same_device(logits=X, seed=torch.tensor(7, device="meta"))

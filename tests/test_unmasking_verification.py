@@ -338,7 +338,8 @@ def test_any_values(values, temperature, certain, wide):
         expected = reference.speculative_verify(drafts, None, target, temperature=0.0)
         assert torch.equal(result.tokens, expected.tokens)
     elif wide == torch.float64 and (target.amax(-1).isfinite() & q.amax(-1).isfinite()).all():
-        p, q = ((x[0] / temperature).softmax(-1) for x in (target, q))
+        p, q = ((x - x.amax(-1, keepdim=True)) / temperature for x in (target[0], q[0]))
+        p, q = p.softmax(-1), q.softmax(-1)
         assert result.tokens[0].tolist() == decided(drafts[0], None if certain else q, p, 1, 0)
 
 
