@@ -5,6 +5,7 @@ exact law of the process that they stand for.
 from __future__ import annotations
 
 import itertools
+import random
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch
 from torch_winnow import reference
 from torch_winnow._unmasking.choosers import uniforms
 from torch_winnow.unmasking import (
+    AnswerEntropy,
     Decoding,
     DraftVerify,
     EntropyThreshold,
@@ -30,9 +32,10 @@ MASK = VOCAB - 1
 @pytest.fixture
 def model():
     """Logits that depend on all tokens of the row, so that a position's change as others do."""
-    table = 3 * torch.randn(VOCAB, VOCAB)
-    place = 2 * torch.randn(64, VOCAB)
-    mix = torch.randn(64, 64) / 6
+    wide = {"dtype": torch.float64}
+    table = 3 * torch.randn(VOCAB, VOCAB, **wide)
+    place = 2 * torch.randn(64, VOCAB, **wide)
+    mix = torch.randn(64, 64, **wide) / 6
 
     def run(tokens):
         length = tokens.shape[1]
@@ -75,6 +78,37 @@ def test_generate_matches_definition(rule, block_length, model):
     for row in range(len(tokens)):  # whatever else is in the batch
         alone = generate(model, tokens[row : row + 1], **options)
         assert torch.equal(alone.tokens[0], result.tokens[row])
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_any_combination_matches_definition(seed, model):
+    choose = random.Random(seed)
+    chance = choose.random
+    batch, length = choose.randint(0, 3), choose.randint(0, 18)
+    tokens = torch.randint(0, MASK, (batch, length))
+    tokens[torch.rand(batch, length) < chance()] = MASK
+    rule = choose.choice(
+        [
+            KLStability(chance(), 3 * chance(), choose.randint(1, 3), choose.randint(1, 3)),
+            DraftVerify(chance(), chance()),
+            EntropyThreshold(2 * chance(), order=choose.choice(["any", "left_to_right"])),
+            PrefixThreshold(chance()),
+            TopK((3, 1, 2)),
+        ]
+    )
+    options = {"mask_id": MASK, "rule": rule, "block_length": choose.choice([None, 1, 3, 5, 30])}
+    if not isinstance(rule, DraftVerify):
+        options |= choose.choice([{}, {"sliding": True}, {"steps": choose.randint(1, 6)}])
+    if not isinstance(rule, KLStability):
+        options |= choose.choice([{}, {"cfg_scale": 1.0}])
+    if chance() < 0.4:
+        options["stop"] = AnswerEntropy(torch.rand(length) < 0.2, 4 * chance())
+    options |= choose.choice([{}, {"shift": True}, {"top_k": 4}])
+    result = generate(model, tokens, **options)
+    expected = reference.generate(model, tokens, **options)
+    assert torch.equal(result.tokens, expected.tokens)
+    assert torch.equal(result.step_map, expected.step_map)
+    assert result.calls == expected.calls
 
 
 def test_the_rules_do_what_they_are_for(model):
@@ -371,6 +405,27 @@ def test_nan_rows_are_reported_under_every_rule():
 
 
 @pytest.mark.parametrize(
+    "rule", [KLStability(), DraftVerify(0.1, 0.9), Remasking(6, 0.2), FirstHitting()], ids=str
+)
+def test_any_integer_any_dtype_and_nothing_at_all(rule, model):
+    tokens = prompt()
+    wide = generate(model, tokens, mask_id=MASK, rule=rule, seed=3)
+    narrow = generate(
+        lambda t: model(t.long()), tokens.to(torch.int32), mask_id=MASK, rule=rule, seed=3
+    )
+    assert narrow.tokens.dtype == torch.int32
+    assert torch.equal(narrow.tokens, wide.tokens.to(torch.int32))
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        result = generate(lambda t, d=dtype: model(t).to(d), tokens, mask_id=MASK, rule=rule)
+        assert not (result.tokens == MASK).any()
+    for shape in ((0, 3), (2, 0), (0, 0)):
+        nothing = generate(model, torch.zeros(shape, dtype=torch.int64), mask_id=MASK, rule=rule)
+        assert nothing.tokens.shape == shape
+        assert nothing.calls == 0
+    assert generate(model, torch.ones(2, 3).long(), mask_id=MASK, rule=rule).calls == 0
+
+
+@pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: KLStability(history=0), "history: expected at least 1, got 0"),
@@ -394,6 +449,7 @@ def test_rules_check_themselves(make, message):
         ({"rule": FirstHitting(), "steps": 3}, "steps: expected None with FirstHitting"),
         ({"rule": Remasking(3), "sliding": True}, "sliding: expected False with Remasking"),
         ({"rule": TopK(1), "sliding": True, "steps": 3}, "steps: expected None with a sliding"),
+        ({"rule": TopK(1), "vocab_start": 0}, "vocab_start: a decode needs the whole vocabulary"),
         ({"rule": KLStability(), "cfg_scale": 1.0}, "cfg_scale: KLStability compares unguided"),
     ],
 )

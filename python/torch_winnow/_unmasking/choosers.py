@@ -107,7 +107,7 @@ class StabilityChooser(Chooser):
 class DraftVerifyChooser(Chooser):
     def __init__(self, rule: DraftVerify, tokens: Tensor) -> None:
         self.thresholds = rule
-        self._last = torch.zeros_like(tokens[:, 0] if tokens.shape[1] else tokens.sum(1))
+        self._last = torch.zeros(tokens.shape[0], dtype=torch.int64, device=tokens.device)
 
     def options(self, tokens: Tensor, view: View, logits: Tensor) -> dict[str, Any]:
         return {"target_ids": tokens.to(torch.int64).clamp(0, logits.shape[-1] - 1)}

@@ -87,6 +87,8 @@ class Decoding:
         for name in ("mask", "target_ids", "previous_logits", "unconditional_logits"):
             if name in logit_stats_options:
                 raise ValueError(f"{name}: belongs to one step, so generate does not take it")
+        if logit_stats_options.get("vocab_start") is not None:
+            raise ValueError("vocab_start: a decode needs the whole vocabulary; merge in the model")
         self.mask_id = integer("mask_id", mask_id)
         self._steps = count_or_none("steps", steps)
         if self._steps is not None and isinstance(rule, DraftVerify | Remasking | FirstHitting):
@@ -200,13 +202,13 @@ class Decoding:
 
     def _begin(self) -> None:
         window = torch.stack([self._start, self._start + self._block], 1)
-        inside = in_window(window, self.tokens.shape[1]) & self._active[:, None]
-        masked = self._masked & inside
+        self._inside = in_window(window, self.tokens.shape[1]) & self._active[:, None]
+        masked = self._masked & self._inside
         least = self._schedule[self._block_step.clamp(max=len(self._schedule) - 1)]
         if self._steps is not None:
             left = (self._steps - self._block_step).clamp(min=1)
             least = torch.maximum(least, (masked.sum(1) + left - 1) // left)
-        written = inside & ~self._masked & ~self._given
+        written = self._inside & ~self._masked & ~self._given
         self._view = View(masked, written, self._block_step, least, self._seed)
         self._chooser.begin(self._view)
 
@@ -223,23 +225,23 @@ class Decoding:
 
     def _next_block(self, written: Tensor, stopped: Tensor) -> None:
         """Rows whose block is complete move to the next one that has a mask, or end."""
-        left = self._masked & in_window(
-            torch.stack([self._start, self._start + self._block], 1), self.tokens.shape[1]
-        )
+        any_left = self._masked.any(1)
+        block_left = (self._masked & self._inside).any(1)
         block_step = self._block_step + 1
-        complete = ~left.any(1)
-        due = torch.ones_like(complete)
+        going = self._active & ~stopped
+        stuck = going & block_left & ~written.any(1)
+        complete = ~block_left
         if self._chooser.steps is not None:
             due = block_step >= self._chooser.steps
-            complete = complete & due
-        self._stuck = self._active & ~stopped & due & left.any(1) & ~written.any(1)
-        self._active = self._active & ~stopped & (self._masked.any(1) | ~complete)
+            stuck, complete = stuck & due, complete & due
+        self._stuck = stuck
+        self._active = going & (any_left | ~complete)
         first = _first(self._masked)
-        start = self._first + (first - self._first) // self._block * self._block
         if self._sliding:
             self._start, self._block_step = first, block_step
         else:
-            self._start = torch.where(complete & self._masked.any(1), start, self._start)
+            start = self._first + (first - self._first) // self._block * self._block
+            self._start = torch.where(complete & any_left, start, self._start)
             self._block_step = torch.where(complete, 0, block_step)
 
 
@@ -264,4 +266,4 @@ def _answer_positions(stop: AnswerEntropy | None, tokens: Tensor) -> Tensor | No
             f"stop.positions: expected {tuple(tokens.shape)} or {tuple(tokens.shape[1:])} bool, "
             f"got {tuple(positions.shape)} {positions.dtype}"
         )
-    return positions.expand(tokens.shape)
+    return positions.to(tokens.device).expand(tokens.shape)

@@ -141,6 +141,8 @@ def _bar(progress: bool, masks: int) -> AbstractContextManager[Any]:
     try:
         from tqdm.auto import tqdm
     except ImportError as error:
-        raise ImportError("progress: expected tqdm to be installed: pip install tqdm") from error
+        raise ImportError(
+            "progress: expected tqdm to be installed: pip install 'torch-winnow[progress]'"
+        ) from error
     bar: AbstractContextManager[Any] = tqdm(total=masks, unit="token")
     return bar

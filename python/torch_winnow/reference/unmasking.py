@@ -354,7 +354,8 @@ def generate(
                 _confidence(stats, rule), stats, in_block, written, step, least
             )
             pending = masked & answer
-            ends = stop is not None and bool(stats.entropy[pending].sum() < stop.gamma)
+            gamma = -math.inf if stop is None or not answer.any() else stop.gamma
+            ends = bool(stats.entropy[pending].sum() < gamma)
             if ends:
                 transfer, remask = pending, torch.zeros_like(pending)
             done = _write(row, transfer, stats).transfer
@@ -367,7 +368,7 @@ def generate(
             changed = done | remask
             call, step = call + 1, step + 1
             masks = (row[0] == mask_id).nonzero()[:, 0].tolist()
-            if not done.any() and in_block.any() and step >= history.steps:
+            if not (ends or done.any()) and in_block.any() and step >= history.steps:
                 raise RuntimeError(f"model: no finite logits at step {call - 1} of row {b}")
             if ends:
                 break
