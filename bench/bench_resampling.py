@@ -15,7 +15,12 @@ import torch
 from torch_winnow.resampling import resample
 
 SHAPES = [(1, 64), (1, 4096), (1, 1_000_000), (4096, 4), (4096, 64), (256, 4096), (4, 1_000_000)]
-SCHEMES = ("stratified", "residual", "multinomial")
+SCHEMES = ("stratified", "residual", "multinomial", "ssp", "killing")
+RIVALS = {  # who has which
+    "torch": ("stratified", "multinomial"),
+    "particles": SCHEMES,
+    "blackjax": ("stratified", "residual", "multinomial"),
+}
 
 
 def winnow(log_weights, scheme="systematic", **options):
@@ -47,14 +52,13 @@ def blackjax(log_weights, scheme="systematic"):
     import jax
     from blackjax.smc import resampling
 
-    if "call" not in _compiled:
-        _compiled["call"] = jax.jit(
-            jax.vmap(
-                lambda key, log_w: resampling.systematic(key, jax.nn.softmax(log_w), log_w.shape[0])
-            )
+    if scheme not in _compiled:
+        choose = getattr(resampling, scheme)
+        _compiled[scheme] = jax.jit(
+            jax.vmap(lambda key, log_w: choose(key, jax.nn.softmax(log_w), log_w.shape[0]))
         )
     keys = jax.random.split(jax.random.PRNGKey(0), log_weights.shape[0])
-    return _compiled["call"](keys, log_weights).block_until_ready()
+    return _compiled[scheme](keys, log_weights).block_until_ready()
 
 
 _compiled: dict = {}
@@ -109,21 +113,22 @@ def test_systematic(measure, shape, impl):
     )
 
 
-@pytest.mark.parametrize("impl", ["winnow", "torch", "particles"])
+@pytest.mark.parametrize("impl", ["winnow", "torch", "particles", "blackjax"])
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("shape", [(1, 4096), (4096, 64), (1, 1_000_000)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 4096), (4096, 4), (4096, 64), (1, 1_000_000)], ids=str)
 def test_schemes(measure, shape, scheme, impl):
     if impl == "particles":
         pytest.importorskip("particles")
         if shape[0] > 1:
             pytest.skip("particles resamples one population")
-    if impl == "torch" and scheme == "residual":
-        pytest.skip("no composition of torch operators without a loop over populations")
+    if scheme not in RIVALS.get(impl, SCHEMES):
+        pytest.skip("no such scheme, or none without a loop over populations")
     slow = impl == "torch" and scheme == "multinomial" and shape[1] > 2**17  # half a second a call
     functions = {
         "winnow": winnow,
         "torch": torch_composition,
         "particles": particles_package,
+        "blackjax": blackjax,
     }
     measure(
         f"resample {scheme} {shape[0]}x{shape[1]} float32",

@@ -329,7 +329,8 @@ def test_contracts_for_any_weights(weights, scheme, samples, seed):
             assert samples > positive or (result.offspring <= 1).all()
 
 
-def test_small_populations_as_large_ones():
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_small_populations_as_large_ones(scheme):
     """Populations of at most 16 are done sixteen at a time; a mask that is true takes the other
     path, and uniforms too. Decisions and statistics are bitwise the same."""
     for particles, rows in itertools.product(range(1, 18), (1, 15, 16, 17, 50)):
@@ -340,6 +341,7 @@ def test_small_populations_as_large_ones():
         mask = torch.ones(rows, particles, dtype=torch.bool)
         for threshold, keep_slots in itertools.product((None, 0.5), (False, True)):
             options = {"ess_threshold": threshold, "keep_slots": keep_slots, "seed": particles}
+            options["scheme"] = scheme
             small = resample(log_weights, **options)
             large = resample(log_weights, mask=mask, **options)
             assert all(torch.equal(a, b) for a, b in zip(small, large, strict=True))

@@ -1,8 +1,13 @@
 // winnow::resample on the CPU: checks, allocation, and the split of the work over threads. Many
 // populations are dealt out whole; a huge one is worked on block by block, step by step.
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 #include <torch/csrc/stable/library.h>
 
+#include <cstdlib>
 #include <memory>
+#include <new>
 #include <optional>
 #include <string>
 #include <utility>
@@ -35,23 +40,29 @@ uint64_t seed_of(int64_t seed, const std::optional<Tensor>& seed_tensor) {
   return static_cast<uint64_t>(*static_cast<const int64_t*>(seed_tensor->data_ptr()));
 }
 
-// Scratch memory of one thread; a small population's lies on the stack.
+// Scratch memory of one thread; a small population's lies on the stack. A huge one's is searched at
+// random, and in pages of 4 KB most of these accesses would wait for an address translation.
 class ScratchMemory {
  public:
   explicit ScratchMemory(int64_t bytes) {
-    if (bytes > static_cast<int64_t>(sizeof small_)) {
-      large_.reset(new char[static_cast<size_t>(bytes) + 63]);
-    }
+    if (bytes <= static_cast<int64_t>(sizeof small_)) return;
+    const size_t alignment = bytes < 2 * kHugePage ? 64 : kHugePage;
+    const size_t size = (static_cast<size_t>(bytes) + alignment - 1) / alignment * alignment;
+    large_.reset(std::aligned_alloc(alignment, size));
+    if (!large_) throw std::bad_alloc();
+#ifdef __linux__
+    if (alignment == kHugePage) madvise(large_.get(), size, MADV_HUGEPAGE);
+#endif
   }
-  void* data() {
-    if (!large_) return small_;
-    return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(large_.get()) + 63) &
-                                   ~uintptr_t{63});
-  }
+  void* data() { return large_ ? large_.get() : small_; }
 
  private:
+  static constexpr int64_t kHugePage = int64_t{1} << 21;
+  struct Free {
+    void operator()(void* memory) const { std::free(memory); }
+  };
   alignas(64) char small_[8192];
-  std::unique_ptr<char[]> large_;
+  std::unique_ptr<void, Free> large_;
 };
 
 void resample_whole_rows(const ResampleCall& call) {

@@ -75,6 +75,7 @@ struct ResampleScratch {
   int64_t cumulative;
   int64_t guide;
   int64_t freed;
+  int64_t counted;
   int64_t masked;
   int64_t bytes;
 };
@@ -88,9 +89,9 @@ constexpr int64_t kBytesPerBlock = 64;
 [[maybe_unused]] inline ResampleScratch resample_scratch(const ResampleCall& call) {
   const auto align = [](int64_t bytes) { return (bytes + 63) / 64 * 64; };
   const int64_t k = (call.particles + 15) / 16 * 16;
-  // A search reads 4 cumulative weights beyond; ssp has the remainder and the owner of each run.
+  // ssp has the remainder and the owner of each run.
   const bool runs = call.scheme == Scheme::kSsp;
-  const int64_t sums = searches(call.scheme) ? k + 8 : runs ? k / kRun + 1 : 0;
+  const int64_t sums = searches(call.scheme) ? k : runs ? k / kRun + 1 : 0;
   const int64_t indices = searches(call.scheme) ? k + 1 : runs ? k / kRun + 1 : 0;
   ResampleScratch at;
   at.blocks = align(sizeof(Population));
@@ -98,7 +99,8 @@ constexpr int64_t kBytesPerBlock = 64;
   at.cumulative = at.weights + align(k * (call.type == ElementType::kDouble ? 8 : 4));
   at.guide = at.cumulative + align(sums * 8);
   at.freed = at.guide + align(indices * 4);
-  at.masked = at.freed + (call.keep_slots ? align(2 * (k + 1) * 4) : 0);
+  at.counted = at.freed + (call.keep_slots ? align(2 * (k + 1) * 4) : 0);
+  at.masked = at.counted + (searches(call.scheme) ? align(k) : 0);
   // Of the live particles: slot, log weight, ancestor, offspring, new log weight.
   at.bytes = at.masked + (call.mask != nullptr ? 5 * k * 8 : 0);
   return at;

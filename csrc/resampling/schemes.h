@@ -56,6 +56,7 @@ void spread_block(const Work<T>& work, const Arrays<T>& arrays, int64_t b) {
     each_tile(work, b, tile, [&](int64_t first, int64_t n, const uint64_t* cumulative) {
       std::memcpy(work.cumulative + first, cumulative, static_cast<size_t>(n) * 8);
       std::memset(arrays.offspring + first, 0, static_cast<size_t>(n) * 8);
+      std::memset(work.counted + first, 0, static_cast<size_t>(n));
     });
     return;
   }
@@ -107,13 +108,13 @@ void guide_block(const Work<T>& work, int64_t b, uint64_t total) {
   if (b + 1 == p.blocks) work.guide[cells] = static_cast<uint32_t>(p.particles - 1);
 }
 
-constexpr int64_t kBatch = 4 * kLanes;
+constexpr int64_t kBatch = 8 * kLanes;
 
 // The particles that n <= kBatch uniforms fall on. A huge population's cells, cumulative weights
 // and counts are each a cache miss per draw, so they are asked for a batch ahead.
 template <typename T>
 void find(const Work<T>& work, uint64_t total, const uint64_t* uniform, int64_t n,
-          const int64_t* offspring, uint32_t* found) {
+          uint32_t* found) {
   const int bits = guide_bits(work.population.particles);
   uint32_t high[kBatch];
   if (bits == 0) {
@@ -126,22 +127,34 @@ void find(const Work<T>& work, uint64_t total, const uint64_t* uniform, int64_t 
       found[l] = work.guide[cell];
       high[l] = work.guide[cell + 1];
       __builtin_prefetch(work.cumulative + found[l]);
+      __builtin_prefetch(work.cumulative + high[l]);
     }
   }
   for (int64_t l = 0; l < n; ++l) {
     found[l] = static_cast<uint32_t>(
         search(work.cumulative, found[l], high[l], multiply_high(uniform[l], total)));
-    __builtin_prefetch(offspring + found[l], 1);
+    __builtin_prefetch(work.counted + found[l], 1);
   }
 }
 
-inline void count(const ResampleCall& call, const uint32_t* found, int64_t n, int64_t* offspring) {
+// One more offspring each. They are counted in bytes, which stay in the cache where the numbers of
+// a huge population do not; what overflows a byte is added at once. Threads that share a population
+// add to the numbers themselves.
+template <typename T>
+void count(const Work<T>& work, const uint32_t* found, int64_t n, int64_t* offspring) {
   for (int64_t l = 0; l < n; ++l) {
-    if (call.shared) {
+    if (work.call.shared) {
       __atomic_fetch_add(offspring + found[l], int64_t{1}, __ATOMIC_RELAXED);
-    } else {
-      ++offspring[found[l]];
+    } else if (++work.counted[found[l]] == 0) {
+      offspring[found[l]] += 256;
     }
+  }
+}
+
+template <typename T>
+void add_counted(const Work<T>& work, int64_t* offspring) {
+  for (int64_t k = 0; k < work.population.particles && !work.call.shared; ++k) {
+    offspring[k] += work.counted[k];
   }
 }
 
@@ -155,11 +168,11 @@ void draw(const Work<T>& work, uint64_t total, int64_t begin, int64_t end, int64
   for (int64_t j = begin; j < end; j += kBatch) {
     const int64_t n = end - j < kBatch ? end - j : kBatch;
     for (int64_t l = 0; l < n; l += kLanes) uniform_run(uniforms, j + l, end, uniform + l);
-    find(work, total, uniform, n, offspring, found);
+    find(work, total, uniform, n, found);
     if (ancestors != nullptr) {
       for (int64_t l = 0; l < n; ++l) ancestors[j + l] = found[l];
     }
-    count(work.call, found, n, offspring);
+    count(work, found, n, offspring);
   }
 }
 
@@ -193,7 +206,7 @@ void kill(const Work<T>& work, int64_t begin, int64_t end, int64_t* offspring, i
       }
       uniform_lanes(uniforms, element, 2 * p.particles, uniform + i);
     }
-    find(work, p.total, uniform, killed, offspring, found);
+    find(work, p.total, uniform, killed, found);
     for (int64_t i = 0; i < killed; ++i) particle[slot[i]] = found[i];
     if (p.forced.element >= j && p.forced.element < j + n) {
       particle[p.forced.element - j] = static_cast<uint32_t>(p.pinned);
@@ -201,7 +214,7 @@ void kill(const Work<T>& work, int64_t begin, int64_t end, int64_t* offspring, i
     if (ancestors != nullptr) {
       for (int64_t l = 0; l < n; ++l) ancestors[j + l] = particle[l];
     }
-    count(work.call, particle, n, offspring);
+    count(work, particle, n, offspring);
   }
 }
 
@@ -271,6 +284,7 @@ void arrange(const Work<T>& work, const Arrays<T>& arrays) {
   const Population& p = work.population;
   const Scheme scheme = work.call.scheme;
   int64_t* ancestors = arrays.ancestors;
+  if (searches(scheme)) add_counted(work, arrays.offspring);
   if (work.call.keep_slots) {
     return fill_freed_slots(arrays.offspring, p.particles, work.freed,
                             work.freed + (p.particles + 1), ancestors);

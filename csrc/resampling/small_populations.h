@@ -1,5 +1,5 @@
-// Systematic resampling of populations of at most 16 particles, sixteen populations at a time: lane
-// l of every vector belongs to population l. The same operations in the same order as for a large
+// Resampling of populations of at most 16 particles, sixteen populations at a time: lane l of every
+// vector belongs to population l. The same operations in the same order as for a large
 // population, so a population's result does not depend on the path; what a population of four costs
 // otherwise is mostly the steps between.
 #pragma once
@@ -15,10 +15,15 @@ namespace {
 
 constexpr int64_t kSmallParticles = 16;
 
+inline bool has_small_path(Scheme scheme) {
+  return scheme == Scheme::kSystematic || scheme == Scheme::kStratified ||
+         scheme == Scheme::kMultinomial || scheme == Scheme::kResidual;
+}
+
 inline bool is_small(const ResampleCall& call) {
   return call.particles > 0 && call.particles <= kSmallParticles &&
-         call.samples == call.particles && call.scheme == Scheme::kSystematic &&
-         call.mask == nullptr && call.uniforms == nullptr && call.pinned == nullptr;
+         call.samples == call.particles && has_small_path(call.scheme) && call.mask == nullptr &&
+         call.uniforms == nullptr && call.pinned == nullptr;
 }
 
 // kWide populations: sums in the order of sum_wide(block_sums), fixed-point weights cumulated.
@@ -35,6 +40,7 @@ struct SmallPopulations {
   alignas(64) float x[kSmallParticles][kLanes];
   alignas(64) float w[kSmallParticles][kLanes];
   alignas(64) int32_t counts[kSmallParticles][kLanes];
+  alignas(64) int32_t chosen[kSmallParticles][kLanes];  // by each draw, -1: not drawn
   alignas(64) int32_t packed[kSmallParticles][kLanes];  // ancestor + 256 offspring
   // [population]
   alignas(64) float top[kLanes];
@@ -167,6 +173,92 @@ inline bool decide_small(const ResampleCall& call, SmallPopulations* s) {
   return any(resampled);
 }
 
+// a > b for numbers of 64 bits; every instruction set compares signed ones only.
+inline LongPart above(WordPart a, WordPart b) {
+  const WordPart sign = WordPart{} + (uint64_t{1} << 63);
+  return (LongPart)(a ^ sign) > (LongPart)(b ^ sign);
+}
+
+// split() of every lane: k weight = whole total + rest.
+inline LongPart split_part(int64_t k, WordPart weight, WordPart total, WordPart* rest) {
+  const auto number = static_cast<uint64_t>(k);
+  const DoublePart guess =
+      floor_part(to_double(weight) * static_cast<double>(k) / to_double(total));
+  LongPart whole = small_to_long(guess);
+  auto over = (LongPart)(weight * number - (WordPart)whole * total);
+  const LongPart below = over < 0;
+  over += below & (LongPart)total;
+  whole += below;
+  const LongPart beyond = over >= (LongPart)total;
+  over -= beyond & (LongPart)total;
+  whole -= beyond;
+  *rest = (WordPart)over;
+  return whole;
+}
+
+// The schemes of one uniform per slot: each draw counts the ends that it has passed, and each
+// particle the draws that stopped there.
+template <int kMost>
+inline void draw_small(const ResampleCall& call, int64_t row, int h, const u64x8* cumulative,
+                       const u64x8& total, SmallPopulations* s) {
+  const int64_t k = call.particles;
+  const bool stratified = call.scheme == Scheme::kStratified;
+  const bool residual = call.scheme == Scheme::kResidual;
+  int shift = 0;
+  while ((int64_t{1} << shift) < k) ++shift;
+  const u64x8 rows = count_from(static_cast<uint64_t>(row + h * kWide));
+  u64x8 ends[kMost];
+  u64x8 offspring[kMost];
+  u64x8 range = total;
+  u64x8 drawn = wide_word(static_cast<uint64_t>(k));
+  for (int p = 0; p < kParts; ++p) {
+    WordPart before = {};
+    WordPart rests = {};
+    for (int i = 0; i < kMost; ++i) {
+      if (i >= k) break;
+      const WordPart c = cumulative[i].part[p];
+      offspring[i].part[p] = WordPart{};
+      ends[i].part[p] = stratified ? c * static_cast<uint64_t>(k) : c;
+      if (!residual) continue;
+      WordPart rest;
+      offspring[i].part[p] = (WordPart)split_part(k, c - before, total.part[p], &rest);
+      drawn.part[p] -= offspring[i].part[p];
+      ends[i].part[p] = rests += rest >> shift;
+      before = c;
+    }
+    if (residual) range.part[p] = rests;
+  }
+  for (int j = 0; j < kMost; ++j) {
+    if (j >= k) break;
+    const auto element = static_cast<uint64_t>(j);
+    const u64x8 point = multiply_high(philox_wide(call.seed, rows, wide_word(element)), range);
+    for (int p = 0; p < kParts; ++p) {
+      const WordPart at = stratified ? point.part[p] + total.part[p] * element : point.part[p];
+      LongPart index = {};
+      for (int i = 0; i < kMost; ++i) {
+        if (i >= k) break;
+        index += above(ends[i].part[p], at) + 1;
+      }
+      index |= (LongPart)(WordPart{} + element) >= (LongPart)drawn.part[p];  // -1: not drawn
+      for (int i = 0; i < kMost; ++i) {
+        if (i >= k) break;
+        offspring[i].part[p] -= (WordPart)(index == i);
+      }
+      const IntHalf narrow = __builtin_convertvector(index, IntHalf);
+      std::memcpy(s->chosen[j] + h * kWide + p * (kWide / kParts), &narrow, sizeof narrow);
+    }
+  }
+  for (int p = 0; p < kParts; ++p) {
+    WordPart end = {};
+    for (int i = 0; i < kMost; ++i) {
+      if (i >= k) break;
+      end += offspring[i].part[p];
+      const IntHalf narrow = __builtin_convertvector((LongPart)end, IntHalf);
+      std::memcpy(s->counts[i] + h * kWide + p * (kWide / kParts), &narrow, sizeof narrow);
+    }
+  }
+}
+
 // Cumulative counts of populations [8 h, 8 h + 8).
 template <int kMost>
 inline void count_small(const ResampleCall& call, int64_t row, int h, SmallPopulations* s) {
@@ -180,6 +272,9 @@ inline void count_small(const ResampleCall& call, int64_t row, int h, SmallPopul
     const u64x8 q = to_words(load_wide(s->w[i] + h * kWide) * scale);
     for (int p = 0; p < kParts; ++p) total.part[p] += q.part[p];
     cumulative[i] = total;
+  }
+  if (call.scheme != Scheme::kSystematic) {
+    return draw_small<kMost>(call, row, h, cumulative, total, s);
   }
   const u64x8 bits =
       philox_wide(call.seed, count_from(static_cast<uint64_t>(row + h * kWide)), wide_word(0));
@@ -209,6 +304,7 @@ template <int kMost, bool kExact>
 inline void ancestors_small(const ResampleCall& call, SmallPopulations* s) {
   const int64_t k = kExact ? kMost : call.particles;
   const bool keep_slots = call.keep_slots;
+  const bool independent = call.scheme == Scheme::kMultinomial && !keep_slots;
   const i32x16 resampled = load_integers(s->resampled);
   i32x16 offspring[kSmallParticles];
   i32x16 ends[kSmallParticles];  // of the particles that slots are counted against
@@ -227,7 +323,11 @@ inline void ancestors_small(const ResampleCall& call, SmallPopulations* s) {
     const i32x16 slot = static_cast<int32_t>(j);
     const i32x16 rank = keep_slots ? freed : slot;
     i32x16 ancestor = 0;
-    for (int64_t i = 0; i < k; ++i) ancestor = ancestor - ((ends[i] < rank) | (ends[i] == rank));
+    if (independent) {
+      ancestor = load_integers(s->chosen[j]);
+    } else {
+      for (int64_t i = 0; i < k; ++i) ancestor = ancestor - ((ends[i] < rank) | (ends[i] == rank));
+    }
     i32x16 stays = resampled ^ i32x16(-1);
     if (keep_slots) {
       const i32x16 alive = offspring[j] > i32x16(0);

@@ -192,15 +192,16 @@ inline int64_t scatter(const int64_t* counts, int64_t n, int64_t first, int64_t 
   return previous;
 }
 
-constexpr int64_t kSearchPadding = 4;  // readable elements behind the cumulative weights
-
 // The first index in [low, high] whose cumulative weight exceeds `point`; that of `high` does.
 inline int64_t search(const uint64_t* cumulative, int64_t low, int64_t high, uint64_t point) {
+  constexpr int64_t kShort = 4;
   int64_t length = high - low;
-  if (length <= kSearchPadding) {  // a guide's cell, nearly always: no branch to mispredict
+  if (length <= kShort) {  // a guide's cell, nearly always: no branch to mispredict
     int64_t passed = 0;
-    for (int64_t i = 0; i < kSearchPadding; ++i) {
-      passed += (i < length) & (cumulative[low + i] <= point);
+    for (int64_t i = 0; i < kShort; ++i) {
+      // Nothing beyond is touched: it may lie in a cache line that nobody has asked for.
+      const bool within = i < length;
+      passed += within & (cumulative[low + (within ? i : 0)] <= point);
     }
     return low + passed;
   }

@@ -23,6 +23,7 @@ struct Work {
   uint64_t* cumulative;
   uint32_t* guide;
   uint32_t* freed;
+  unsigned char* counted;
 
   Work(const ResampleCall& c, void* memory)
       : call(c),
@@ -32,7 +33,8 @@ struct Work {
         weights(reinterpret_cast<W*>(scratch + at.weights)),
         cumulative(reinterpret_cast<uint64_t*>(scratch + at.cumulative)),
         guide(reinterpret_cast<uint32_t*>(scratch + at.guide)),
-        freed(reinterpret_cast<uint32_t*>(scratch + at.freed)) {}
+        freed(reinterpret_cast<uint32_t*>(scratch + at.freed)),
+        counted(reinterpret_cast<unsigned char*>(scratch + at.counted)) {}
 
   Block& block(int64_t b) const {
     return *reinterpret_cast<Block*>(scratch + at.blocks + b * kBytesPerBlock);

@@ -7,7 +7,7 @@ import torch
 
 import torch_winnow
 from torch_winnow import kvcache
-from torch_winnow.resampling import effective_sample_size
+from torch_winnow.resampling import effective_sample_size, resample
 from torch_winnow.unmasking import EntropyThreshold, logit_stats, speculative_verify, unmask_step_
 
 pytestmark = pytest.mark.skipif(
@@ -64,6 +64,20 @@ def test_effective_sample_size_replays():
     log_weights.normal_()
     graph.replay()
     assert torch.equal(ess, effective_sample_size(log_weights))
+
+
+@pytest.mark.parametrize("scheme", ["systematic", "killing", "ssp"])
+@pytest.mark.parametrize("shape", [(50, 8), (2, 100_000)], ids=str)
+def test_resample_replays_with_new_seeds(scheme, shape):
+    log_weights = torch.randn(shape, device="cuda")
+    seed = torch.tensor(0, device="cuda")
+    graph, result = captured(lambda x, s: resample(x, scheme=scheme, seed=s), log_weights, seed)
+    for value in (1, 2):
+        seed.fill_(value)
+        log_weights.normal_()
+        graph.replay()
+        expected = resample(log_weights, scheme=scheme, seed=value)
+        assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
 
 
 def test_an_unmasking_step_replays():
