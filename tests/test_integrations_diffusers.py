@@ -16,6 +16,11 @@ diffusers = pytest.importorskip("diffusers")
 from torch_winnow.integrations.diffusers import FKSteeringCallback  # noqa: E402
 from torch_winnow.integrations.diffusers.scheduler import watched  # noqa: E402
 
+pytestmark = [  # of schedulers in numpy 2
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+
 PROMPTS, PARTICLES = 2, 4
 ROWS = PROMPTS * PARTICLES
 SHAPE = (4, 8, 8)
@@ -379,6 +384,8 @@ def test_rows_that_have_ended_are_carried():
     assert ended.any()
     assert not ended.any(1).all()
     assert ((tokens != MASK) | ended).all()
+    with pytest.raises(ValueError, match=r"LLaDA2Pipeline to run inside `with callback.watch"):
+        write(callback_on_step_end=callback)
 
 
 def test_refusals(pipeline):
