@@ -90,7 +90,7 @@ def test_negative_rewards(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("threshold", [None, 0.5, 0.9])
-@pytest.mark.parametrize("scheme", ["systematic", "residual"])
+@pytest.mark.parametrize("scheme", ["systematic", "killing", "optimal"])
 def test_controller_matches_definition(kind, threshold, scheme):
     """Prompt by prompt, with broken constraints among the rewards and two runs of one object."""
     options = {"ess_threshold": threshold, "scheme": scheme, "seed": 3}
@@ -115,11 +115,20 @@ def test_controller_matches_definition(kind, threshold, scheme):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("threshold", [None, 0.75, 0.9])
-def test_steers_to_the_tilted_distribution(kind, threshold):
+@pytest.mark.parametrize(
+    ("threshold", "scheme"),
+    [
+        (None, "systematic"),
+        (0.75, "systematic"),
+        (0.9, "systematic"),
+        (0.75, "ssp"),
+        (0.9, "killing"),
+    ],
+)
+def test_steers_to_the_tilted_distribution(kind, threshold, scheme):
     """An enumerable chain: exp(log_z) times the weighted share of each end state estimates
-    p(x) exp(lambda r(x)) without bias. 5 sigma over 160000 populations of 6: the 36 comparisons of
-    all parameters fail by chance at most once in 20000 choices of the seeds.
+    p(x) exp(lambda r(x)) without bias. 5 sigma over 160000 populations of 6: the 60 comparisons of
+    all parameters fail by chance at most once in 10000 choices of the seeds.
 
     That rate needs a normal mean, so the rewards on the way are mild and the skewness is checked.
     Twice as large, the few heaviest populations of kind "sum" make the mean and its estimated sigma
@@ -129,7 +138,7 @@ def test_steers_to_the_tilted_distribution(kind, threshold):
     transition = torch.tensor([[0.7, 0.2, 0.1], [0.3, 0.4, 0.3], [0.1, 0.1, 0.8]])
     final = torch.tensor([1.0, -0.5, 0.3])
     target = torch.linalg.matrix_power(transition.double(), 3)[0] * (lmbda * final.double()).exp()
-    masses = _tilted_masses(kind, threshold, transition, final, lmbda)
+    masses = _tilted_masses(kind, threshold, scheme, transition, final, lmbda)
     estimate = torch.cat((masses, masses.sum(1, keepdim=True)), 1)
     exact = torch.cat((target, target.sum().view(1)))
     scaled = (estimate - estimate.mean(0)) / estimate.std(0)
@@ -137,14 +146,14 @@ def test_steers_to_the_tilted_distribution(kind, threshold):
     assert (skewness_of_the_mean.abs() < 0.02).all()
     sigma = estimate.std(0) / len(estimate) ** 0.5
     assert ((estimate.mean(0) - exact).abs() < 5 * sigma).all()
-    assert (sigma < 0.005 * exact).all()  # a bias of 2.5% would be seen
+    assert (sigma < 0.006 * exact).all()  # a bias of 3% would be seen
 
 
-def _tilted_masses(kind, threshold, transition, final, lmbda):
+def _tilted_masses(kind, threshold, scheme, transition, final, lmbda):
     """``(populations, states)``: every population's estimates of the tilted masses."""
     populations, particles, states = 160_000, 6, len(final)
     on_the_way = torch.tensor([[0.25, -0.5, 0.5], [0.0, 0.5, -0.25]])
-    steering = FKSteering(kind, lmbda, ess_threshold=threshold, seed=5)
+    steering = FKSteering(kind, lmbda, ess_threshold=threshold, scheme=scheme, seed=5)
     generator = torch.Generator().manual_seed(1)
 
     x = torch.zeros(populations, particles, dtype=torch.int64)

@@ -18,7 +18,7 @@ class FKSteering:
     """Every particle remembers the rewards of its whole path, and all else is worked out from them.
 
     The weight of a particle is the product of the potentials of its path since its population was
-    last resampled.
+    last resampled, times the weight that was left to it then.
     """
 
     def __init__(
@@ -44,9 +44,10 @@ class FKSteering:
         if not self._path:
             self._counted_from = torch.zeros(reward.shape[:-1], dtype=torch.int64)
             self._divided_out = torch.zeros(reward.shape[:-1])
+            self._left = torch.zeros(reward.shape)
         self._path.append(reward)
         state: PotentialState | None = None
-        log_weights = torch.zeros(reward.shape)
+        log_weights = self._left
         for at, past in enumerate(self._path):
             last = terminal and at == len(self._path) - 1
             log_potential, state = fk_potential(
@@ -66,6 +67,7 @@ class FKSteering:
         self._path = gather_particles(self._path, result.ancestors)
         self._counted_from = torch.where(result.resampled, len(self._path), self._counted_from)
         self._divided_out = self._divided_out + result.log_z
+        self._left = torch.where(result.resampled.unsqueeze(-1), result.log_weights, self._left)
         self.log_weights = result.log_weights
         return result
 

@@ -102,6 +102,7 @@ class FKSteeringCallback(PipelineCallback):  # type: ignore[misc]
         self.sample = sample
         self.carry = tuple(carry)
         self.results: list[Resampling] = []
+        self._watching = False
         self._clean: Tensor | None = None
         self._ended: Tensor | None = None
 
@@ -119,7 +120,8 @@ class FKSteeringCallback(PipelineCallback):  # type: ignore[misc]
 
         scheduler = pipeline.scheduler
         with ExitStack() as stack:
-            stack.callback(see, None)
+            stack.callback(self._leave)
+            self._watching = True
             stack.enter_context(watched(scheduler, see))
             if hasattr(scheduler, "check_eos_finished"):
                 original = scheduler.check_eos_finished
@@ -131,6 +133,9 @@ class FKSteeringCallback(PipelineCallback):  # type: ignore[misc]
                 stack.enter_context(replaced(scheduler, "check_eos_finished", check))
             yield self
 
+    def _leave(self) -> None:
+        self._watching, self._clean, self._ended = False, None, None
+
     def callback_fn(
         self, pipeline: Any, step_index: int, timestep: Any, callback_kwargs: dict[str, Any]
     ) -> dict[str, Any]:
@@ -139,7 +144,13 @@ class FKSteeringCallback(PipelineCallback):  # type: ignore[misc]
             self.steering.reset()
             self.results = []
         clean, self._clean = self._clean, None
-        terminal = self.sample == "latents" and step_index + 1 == pipeline.num_timesteps
+        if not self._watching and hasattr(pipeline.scheduler, "check_eos_finished"):
+            raise ValueError(
+                f"callback: expected a {type(pipeline).__name__} to run inside `with "
+                "callback.watch(pipeline)`, or the rows that have ended would be mixed up"
+            )
+        steps = getattr(pipeline, "num_timesteps", None) or len(pipeline.scheduler.timesteps)
+        terminal = self.sample == "latents" and step_index + 1 == steps
         if not (terminal or self._chosen(step_index)):
             return callback_kwargs
         rewarded: Tensor = callback_kwargs[self.sample]
