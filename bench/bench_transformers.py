@@ -1,7 +1,7 @@
 """A transformers model over pages against the caches of transformers: decoding, and resampling.
 
-One step of a Llama with the heads of an 8B model and little else: attention is what is measured. The
-limit is the bytes of keys and values over the read bandwidth of the same run.
+One step of a Llama with the heads of an 8B model and little else: attention is what is measured.
+The limit is the bytes of keys and values over the read bandwidth of the same run.
 """
 
 from __future__ import annotations
