@@ -101,16 +101,26 @@ def test_decode(measure, benchmark, length, dtype, impl):
 @pytest.mark.parametrize("impl", ["winnow", "DynamicCache + sdpa"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_resample(measure, dtype, impl):
-    """Eight particles of 2048 tokens follow their ancestors: a step of sequential Monte Carlo."""
+    """Eight particles of 2048 tokens follow their ancestors and take a token: a step of SMC.
+
+    The token is part of it, because pages put copies off until somebody writes.
+    """
     rows, length = 8, 2048
     model = make_model(DTYPES[dtype], "winnow")
     cache = make_cache(impl, model.config, length)
     size = fill(cache, rows, length, DTYPES[dtype])
     ancestors = torch.tensor([0, 0, 0, 3, 3, 5, 6, 6])
+    token = torch.randn(rows, KEY_HEADS, 1, DIM).to(DTYPES[dtype])
+
+    def resample() -> None:
+        cache.reorder_cache(ancestors)
+        for layer in range(LAYERS):
+            cache.update(token, token, layer)
+
     measure(
         f"transformers resample {rows}x{length} {dtype}",
         impl,
-        lambda: cache.reorder_cache(ancestors),
-        moved_bytes=2 * size,  # what copying costs: the pages stay below this limit
+        resample,
+        moved_bytes=2 * size,  # what copying costs: pages stay below this limit
         rounds=7,
     )

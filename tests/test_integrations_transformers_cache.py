@@ -9,7 +9,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import DynamicCache, LlamaConfig, MambaConfig, MistralConfig
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    DynamicCache,
+    EncoderDecoderCache,
+    LlamaConfig,
+    MambaConfig,
+    MistralConfig,
+)
 from transformers.masking_utils import sdpa_mask
 from transformers.models.minimax_m3_vl.configuration_minimax_m3_vl import MiniMaxM3VLTextConfig
 from transformers.models.minimax_m3_vl.modeling_minimax_m3_vl import MiniMaxM3VLTextModel
@@ -47,7 +55,6 @@ def states(rows, tokens, dim=8):
 def test_any_history_agrees_with_a_dynamic_cache(data):
     """Steps of any length, crops, reorders, selections, copies and resets, all layers."""
     torch.manual_seed(data.draw(st.integers(0, 99)))
-    # Left padding of the first step, whose columns nobody may read.
     rows = data.draw(st.integers(1, 3))
     dynamic = DynamicCache(config=CONFIG)
     paged = WinnowCache(CONFIG, block_size=data.draw(st.sampled_from([1, 3, 4])))
@@ -426,6 +433,49 @@ def test_an_old_transformers_is_named():
     integration._require(sdpa_mask)
     with pytest.raises(ImportError, match="needs transformers 5 .tested with 5.18."):
         integration._require(mask_of_transformers_4)
+
+
+def test_a_tensor_mask_over_padding_that_was_not_stored(llama):
+    tokens, mask = prompts()
+    paged, dynamic = WinnowCache(CONFIG, block_size=4), DynamicCache(config=CONFIG)
+    forward(llama, tokens, paged, mask)
+    forward(llama, tokens, dynamic, mask, "sdpa")
+    step = torch.full((3, 2), 5)
+    seen = torch.ones(2, 13, dtype=torch.bool).tril(11).expand(3, 1, 2, 13).clone()
+    with pytest.raises(ValueError, match="attention_mask: shows columns of row 0"):
+        forward(llama, step, copy.deepcopy(paged), seen)
+    seen &= torch.nn.functional.pad(mask, (0, 2), value=1).bool()[:, None, None]
+    near(forward(llama, step, paged, seen), forward(llama, step, dynamic, seen, "sdpa"))
+
+
+def test_a_decoder_that_attends_an_encoder():
+    config = BartConfig(
+        vocab_size=64,
+        d_model=32,
+        encoder_layers=1,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=None,
+        forced_eos_token_id=None,
+        decoder_start_token_id=2,
+    )
+    torch.manual_seed(0)
+    model = BartForConditionalGeneration(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    tokens, mask = prompts()
+    options = {"attention_mask": mask, "max_new_tokens": 12, "num_beams": 3, "do_sample": False}
+    expected = model.generate(tokens, **options)
+    model.set_attn_implementation("winnow")
+    cache = EncoderDecoderCache(WinnowCache(config, block_size=4), DynamicCache(config=config))
+    assert torch.equal(model.generate(tokens, past_key_values=cache, **options), expected)
+    assert cache.self_attention_cache.get_seq_length() == 12
 
 
 def test_sliding_layers_are_those_of_the_config():

@@ -31,8 +31,33 @@ void BlockPool::grow(int64_t num_blocks) {
   free_.swap(free);
 }
 
-void BlockPool::require(int64_t blocks) const {
-  if (blocks > num_free()) throw BlockPoolExhausted(blocks, num_free(), num_blocks());
+int64_t BlockPool::num_evictable() const {
+  int64_t count = 0;
+  for (const auto& [use, block] : prefixes_.by_use()) count += owners(block) == 1;
+  return count;
+}
+
+void BlockPool::require(int64_t blocks) {
+  std::vector<int32_t> evicted;
+  for (const auto& [use, block] : prefixes_.by_use()) {
+    if (blocks <= num_free() + static_cast<int64_t>(evicted.size())) break;
+    if (owners(block) == 1) evicted.push_back(block);
+  }
+  const int64_t available = num_free() + static_cast<int64_t>(evicted.size());
+  if (blocks > available) throw BlockPoolExhausted(blocks, available, num_blocks());
+  for (const int32_t block : evicted) {
+    if (prefixes_.has(block)) forget_prefix(block);  // else it went with what it followed
+  }
+}
+
+void BlockPool::add_prefix(int32_t block, int32_t parent, const int64_t* tokens, int64_t count) {
+  check_owned(block, "register");
+  prefixes_.add(block, parent, tokens, count);
+  retain(block);
+}
+
+void BlockPool::forget_prefix(int32_t block) {
+  for (const int32_t gone : prefixes_.remove(block)) release(gone);
 }
 
 int32_t BlockPool::allocate() {

@@ -82,7 +82,7 @@ def logical_blocks(blocks: Tensor, size: int, page: int, key_heads: int) -> Tens
 def block_mask(
     blocks: Tensor, size: int, query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool
 ) -> Tensor:
-    """``mask`` without the keys outside ``blocks`` ``(B, H, T, K)``, as ``(B, Hq, T, N)`` bool."""
+    """``mask`` without the keys outside ``blocks`` ``(B, H, T, K)``, as ``(B, Hq, T, N)``."""
     heads, tokens, columns = query.shape[1], query.shape[2], key.shape[2]
     if blocks.dim() != 4 or heads % blocks.shape[1] != 0 or blocks.shape[2] != tokens:
         raise ValueError(
@@ -95,8 +95,10 @@ def block_mask(
     chosen.scatter_(-1, blocks.long().masked_fill(blocks < 0, count), True)
     seen = chosen[..., :count].repeat_interleave(size, -1)[..., :columns]
     seen = seen.repeat_interleave(heads // blocks.shape[1], 1)
+    if mask is not None and mask.dtype != torch.bool:
+        return torch.where(seen, mask, torch.finfo(mask.dtype).min)
     if mask is not None:
-        return seen & (mask if mask.dtype == torch.bool else mask > -1e4)
+        return seen & mask
     if is_causal and tokens > 1:
         seen &= torch.ones(tokens, columns, dtype=torch.bool, device=key.device).tril()
     return seen
