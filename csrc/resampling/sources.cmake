@@ -18,4 +18,6 @@ list(APPEND WINNOW_SIMD_SOURCES
 list(APPEND WINNOW_CUDA_SOURCES
   csrc/resampling/effective_sample_size.cu
   csrc/resampling/gather_particles.cu
+  csrc/resampling/next_temperature.cu
+  csrc/resampling/weight_statistics.cu
 )
