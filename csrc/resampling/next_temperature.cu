@@ -19,10 +19,6 @@ struct Math {
   WINNOW_DEVICE static double sqrt(double x) { return ::sqrt(x); }
 };
 
-struct Larger {
-  WINNOW_DEVICE double operator()(double a, double b) const { return a > b ? a : b; }
-};
-
 struct Pair {
   double a;
   double b;
