@@ -1,7 +1,7 @@
 """sample_without_replacement against compositions of torch operators.
 
 The rival of Gumbel top-k includes its inclusion probabilities and weights. Conditional Poisson
-sampling has the log-space recursion of Meister et al. (2021) as a rival, vectorised over the counts.
+sampling has the log-space recursion of Meister et al. (2021) as a rival, vectorised over counts.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from torch_winnow.reference.resampling import (
     gather_particles_,
     resample,
 )
+from torch_winnow.reference.resampling_genealogy import backward_sample, trace_ancestors
 from torch_winnow.reference.resampling_weights import (
     conditional_effective_sample_size,
     log_mean_exp,
@@ -41,6 +42,7 @@ from torch_winnow.reference.unmasking import (
 )
 
 __all__ = [
+    "backward_sample",
     "block_diagonal_attention",
     "block_summaries",
     "cat_attention",
@@ -63,6 +65,7 @@ __all__ = [
     "score_blocks",
     "select_blocks",
     "select_positions",
+    "trace_ancestors",
     "unmask_step_",
     "weight_entropy",
 ]
