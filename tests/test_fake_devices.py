@@ -36,6 +36,16 @@ CALLS = {
         SCORES, "systematic", None, None, False, SCORES.bool().to("meta"), None, None, 0, None
     ),
     "resampling ancestors": lambda: ops.gather_particles(SCORES, INDICES.to("meta"), 1),
+    "tempering log_weights": lambda: ops.next_temperature(
+        SCORES, torch.zeros(2), 0.5, 1.0, SCORES.to("meta")
+    ),
+    "tempering log_increments": lambda: ops.conditional_effective_sample_size(
+        SCORES, SCORES.to("meta")
+    ),
+    "sampling seed": lambda: ops.sample_without_replacement(
+        SCORES, 1, "pareto", 0, torch.tensor(0, device="meta")
+    ),
+    "genealogy indices": lambda: ops.trace_ancestors(INDICES, INDICES[0].to("meta")),
     "in-place ancestors": lambda: ops.gather_particles_(SCORES, INDICES.to("meta"), 1),
     "unmasking mask": lambda: ops.select_positions(
         SCORES, SCORES.bool().to("meta"), 0, 0, 0.5, 1, None, None, None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from torch_winnow import reference
 from torch_winnow.resampling import (
     Genealogy,
     backward_sample,
@@ -14,22 +15,13 @@ from torch_winnow.resampling import (
 )
 
 
-def walked(ancestors: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-    """The definition: from the last generation, one parent at a time."""
-    lines = [indices]
-    for parents in ancestors.flip(0):
-        lines.append(parents.gather(-1, lines[-1]))
-    return torch.stack(lines[::-1])
-
-
 @pytest.mark.parametrize("shape", [(4, 7), (1, 1), (5, 2, 3, 6), (0, 4), (3, 0, 5), (3, 2, 0)])
 def test_traces_match_the_definition(shape, on_thread_counts):
     ancestors = torch.randint(max(shape[-1], 1), shape)
-    everyone = torch.arange(shape[-1]).expand(shape[1:])
     results = on_thread_counts(lambda: trace_ancestors(ancestors))
-    assert all(torch.equal(result, walked(ancestors, everyone)) for result in results)
+    assert all(torch.equal(result, reference.trace_ancestors(ancestors)) for result in results)
     some = torch.randint(max(shape[-1], 1), (*shape[1:-1], 3 if shape[-1] else 0))
-    assert torch.equal(trace_ancestors(ancestors, some), walked(ancestors, some))
+    assert torch.equal(trace_ancestors(ancestors, some), reference.trace_ancestors(ancestors, some))
 
 
 def test_strided_opcheck_and_compile():
@@ -125,6 +117,15 @@ def test_backward_draws_have_their_law(log_bound):
         seen = torch.bincount(parents[j], minlength=5) / draws
         assert ((seen - law).abs() <= 4.5 * (law * (1 - law) / draws).sqrt()).all()
         assert seen[3] == 0
+
+
+def test_the_definition_has_the_law_too():
+    log_weights, x, y = torch.tensor([0.0, 1.0]), torch.tensor([0.0, 1.0]), torch.tensor([0.8])
+    parents = reference.backward_sample(
+        log_weights, transition(x, y), torch.zeros(20_000, dtype=torch.int64), seed=0
+    )
+    law = (log_weights - 0.5 * (y - x) ** 2).softmax(0)
+    assert abs(parents.double().mean().item() - law[1].item()) < 4.5 * 0.5 / 20_000**0.5
 
 
 @pytest.mark.parametrize("log_bound", [None, 0.0])

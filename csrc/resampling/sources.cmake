@@ -19,4 +19,8 @@ list(APPEND WINNOW_CUDA_SOURCES
   csrc/resampling/effective_sample_size.cu
   csrc/resampling/gather_particles.cu
   csrc/resampling/resample.cu
+  csrc/resampling/next_temperature.cu
+  csrc/resampling/trace_ancestors.cu
+  csrc/resampling/uniforms.cu
+  csrc/resampling/weight_statistics.cu
 )

@@ -65,8 +65,12 @@ def weight_entropy(log_weights: Tensor) -> Tensor:
     """Entropy of each population's normalised weights, ``-sum W log W``, in nats.
 
     Its exponential is another effective size, between 1 (one particle holds all mass) and K (equal
-    weights). 0 where no particle has any weight; NaN and infinite weights as in
-    :func:`effective_sample_size`, and so are arguments, result and errors.
+    weights). Arguments and errors as in :func:`effective_sample_size`, and so are NaN and infinite
+    weights.
+
+    Returns:
+        ``(...)`` float32 (float64 for float64 weights), differentiable where the weights are; 0
+        where no particle has any weight.
 
     Example:
         >>> import torch
@@ -83,9 +87,12 @@ def weight_entropy(log_weights: Tensor) -> Tensor:
 def log_mean_exp(log_weights: Tensor) -> Tensor:
     """Logarithm of each population's mean weight: an estimate of a normalising constant.
 
-    The same number as ``resample(log_weights).log_z``. A NaN counts as weight 0; -inf where no
-    particle has any weight, or there are no particles; inf where one is infinite. Arguments, result
-    and errors as in :func:`effective_sample_size`.
+    The same number as ``resample(log_weights).log_z``. A NaN counts as weight 0. Arguments and
+    errors as in :func:`effective_sample_size`.
+
+    Returns:
+        ``(...)`` float32 (float64 for float64 weights), differentiable where the weights are; -inf
+        where no particle has any weight, or there are no particles, inf where one is infinite.
 
     Example:
         >>> import torch

@@ -22,6 +22,7 @@ from torch_winnow.reference.resampling import (
     gather_particles_,
     resample,
 )
+from torch_winnow.reference.resampling_genealogy import backward_sample, trace_ancestors
 from torch_winnow.reference.resampling_weights import (
     conditional_effective_sample_size,
     log_mean_exp,
@@ -47,6 +48,7 @@ from torch_winnow.reference.verification import speculative_verify
 
 __all__ = [
     "FKSteering",
+    "backward_sample",
     "block_diagonal_attention",
     "block_summaries",
     "cat_attention",
@@ -73,6 +75,7 @@ __all__ = [
     "select_positions",
     "soft_embedding",
     "speculative_verify",
+    "trace_ancestors",
     "unmask_step_",
     "weight_entropy",
 ]
