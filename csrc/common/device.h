@@ -6,8 +6,7 @@
 //   WINNOW_KERNEL(threads), WINNOW_DEVICE     qualifiers; blocks are one-dimensional
 //   thread_index() block_index() block_index_y() lane_index() warp_index()
 //   Global<T>, Shared<T>                      pointers; plain ones under nvcc. Read an element into
-//   a
-//                                             typed variable (never `auto x = p[i]`)
+//                                             a typed variable (never `auto x = p[i]`)
 //   WINNOW_SHARED(T, name, count)             an array that the block shares, uninitialised
 //   dynamic_shared<T>(offset, count)          a piece, from a byte offset on, of Grid::shared_bytes
 //   block_sync() warp_sync(mask)
@@ -28,18 +27,17 @@
 // 2 * (i % 4) and one more, in one word. Each lane names one row of 16 bytes of shared memory;
 // lanes 8m to 8m + 7 name matrix m.
 //   load_matrices(row)                        four of them
-//   load_matrices_transposed(row)             lane i holds column i / 4, rows 2 * (i % 4) and one
-//   more pack_pair<T>(low, high)                   two numbers as such a word mma<T>(&sums, a, b0,
-//   b1)                  sums (16 x 8) += a (16 x 16) * b (16 x 8), T bf16 or
-//                                             fp16. a: the matrices (rows 0-7, columns 0-7), (8-15,
-//                                             0-7), (0-7, 8-15), (8-15, 8-15); b: transposed, rows
-//                                             0-7 and 8-15; sums: row i / 4, columns 2 * (i % 4)
-//                                             and one more, then the same of row i / 4 + 8
+//   load_matrices_transposed(row)             four, where lane i holds what lies in column i / 4
+//   pack_pair<T>(low, high)                   two numbers as such a word
+//   mma<T>(&sums, a, b0, b1)                  sums (16 x 8) += a (16 x 16) * b (16 x 8)
+// T is bf16 or fp16. a: the matrices of rows 0-7 and 8-15 of columns 0-7, then of columns 8-15. b:
+// rows 0-7, rows 8-15, transposed. sums: row i / 4, columns 2 * (i % 4) and one more, then the
+// same columns of row i / 4 + 8.
 //
 // For launchers:
 //   launch(name, kernel, Grid{x, y}, threads, stream, arguments...)
-//   Stream stream(tensor)                     the current stream of the tensor's device, made
-//   current global<T>(tensor)                         the memory that its sizes and strides span
+//   Stream stream(tensor)                     the current stream of the tensor's device, made current
+//   global<T>(tensor)                         the memory that its sizes and strides span
 //   check_device(argument, tensor)
 //   WINNOW_DEVICE_OPERATORS(m) { m.impl(...); }
 #pragma once
