@@ -25,9 +25,7 @@ struct BackwardShape {
                                                     : kDim == 128 ? 2
                                                                   : 1)
                                                  : 1;
-  static constexpr int kKeys = sizeof(T) == 2   ? (kDim == 64    ? 64
-                                                   : kDim == 128 ? 32
-                                                                 : 16)
+  static constexpr int kKeys = sizeof(T) == 2   ? (kDim <= 128 ? 32 : 16)
                                : sizeof(T) == 4 ? (kDim == 64    ? 32
                                                    : kDim == 128 ? 16
                                                                  : 8)

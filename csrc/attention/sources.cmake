@@ -16,5 +16,6 @@ list(APPEND WINNOW_CUDA_SOURCES
   csrc/attention/block_diagonal_attention.cu
   csrc/attention/cat_attention.cu
   csrc/attention/chunk_attention.cu
+  csrc/attention/merge_attention.cu
   csrc/attention/run.cu
 )

@@ -174,14 +174,14 @@ WINNOW_DEVICE void weigh_nonfinite(const Fragment<T, kKeys>& weights, Shared<T> 
 #pragma unroll 1
   for (int j = 0; j < kKeys; ++j) {
     Acc weight[2] = {};
-    // Registers have no run-time index: copies of values, never a choice between two places.
+    // Registers have no run-time index: every weight is looked at, and one of them taken.
 #pragma unroll
     for (int n = 0; n < kKeys / 8; ++n) {
-      if (n != j / 8) continue;
       const auto pairs = weights.block[n];
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        weight[i] = j % 2 == 0 ? Acc(pairs.element[2 * i]) : Acc(pairs.element[2 * i + 1]);
+      for (int e = 0; e < 4; ++e) {
+        const Acc w = pairs.element[e];
+        weight[e / 2] = n * 2 + e % 2 == j / 8 * 2 + j % 2 ? w : weight[e / 2];
       }
     }
 #pragma unroll
