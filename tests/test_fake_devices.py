@@ -33,7 +33,7 @@ CALLS = {
     "attention outs[1]": lambda: merge_attention([X, META], [X[..., 0], X[..., 0]]),
     "attention lses[0]": lambda: merge_attention([X, X], [META[..., 0], X[..., 0]]),
     "resampling mask": lambda: ops.resample(
-        SCORES, "systematic", None, None, False, SCORES.bool().to("meta"), None, 0, None
+        SCORES, "systematic", None, None, False, SCORES.bool().to("meta"), None, None, 0, None
     ),
     "resampling ancestors": lambda: ops.gather_particles(SCORES, INDICES.to("meta"), 1),
     "in-place ancestors": lambda: ops.gather_particles_(SCORES, INDICES.to("meta"), 1),
@@ -42,6 +42,12 @@ CALLS = {
     ),
     "unmasking target_ids": lambda: ops.logit_stats(
         SCORES, None, 1.0, None, INDICES[:, 0].to("meta"), None, None, 0.0, None, None, None, True
+    ),
+    "verification draft_logits": lambda: ops.speculative_verify(
+        INDICES, X[0].to("meta"), X[0], 0.0, None, None, None
+    ),
+    "embedding mask_embedding": lambda: ops.soft_embedding(
+        SCORES, SCORES.expand(2, 3), SCORES[0].to("meta"), None, 1.0, None, None, 0.2
     ),
     "kvcache seq_lens": lambda: ops.paged_attention(
         torch.zeros(2, 2, 1, 8), PAGES, PAGES, TABLE, LENGTHS.to("meta")

@@ -14,13 +14,21 @@ BlockPoolExhausted::BlockPoolExhausted(int64_t needed, int64_t free, int64_t tot
       total(total) {}
 
 BlockPool::BlockPool(int64_t num_blocks) {
-  if (num_blocks < 0 || num_blocks > std::numeric_limits<int32_t>::max()) {
-    throw std::invalid_argument("num_blocks: expected 0 <= num_blocks < 2**31, got " +
-                                std::to_string(num_blocks));
+  grow(num_blocks);
+}
+
+void BlockPool::grow(int64_t num_blocks) {
+  const int64_t before = this->num_blocks();
+  if (num_blocks < before || num_blocks > std::numeric_limits<int32_t>::max()) {
+    throw std::invalid_argument("num_blocks: expected " + std::to_string(before) +
+                                " <= num_blocks < 2**31, got " + std::to_string(num_blocks));
   }
-  owners_.assign(static_cast<size_t>(num_blocks), 0);
-  free_.reserve(owners_.size());  // release() never allocates, so it cannot fail
-  for (int64_t block = num_blocks; block-- > 0;) free_.push_back(static_cast<int32_t>(block));
+  std::vector<int32_t> free;
+  free.reserve(static_cast<size_t>(num_blocks));  // release() never allocates, so it cannot fail
+  for (int64_t block = num_blocks; block-- > before;) free.push_back(static_cast<int32_t>(block));
+  free.insert(free.end(), free_.begin(), free_.end());
+  owners_.resize(static_cast<size_t>(num_blocks), 0);
+  free_.swap(free);
 }
 
 void BlockPool::require(int64_t blocks) const {

@@ -24,6 +24,9 @@ class BlockPool {
   int64_t num_blocks() const { return static_cast<int64_t>(owners_.size()); }
   int64_t num_free() const { return static_cast<int64_t>(free_.size()); }
 
+  // More blocks, all of them free; those that are there keep their numbers.
+  void grow(int64_t num_blocks);
+
   // Throws BlockPoolExhausted unless `blocks` can be allocated.
   void require(int64_t blocks) const;
 

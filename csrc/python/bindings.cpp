@@ -52,6 +52,7 @@ void bind_kvcache(py::module_& m) {
       .def(py::init<int64_t>(), py::arg("num_blocks"))
       .def_property_readonly("num_blocks", &BlockPool::num_blocks)
       .def_property_readonly("num_free", &BlockPool::num_free)
+      .def("grow", &BlockPool::grow, py::arg("num_blocks"))
       .def("allocate", &BlockPool::allocate)
       .def("retain", &BlockPool::retain, py::arg("block"))
       .def("release", &BlockPool::release, py::arg("block"))

@@ -15,6 +15,7 @@
 
 #include "common/lanes.h"
 #include "common/philox.h"
+#include "resampling/exact.h"
 
 namespace winnow {
 namespace {
@@ -176,10 +177,6 @@ inline f64x8 exp_wide(f64x8 x) {
     r.part[p] = (DoublePart)(valid & (LongPart)(sum * scale));
   }
   return r;
-}
-
-inline uint64_t multiply_high(uint64_t a, uint64_t b) {
-  return static_cast<uint64_t>((static_cast<unsigned __int128>(a) * b) >> 64);
 }
 
 // The product of the low halves of each 64-bit lane, whatever the high halves hold.

@@ -5,47 +5,25 @@
 #include <memory>
 #include <optional>
 #include <string>
-#include <tuple>
+#include <utility>
 
-#include "common/checks.h"
-#include "common/tensors.h"
+#include "resampling/resample_arguments.h"
 #include "resampling/resample_simd.h"
 
 namespace winnow {
 namespace {
 
-using Resampled = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-constexpr int64_t kMostParticles = int64_t{1} << 31;
-constexpr int64_t kMostSamples = int64_t{1} << 40;
-
-Scheme scheme_of(const std::string& name) {
-  if (name == "systematic") return Scheme::kSystematic;
-  if (name == "stratified") return Scheme::kStratified;
-  if (name == "multinomial") return Scheme::kMultinomial;
-  if (name == "residual") return Scheme::kResidual;
-  fail("scheme: expected systematic, stratified, multinomial or residual, got '", name, "'");
-}
-
-// One uniform per population, or one per sample.
-Tensor check_uniforms(const Tensor& uniforms, const std::string& scheme, const Tensor& log_weights,
-                      int64_t samples) {
-  check_cpu("uniforms", uniforms);
-  Shape expected = leading_shape(log_weights);
-  if (scheme == "stratified" || scheme == "multinomial") {
-    expected.push_back(samples);
-  } else {
-    WINNOW_CHECK(scheme == "systematic",
-                 "uniforms: accepted for systematic, stratified and multinomial, got scheme='",
-                 scheme, "'");
+// Where the indices can be read they are checked.
+Tensor check_indices(const Tensor& pinned, const ResampleArguments& a) {
+  const Tensor result = torch::stable::contiguous(pinned);
+  const auto* index = static_cast<const int64_t*>(result.data_ptr());
+  const int64_t most = a.particles < a.samples ? a.particles : a.samples;
+  for (int64_t i = 0; i < result.numel(); ++i) {
+    WINNOW_CHECK(index[i] >= 0 && index[i] < most,
+                 "pinned: expected a particle below K = ", a.particles, " and M = ", a.samples,
+                 ", got ", index[i]);
   }
-  const ScalarType dtype = uniforms.scalar_type();
-  WINNOW_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double,
-               "uniforms: expected float32 or float64, got ", name_of(dtype));
-  WINNOW_CHECK(shape(uniforms) == expected, "uniforms: expected ",
-               scheme == "systematic" ? "(...)" : "(..., M)", " for log_weights of shape ",
-               shape_of(log_weights), " and M = ", samples, ", got shape ", shape_of(uniforms));
-  return torch::stable::contiguous(uniforms);
+  return result;
 }
 
 uint64_t seed_of(int64_t seed, const std::optional<Tensor>& seed_tensor) {
@@ -109,73 +87,47 @@ void resample_in_blocks(ResampleCall call) {
 Resampled resample(const Tensor& log_weights, std::string scheme,
                    std::optional<int64_t> num_samples, std::optional<double> ess_threshold,
                    bool keep_slots, std::optional<Tensor> mask, std::optional<Tensor> uniforms,
-                   int64_t seed, std::optional<Tensor> seed_tensor) {
-  check_floating("log_weights", log_weights);
-  WINNOW_CHECK(log_weights.dim() >= 1, "log_weights: expected (..., K), got a scalar");
+                   std::optional<Tensor> pinned, int64_t seed, std::optional<Tensor> seed_tensor) {
+  for (const auto& [name, tensor] :
+       {std::make_pair("mask", &mask), std::make_pair("uniforms", &uniforms),
+        std::make_pair("pinned", &pinned)}) {
+    if (tensor->has_value()) check_cpu(name, **tensor);
+  }
+  ResampleArguments arguments = {log_weights, scheme, num_samples, ess_threshold,
+                                 keep_slots,  mask,   uniforms,    pinned};
+  check_resample(&arguments);
+  const int64_t particles = arguments.particles;
   const Rows rows = as_rows(log_weights);
-  const int64_t particles = rows.length;
-  const int64_t samples = num_samples.value_or(particles);
-  WINNOW_CHECK(particles < kMostParticles, "log_weights: expected fewer than 2^31 particles, got ",
-               particles);
-  WINNOW_CHECK(samples >= 0 && samples <= kMostSamples, "num_samples: expected 0 to 2^40, got ",
-               samples);
-  WINNOW_CHECK(particles > 0 || samples == 0,
-               "num_samples: expected 0 for a population of no "
-               "particles, got ",
-               samples);
-
   ResampleCall call = {};
-  call.scheme = scheme_of(scheme);
-  call.ess_threshold = ess_threshold.value_or(-1.0);
-  if (ess_threshold.has_value()) {
-    WINNOW_CHECK(*ess_threshold > 0.0 && *ess_threshold <= 1.0,
-                 "ess_threshold: expected a share in (0, 1], got ", *ess_threshold);
-    WINNOW_CHECK(
-        samples == particles, "num_samples: expected K = ", particles,
-        " with ess_threshold (a population that is not resampled keeps its particles), got ",
-        samples);
-  }
-  WINNOW_CHECK(!keep_slots || samples == particles, "num_samples: expected K = ", particles,
-               " with keep_slots, got ", samples);
-
-  Rows mask_rows = {log_weights, 0, 0, 0};
+  call.scheme = arguments.scheme;
+  call.ess_threshold = arguments.threshold();
+  std::optional<Rows> mask_rows;
   if (mask.has_value()) {
-    check_cpu("mask", *mask);
-    check_dtype("mask", *mask, ScalarType::Bool);
-    WINNOW_CHECK(shape(*mask) == shape(log_weights), "mask: expected the shape of log_weights ",
-                 shape_of(log_weights), ", got ", shape_of(*mask));
-    WINNOW_CHECK(samples == particles, "num_samples: expected K = ", particles, " with mask, got ",
-                 samples);
     mask_rows = as_rows(*mask);
-    call.mask = mask_rows.tensor.data_ptr();
-    call.mask_stride = mask_rows.stride;
+    call.mask = mask_rows->tensor.data_ptr();
+    call.mask_stride = mask_rows->stride;
   }
-  Tensor uniform_rows = log_weights;
+  std::optional<Tensor> uniform_rows;
   if (uniforms.has_value()) {
-    uniform_rows = check_uniforms(*uniforms, scheme, log_weights, samples);
-    call.uniforms = uniform_rows.data_ptr();
-    call.uniforms_type = element_type(uniform_rows);
-    call.uniforms_stride = call.scheme == Scheme::kSystematic ? 1 : samples;
+    uniform_rows = torch::stable::contiguous(*uniforms);
+    call.uniforms = uniform_rows->data_ptr();
+    call.uniforms_type = element_type(*uniform_rows);
+    call.uniforms_stride = arguments.uniforms_stride();
   }
-
-  Shape population = leading_shape(log_weights);
-  Shape sampled = population;
-  sampled.push_back(samples);
-  const ScalarType dtype = statistics_dtype(log_weights);
-  Tensor ancestors = empty(sampled, ScalarType::Long, log_weights);
-  Tensor offspring = empty(shape(log_weights), ScalarType::Long, log_weights);
-  Tensor new_log_weights = empty(sampled, dtype, log_weights);
-  Tensor log_z = empty(population, dtype, log_weights);
-  Tensor ess = empty(population, dtype, log_weights);
-  Tensor resampled = empty(population, ScalarType::Bool, log_weights);
-  Tensor status = empty(population, ScalarType::Int, log_weights);
+  std::optional<Tensor> pinned_rows;
+  if (pinned.has_value()) {
+    pinned_rows = check_indices(*pinned, arguments);
+    call.pinned = static_cast<const int64_t*>(pinned_rows->data_ptr());
+  }
+  const Resampled results = empty_resampled(arguments);
+  const auto& [ancestors, offspring, new_log_weights, log_z, ess, resampled, status] = results;
 
   call.log_weights = rows.tensor.data_ptr();
   call.type = element_type(log_weights);
   call.stride = rows.stride;
   call.rows = rows.count;
   call.particles = particles;
-  call.samples = samples;
+  call.samples = arguments.samples;
   call.seed = seed_of(seed, seed_tensor);
   call.keep_slots = keep_slots;
   call.ancestors = static_cast<int64_t*>(ancestors.data_ptr());
@@ -193,7 +145,7 @@ Resampled resample(const Tensor& log_weights, std::string scheme,
   } else {
     resample_whole_rows(call);
   }
-  return {ancestors, offspring, new_log_weights, log_z, ess, resampled, status};
+  return results;
 }
 
 }  // namespace

@@ -58,16 +58,22 @@ void step(const Work<T>& work, const Arrays<T>& arrays, int which, int64_t begin
         break;
       case kSearch: {
         const int64_t last = p.samples - first < kBlock ? p.samples : first + kBlock;
-        draw(work, p.total, first, last, arrays.offspring,
-             call.keep_slots ? nullptr : arrays.ancestors);
+        int64_t* ancestors = call.keep_slots ? nullptr : arrays.ancestors;
+        if (call.scheme == Scheme::kKilling) {
+          kill(work, first, last, arrays.offspring, ancestors);
+        } else {
+          draw(work, p.total, first, last, arrays.offspring, ancestors);
+        }
         break;
       }
       case kFinish: {
         const int64_t last = p.samples - first < kBlock ? p.samples : first + kBlock;
-        if (p.resampled) {
-          for (int64_t j = first; j < last; ++j) arrays.new_log_weights[j] = 0;
-        } else {
+        if (!p.resampled) {
           keep(arrays, p, first, last);
+        } else if (call.scheme == Scheme::kOptimal) {
+          weigh_kept_and_drawn(work, arrays, first, last);
+        } else {
+          for (int64_t j = first; j < last; ++j) arrays.new_log_weights[j] = 0;
         }
         break;
       }
@@ -80,6 +86,7 @@ void settle(const Work<T>& work, const Arrays<T>& arrays, int which) {
   const ResampleCall& call = work.call;
   Population& p = work.population;
   const int64_t sample_blocks = (p.samples + kBlock - 1) / kBlock;
+  const bool independent = call.scheme == Scheme::kMultinomial || call.scheme == Scheme::kKilling;
   switch (which) {
     case kTop: {
       p.top = -std::numeric_limits<double>::infinity();
@@ -109,6 +116,7 @@ void settle(const Work<T>& work, const Arrays<T>& arrays, int which) {
         p.log_z = log_of(p.sum / static_cast<double>(p.particles)) + p.top;
         // The total is at most 2^60: remainders of a wrong guess fit a signed integer.
         p.scale = power_of_two(59 - exponent_of(p.sum));
+        if (p.pinned >= 0) give_least_weight(work);
       }
       p.items = p.resampled ? p.blocks : 0;
       break;
@@ -119,32 +127,33 @@ void settle(const Work<T>& work, const Arrays<T>& arrays, int which) {
         work.block(b).start = p.total;
         p.total += work.block(b).total;
       }
+      if (p.resampled && call.scheme == Scheme::kOptimal) find_threshold(work);
+      if (p.resampled && p.pinned >= 0) decide_by_pinned(work);
       break;
     }
     case kSpread:
-      if (p.resampled && call.scheme == Scheme::kResidual) residual(work, arrays);
-      p.items = call.scheme == Scheme::kMultinomial && guide_bits(p.particles) != 0 ? p.items : 0;
+      if (!p.resampled) break;
+      if (call.scheme == Scheme::kResidual) residual(work, arrays);
+      if (call.scheme == Scheme::kSsp) pair_runs(work, arrays.offspring);
+      if (call.scheme == Scheme::kKilling && p.pinned >= 0) {
+        p.forced.element = killed_slot(p.pinned, p.particles, static_cast<uint64_t>(p.scale),
+                                       p.total, pinned_bits(call, p, kPinnedPoint),
+                                       [&](int64_t k) { return work.cumulative[k]; });
+      }
+      p.items = independent && guide_bits(p.particles) != 0 ? p.blocks : 0;
       break;
     case kGuide:
-      p.items = p.resampled && call.scheme == Scheme::kMultinomial ? sample_blocks : 0;
+      p.items = p.resampled && independent ? sample_blocks : 0;
       break;
     case kSearch:
+      if (p.resampled) arrange(work, arrays);
       p.items = sample_blocks;
       break;
     case kFinish:
-      if (!p.resampled) {
-        for (int64_t k = 0; k < p.particles; ++k) {
-          arrays.offspring[k] =
-              p.samples == p.particles
-                  ? 1
-                  : p.samples / p.particles + (k < p.samples % p.particles ? 1 : 0);
-        }
-      } else if (call.keep_slots) {
-        fill_freed_slots(arrays.offspring, p.particles, work.freed, work.freed + (p.particles + 1),
-                         arrays.ancestors);
-      } else if (call.scheme == Scheme::kResidual) {
-        expand(p.particles, p.samples, arrays.ancestors,
-               [&](int64_t k) { return arrays.offspring[k]; });
+      for (int64_t k = 0; k < p.particles && !p.resampled; ++k) {
+        arrays.offspring[k] = p.samples == p.particles
+                                  ? 1
+                                  : p.samples / p.particles + (k < p.samples % p.particles ? 1 : 0);
       }
       break;
   }
@@ -167,6 +176,10 @@ void run(const Work<T>& work, const Arrays<T>& arrays) {
   report<T>(work.call, work.population);
 }
 
+int64_t pinned_of(const ResampleCall& call, int64_t row) {
+  return call.pinned != nullptr ? call.pinned[row] : -1;
+}
+
 // The live particles are gathered and form a population of their own; the others keep their slot,
 // and their weight is divided by what the live ones' weights were divided by.
 template <typename T>
@@ -182,13 +195,15 @@ void run_masked(const Work<T>& work, int64_t row) {
                           reinterpret_cast<int64_t*>(memory + 3 * k * 8),
                           reinterpret_cast<WeightOf<T>*>(memory + 4 * k * 8)};
   int64_t count = 0;
+  int64_t pinned = -1;
   for (int64_t i = 0; i < call.particles; ++i) {
     if (!mask[i]) continue;
+    if (i == pinned_of(call, row)) pinned = count;
     slot[count] = i;
     std::memcpy(live_log_weights + count, whole.log_weights + i, sizeof(T));
     ++count;
   }
-  start(work, row, count, count);
+  start(work, row, count, count, pinned);
   run(work, live);
   const double log_z = work.population.log_z;
   for (int64_t i = 0; i < call.particles; ++i) {
@@ -229,7 +244,7 @@ void resample_rows(const ResampleCall& call, int64_t begin, int64_t end, void* s
       if (call.mask != nullptr) {
         run_masked(work, row);
       } else {
-        start(work, row, call.particles, call.samples);
+        start(work, row, call.particles, call.samples, pinned_of(call, row));
         run(work, row_arrays<T>(call, row));
       }
     }
@@ -239,7 +254,7 @@ void resample_rows(const ResampleCall& call, int64_t begin, int64_t end, void* s
 void resample_start(const ResampleCall& call, int64_t row, void* scratch) {
   dispatch_element(call.type, [&](auto zero) {
     using T = decltype(zero);
-    start(Work<T>(call, scratch), row, call.particles, call.samples);
+    start(Work<T>(call, scratch), row, call.particles, call.samples, pinned_of(call, row));
   });
 }
 

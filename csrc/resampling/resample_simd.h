@@ -5,20 +5,10 @@
 
 #include "common/cpu_capability.h"
 #include "common/element_type.h"
+#include "resampling/exact.h"
+#include "resampling/scheme.h"
 
 namespace winnow {
-
-enum class Scheme : int { kSystematic, kStratified, kMultinomial, kResidual };
-
-// Bits of `status`; torch_winnow.resampling.Status names them for users.
-constexpr int32_t kStatusNoWeight = 1;
-constexpr int32_t kStatusNan = 2;
-constexpr int32_t kStatusInfinite = 4;
-constexpr int32_t kStatusNothingLive = 8;
-
-// Work is split in blocks of this size whatever the number of threads, so that results never depend
-// on it. 8192 float weights are 32 KB: a block stays in the first-level cache between its passes.
-constexpr int64_t kBlock = 8192;
 
 struct ResampleCall {
   const void* log_weights;  // row r at r * stride elements
@@ -32,6 +22,7 @@ struct ResampleCall {
   const void* uniforms;  // null: drawn from the seed
   ElementType uniforms_type;
   int64_t uniforms_stride;
+  const int64_t* pinned;  // one particle per population; null: none
   uint64_t seed;
   Scheme scheme;
   double ess_threshold;  // negative: always resample
@@ -59,6 +50,12 @@ struct Population {
   double squares;
   double scale;  // weight to fixed point
   uint64_t total;
+  int64_t pinned;  // the particle that keeps its slot, -1: none
+  Forced forced;
+  uint64_t threshold;    // optimal: the least fixed weight that is kept as it is
+  int64_t kept;          // optimal: how many are
+  int64_t drawn;         // optimal: how many of the others are drawn,
+  uint64_t drawn_total;  // and their total
   double log_z;
   double ess;
   bool resampled;
@@ -83,17 +80,24 @@ struct ResampleScratch {
 };
 
 constexpr int64_t kBytesPerBlock = 64;
+[[maybe_unused]] inline bool searches(Scheme scheme) {
+  return scheme == Scheme::kMultinomial || scheme == Scheme::kResidual ||
+         scheme == Scheme::kKilling;
+}
 
 [[maybe_unused]] inline ResampleScratch resample_scratch(const ResampleCall& call) {
   const auto align = [](int64_t bytes) { return (bytes + 63) / 64 * 64; };
   const int64_t k = (call.particles + 15) / 16 * 16;
-  const bool searches = call.scheme == Scheme::kMultinomial || call.scheme == Scheme::kResidual;
+  // A search reads 4 cumulative weights beyond; ssp has the remainder and the owner of each run.
+  const bool runs = call.scheme == Scheme::kSsp;
+  const int64_t sums = searches(call.scheme) ? k + 8 : runs ? k / kRun + 1 : 0;
+  const int64_t indices = searches(call.scheme) ? k + 1 : runs ? k / kRun + 1 : 0;
   ResampleScratch at;
   at.blocks = align(sizeof(Population));
   at.weights = at.blocks + (call.particles / kBlock + 1) * kBytesPerBlock;
   at.cumulative = at.weights + align(k * (call.type == ElementType::kDouble ? 8 : 4));
-  at.guide = at.cumulative + (searches ? align((k + 8) * 8) : 0);  // a search reads 4 beyond
-  at.freed = at.guide + (searches ? align((k + 1) * 4) : 0);
+  at.guide = at.cumulative + align(sums * 8);
+  at.freed = at.guide + align(indices * 4);
   at.masked = at.freed + (call.keep_slots ? align(2 * (k + 1) * 4) : 0);
   // Of the live particles: slot, log weight, ancestor, offspring, new log weight.
   at.bytes = at.masked + (call.mask != nullptr ? 5 * k * 8 : 0);

@@ -18,7 +18,7 @@ constexpr int64_t kSmallParticles = 16;
 inline bool is_small(const ResampleCall& call) {
   return call.particles > 0 && call.particles <= kSmallParticles &&
          call.samples == call.particles && call.scheme == Scheme::kSystematic &&
-         call.mask == nullptr && call.uniforms == nullptr;
+         call.mask == nullptr && call.uniforms == nullptr && call.pinned == nullptr;
 }
 
 // kWide populations: sums in the order of sum_wide(block_sums), fixed-point weights cumulated.

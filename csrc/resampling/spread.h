@@ -6,13 +6,25 @@
 
 #include <cstdint>
 
+#include "resampling/exact.h"
 #include "resampling/fixed_point.h"
 #include "resampling/resample_simd.h"
 
 namespace winnow {
 namespace {
 
-// Where uniforms come from: the caller's, or Philox keyed by (seed, population, element).
+// Where uniforms come from: the caller's, or Philox keyed by (seed, population, element). A pinned
+// particle decides one of them.
+struct Uniforms {
+  const ResampleCall& call;
+  int64_t row;
+  Forced forced;
+};
+
+inline Uniforms uniforms_of(const ResampleCall& call, const Population& p) {
+  return {call, p.row, p.forced};
+}
+
 template <typename U>
 inline uint64_t bits_of_uniform(U value) {
   const double u = static_cast<double>(value);
@@ -20,60 +32,48 @@ inline uint64_t bits_of_uniform(U value) {
   return u < 1.0 ? static_cast<uint64_t>(u * 0x1p64) : ~uint64_t{0};
 }
 
-inline uint64_t uniform_bits(const ResampleCall& call, int64_t row, int64_t element) {
+inline uint64_t uniform_bits(const Uniforms& from, int64_t element) {
+  if (element == from.forced.element) return from.forced.bits;
+  const ResampleCall& call = from.call;
   if (call.uniforms == nullptr) {
-    return philox_bits(call.seed, static_cast<uint64_t>(row), static_cast<uint64_t>(element));
+    return philox_bits(call.seed, static_cast<uint64_t>(from.row), static_cast<uint64_t>(element));
   }
-  const int64_t at = row * call.uniforms_stride + element;
+  const int64_t at = from.row * call.uniforms_stride + element;
   return call.uniforms_type == ElementType::kDouble
              ? bits_of_uniform(static_cast<const double*>(call.uniforms)[at])
              : bits_of_uniform(static_cast<const float*>(call.uniforms)[at]);
 }
 
 // kLanes elements, those at or beyond `limit` arbitrary.
-inline void uniform_lanes(const ResampleCall& call, int64_t row, const uint64_t* element,
-                          int64_t limit, uint64_t* bits) {
-  if (call.uniforms == nullptr) {
+inline void uniform_lanes(const Uniforms& from, const uint64_t* element, int64_t limit,
+                          uint64_t* bits) {
+  if (from.call.uniforms == nullptr) {
     for (int h = 0; h < kLanes; h += kWide) {
-      const u64x8 drawn =
-          philox_wide(call.seed, wide_word(static_cast<uint64_t>(row)), load_wide(element + h));
+      const u64x8 drawn = philox_wide(from.call.seed, wide_word(static_cast<uint64_t>(from.row)),
+                                      load_wide(element + h));
       std::memcpy(bits + h, &drawn, sizeof drawn);
+    }
+    if (from.forced.element < 0) return;
+    for (int i = 0; i < kLanes; ++i) {
+      if (element[i] == static_cast<uint64_t>(from.forced.element)) bits[i] = from.forced.bits;
     }
     return;
   }
   for (int i = 0; i < kLanes; ++i) {
     const auto j = static_cast<int64_t>(element[i]);
-    bits[i] = j < limit ? uniform_bits(call, row, j) : 0;
+    bits[i] = j < limit ? uniform_bits(from, j) : 0;
   }
 }
 
-struct Grid {
-  uint64_t samples;
-  uint64_t total;
-  uint64_t offset;  // systematic: the U of all points
-  double ratio;     // samples / total
-  double shift;     // offset / total
-  double near;      // more than the rounding error of a scaled cumulative weight
-};
-
-inline double near_tie(int64_t samples) {
-  return (static_cast<double>(samples) + 1.0) * 0x1p-50;
-}
-
-inline Grid make_grid(int64_t samples, uint64_t total, uint64_t offset) {
-  Grid grid;
-  grid.samples = static_cast<uint64_t>(samples);
-  grid.total = total;
-  grid.offset = offset;
-  const double inverse = 1.0 / static_cast<double>(total);
-  grid.ratio = static_cast<double>(samples) * inverse;
-  grid.shift = static_cast<double>(offset) * inverse;
-  grid.near = near_tie(samples);
-  return grid;
+// Elements first, first + 1, ...
+inline void uniform_run(const Uniforms& from, int64_t first, int64_t limit, uint64_t* bits) {
+  uint64_t element[kLanes];
+  for (int i = 0; i < kLanes; ++i) element[i] = static_cast<uint64_t>(first + i);
+  uniform_lanes(from, element, limit, bits);
 }
 
 // ceil((M c - U) / T) where it is known to be `guess` or a neighbour: the remainder fits 64 bits.
-inline int64_t systematic_exact(const Grid& grid, uint64_t cumulative, int64_t guess) {
+inline int64_t systematic_exact(const PointGrid& grid, uint64_t cumulative, int64_t guess) {
   auto rest = static_cast<int64_t>(grid.samples * cumulative - grid.offset -
                                    static_cast<uint64_t>(guess) * grid.total);
   const auto total = static_cast<int64_t>(grid.total);
@@ -82,24 +82,24 @@ inline int64_t systematic_exact(const Grid& grid, uint64_t cumulative, int64_t g
   return guess;
 }
 
-inline int64_t stratified_exact(const ResampleCall& call, int64_t row, const Grid& grid,
-                                uint64_t cumulative, int64_t guess) {
+inline int64_t stratified_exact(const Uniforms& from, const PointGrid& grid, uint64_t cumulative,
+                                int64_t guess) {
   auto rest =
       static_cast<int64_t>(grid.samples * cumulative - static_cast<uint64_t>(guess) * grid.total);
   const auto total = static_cast<int64_t>(grid.total);
   for (; rest >= total; rest -= total) ++guess;
   for (; rest < 0; rest += total) --guess;
   if (guess >= static_cast<int64_t>(grid.samples)) return guess;
-  const uint64_t u = multiply_high(uniform_bits(call, row, guess), grid.total);
+  const uint64_t u = multiply_high(uniform_bits(from, guess), grid.total);
   return guess + (u < static_cast<uint64_t>(rest) ? 1 : 0);
 }
 
 // The cumulative count at one cumulative weight, for the boundaries of blocks.
-inline int64_t count_at(const ResampleCall& call, int64_t row, const Grid& grid, bool stratified,
+inline int64_t count_at(const Uniforms& from, const PointGrid& grid, bool stratified,
                         uint64_t cumulative) {
   const auto scaled = static_cast<unsigned __int128>(grid.samples) * cumulative;
   const auto guess = static_cast<int64_t>(scaled / grid.total);
-  return stratified ? stratified_exact(call, row, grid, cumulative, guess)
+  return stratified ? stratified_exact(from, grid, cumulative, guess)
                     : systematic_exact(grid, cumulative, guess);
 }
 
@@ -120,7 +120,7 @@ inline bool any_long(LongPart mask) {
 }
 
 // counts[i] for kWide cumulative weights.
-inline void systematic_counts(const Grid& grid, const uint64_t* cumulative, int64_t* counts) {
+inline void systematic_counts(const PointGrid& grid, const uint64_t* cumulative, int64_t* counts) {
   const f64x8 c = to_double(load_wide(cumulative));
   LongPart ties = {};
   for (int p = 0; p < kParts; ++p) {
@@ -133,7 +133,7 @@ inline void systematic_counts(const Grid& grid, const uint64_t* cumulative, int6
 }
 
 // counts[i] for kLanes cumulative weights.
-inline void stratified_counts(const ResampleCall& call, int64_t row, const Grid& grid,
+inline void stratified_counts(const Uniforms& from, const PointGrid& grid,
                               const uint64_t* cumulative, int64_t* counts) {
   double fraction[kLanes];
   uint64_t stratum[kLanes];
@@ -150,7 +150,7 @@ inline void stratified_counts(const ResampleCall& call, int64_t row, const Grid&
     }
   }
   uint64_t bits[kLanes];
-  uniform_lanes(call, row, stratum, static_cast<int64_t>(grid.samples), bits);
+  uniform_lanes(from, stratum, static_cast<int64_t>(grid.samples), bits);
   int near = 0;
   for (int l = 0; l < kLanes; ++l) {
     // Two exact halves: an unsigned 64-bit conversion is an instruction on AVX-512 only.
@@ -162,8 +162,7 @@ inline void stratified_counts(const ResampleCall& call, int64_t row, const Grid&
   }
   if (near != 0) {
     for (int l = 0; l < kLanes; ++l) {
-      counts[l] =
-          stratified_exact(call, row, grid, cumulative[l], static_cast<int64_t>(stratum[l]));
+      counts[l] = stratified_exact(from, grid, cumulative[l], static_cast<int64_t>(stratum[l]));
     }
   }
 }

@@ -20,6 +20,7 @@ struct Block {
   double squares;
   uint64_t total;
   uint64_t start;  // sum of the totals before
+  int64_t kept;    // optimal: particles kept before
   bool nan;
 };
 

@@ -41,8 +41,9 @@ struct Work {
     const int64_t rest = population.particles - b * kBlock;
     return rest < kBlock ? rest : kBlock;
   }
-  bool searches() const {
-    return call.scheme == Scheme::kMultinomial || call.scheme == Scheme::kResidual;
+  // As block_total rounds it.
+  uint64_t fixed_weight(int64_t k) const {
+    return static_cast<uint64_t>(static_cast<double>(weights[k]) * population.scale);
   }
 };
 
@@ -63,13 +64,15 @@ Arrays<T> row_arrays(const ResampleCall& call, int64_t row) {
 }
 
 template <typename T>
-void start(const Work<T>& work, int64_t row, int64_t particles, int64_t samples) {
+void start(const Work<T>& work, int64_t row, int64_t particles, int64_t samples, int64_t pinned) {
   Population& p = work.population;
   p.row = row;
   p.particles = particles;
   p.samples = samples;
   p.blocks = (particles + kBlock - 1) / kBlock;
   p.items = p.blocks;
+  p.pinned = pinned;
+  p.forced = {};
   p.log_z = 0.0;
   p.ess = 0.0;
   p.resampled = false;

@@ -96,7 +96,35 @@ class BlockPool:
         shape = (num_layers, num_blocks, num_kv_heads, block_size)
         self.key_pages = torch.zeros(*shape, head_dim, dtype=dtype, device=device)
         self.value_pages = torch.zeros(*shape, value_head_dim, dtype=dtype, device=device)
+        self._split()
+
+    def _split(self) -> None:
         self._layers = list(zip(self.key_pages.unbind(), self.value_pages.unbind(), strict=True))
+
+    def grow(self, num_blocks: int) -> None:
+        """Enlarge the pool to ``num_blocks``; every cache on it goes on as before.
+
+        The pages move, so ``key_pages`` and ``value_pages`` must be read anew; while one of them is
+        copied, both its places are held.
+
+        Raises:
+            ValueError: on fewer blocks than there are.
+        """
+        num_blocks = integer("num_blocks", num_blocks)
+        before = self.num_blocks
+        if num_blocks < before:
+            raise ValueError(f"num_blocks: expected at least {before}, got {num_blocks}")
+        # All memory first, so that a want of it changes nothing; it is touched by the copies only.
+        larger = [
+            pages.new_empty(pages.shape[0], num_blocks, *pages.shape[2:])
+            for pages in (self.key_pages, self.value_pages)
+        ]
+        self._native.grow(num_blocks)
+        for name, pages in zip(("key_pages", "value_pages"), larger, strict=True):
+            pages[:, :before] = getattr(self, name)
+            pages[:, before:] = 0
+            setattr(self, name, pages)
+        self._split()
 
     @property
     def device(self) -> torch.device:

@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 
 from torch_winnow._fake import check_same_device
+from torch_winnow._resampling import autograd
 from torch_winnow._resampling.weights import detached_weights, require_tensor, statistics_dtype
 
 _resample = torch.ops.winnow.resample
+
+SCHEMES = ("systematic", "stratified", "residual", "ssp", "killing", "optimal", "multinomial")
 
 
 class Status(enum.IntFlag):
@@ -39,7 +42,8 @@ class Resampling(NamedTuple):
     Attributes:
         ancestors: ``(..., M)`` int64. Slot j of the new population takes particle ``ancestors[j]``.
         offspring: ``(..., K)`` int64. How often each particle was chosen; sums to M.
-        log_weights: ``(..., M)`` weights that the new population carries: zero after a resample.
+        log_weights: ``(..., M)`` weights that the new population carries: zero after a resample,
+            of mean one (in exponentials) after an ``"optimal"`` one.
         log_z: ``(...)`` log of the mean weight that a resample divided out, 0 where there was none.
             Summed over the steps, plus the log mean of the last weights, it is the logarithm of an
             unbiased estimate of the normalising constant.
@@ -84,6 +88,25 @@ def check_seed(
     return seed
 
 
+def _pinned_particles(pinned: SupportsIndex | Tensor, log_weights: Tensor) -> Tensor:
+    """One index per population."""
+    population = log_weights.shape[:-1]
+    if isinstance(pinned, Tensor):
+        if pinned.dtype != torch.int64 or pinned.shape not in (population, ()):
+            raise ValueError(
+                f"pinned: expected int64 of shape {tuple(population)} or (), got {pinned.dtype} of "
+                f"shape {tuple(pinned.shape)}"
+            )
+        return pinned.expand(population)
+    try:
+        index = operator.index(pinned)
+    except TypeError:
+        raise ValueError(
+            f"pinned: expected an int or an int64 tensor, got {type(pinned).__name__}"
+        ) from None
+    return log_weights.new_full(population, index, dtype=torch.int64)
+
+
 def resample(
     log_weights: Tensor,
     *,
@@ -92,6 +115,7 @@ def resample(
     ess_threshold: float | None = None,
     keep_slots: bool = False,
     mask: Tensor | None = None,
+    pinned: SupportsIndex | Tensor | None = None,
     uniforms: Tensor | None = None,
     seed: SupportsIndex | Tensor | None = None,
     generator: torch.Generator | None = None,
@@ -105,17 +129,30 @@ def resample(
     - ``"systematic"``: one uniform for all; the least noise, and the default. Cumulative offspring
       differ from :math:`M \sum_{i \le k} W_i` by less than 1.
     - ``"stratified"``: one uniform per slot.
+    - ``"ssp"``: the Srinivasan sampling process (Gerber, Chopin and Whiteley 2019). Like systematic
+      it gives each particle :math:`M W_k` rounded up or down; unlike it, its variance vanishes
+      whatever the order of the particles.
     - ``"residual"``: :math:`\lfloor M W_k \rfloor` each, the rest drawn in proportion to what the
       floor dropped.
+    - ``"killing"``: particle k stays in its slot with probability :math:`w_k / \max w` and is
+      replaced by an independent draw otherwise. Needs M = K.
     - ``"multinomial"``: independent draws; slot j takes the particle at its uniform j. The most
       noise.
+    - ``"optimal"`` (Fearnhead and Clifford 2003): M distinct particles with weights of their own.
+      Those above a threshold are kept, the others drawn and given the threshold as weight; no
+      unbiased choice of M particles has less variance. For M < K, to cut down an enlarged
+      population; unbiased as each copy counts by its weight. Where M particles or fewer have any
+      weight, all are kept, in turns, and share their weight among their slots.
 
     Weights are cumulated in 63-bit integers: offspring always sum to M, a particle of weight zero
     is never chosen, and the result is bitwise the same for any number of threads and on any
     instruction set.
 
-    Resampling is a discrete decision: weights are taken as numbers, and no result carries a
-    gradient, ``log_z`` included.
+    Ancestors are a discrete decision and have no gradient. Where ``log_weights`` requires one,
+    ``log_z`` has its own (the normalised weights of the live), and the new weights have that of
+    their choice, log W[a] - stop(log W[a]) (Ścibior and Wood 2021): ``exp(log_z)`` times the new
+    weights then has the gradient of an unbiased estimate, at the price of its noise. Detach
+    ``log_weights`` of the result for the usual, biased gradient through ``log_z`` alone.
 
     Args:
         log_weights: ``(..., K)`` natural-log weights of any magnitude, not necessarily normalised;
@@ -128,13 +165,20 @@ def resample(
             are carried, and ``log_z`` is 0. By default every population is resampled.
         keep_slots: survivors keep their slot and their further offspring fill the freed slots
             (Murray, Lee and Jacob 2016), so that :func:`gather_particles_` moves the fewest rows.
-            Otherwise ancestors ascend (but for ``"multinomial"``). Needs M = K.
+            Otherwise ancestors ascend, but for ``"multinomial"`` and ``"killing"``. Needs M = K.
         mask: ``(..., K)`` bool, false for a finished or absent particle: it is neither copied nor
             overwritten. ESS, threshold and ``log_z`` are over the live ones; the weights of the
             others are lowered by ``log_z``, so that the whole stays properly weighted. Needs M = K.
+        pinned: an int, or int64 of shape ``(...)`` or ``()``: the particle of each population that
+            survives in its own slot, for conditional SMC (Andrieu, Doucet and Holenstein 2010). The
+            others follow the scheme's law given that the pinned particle holds one of the slots,
+            any with the same probability, as if it had been drawn for it (Chopin and Singh 2015).
+            Where ancestors would ascend they are rotated, so that any copy of it is as likely to
+            lie there. It survives without weight too. A finished one (``mask``) changes nothing.
+            On the GPU an index outside of the population pins nothing.
         uniforms: float32 or float64 numbers in [0, 1) to use instead of drawing: ``(...)`` for
             systematic, ``(..., M)`` for stratified and multinomial. What lies outside is clamped to
-            it, NaN to 0. With ``mask`` the live slots take the first ones.
+            it, NaN to 0. With ``mask`` the live slots take the first ones. Not with ``pinned``.
         seed: anything that is an int of 64 bits, or a 0-dim int64 tensor. A population's draws
             depend on the seed and the linear index of the population alone.
         generator: where the seed is drawn from if none is given; by default torch's own.
@@ -156,7 +200,7 @@ def resample(
         >>> result.log_z.exp()
         tensor(0.2500)
     """
-    log_weights = detached_weights(log_weights)
+    weights, log_weights = log_weights, detached_weights(log_weights)
     if mask is not None:
         require_tensor("mask", mask, "a bool tensor (..., K)")
     if uniforms is not None:
@@ -171,7 +215,7 @@ def resample(
     elif uniforms is None:
         device = log_weights.device
         seed_tensor = torch.randint(2**63 - 1, (), generator=generator, device=device)
-    return Resampling(
+    result = Resampling(
         *_resample(
             log_weights,
             scheme,
@@ -180,10 +224,12 @@ def resample(
             keep_slots,
             mask,
             uniforms,
+            None if pinned is None else _pinned_particles(pinned, log_weights),
             number,
             seed_tensor,
         )
     )
+    return autograd.resampled(result, weights, mask) if autograd.wants_gradient(weights) else result
 
 
 @torch.library.register_fake("winnow::resample")
@@ -195,10 +241,13 @@ def _(
     keep_slots: bool,
     mask: Tensor | None,
     uniforms: Tensor | None,
+    pinned: Tensor | None,
     seed: int,
     seed_tensor: Tensor | None,
 ) -> tuple[Tensor, ...]:
-    check_same_device(log_weights=log_weights, mask=mask, uniforms=uniforms, seed=seed_tensor)
+    check_same_device(
+        log_weights=log_weights, mask=mask, uniforms=uniforms, pinned=pinned, seed=seed_tensor
+    )
     population = log_weights.shape[:-1]
     samples = log_weights.shape[-1] if num_samples is None else num_samples
     dtype = statistics_dtype(log_weights.dtype)

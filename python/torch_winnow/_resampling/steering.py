@@ -11,11 +11,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from torch_winnow._resampling.gather import gather_particles
-from torch_winnow._resampling.resample import Resampling, check_seed, resample
+from torch_winnow._resampling.resample import SCHEMES, Resampling, check_seed, resample
 from torch_winnow._resampling.weights import require_tensor
 
 _KINDS = ("difference", "max", "sum")
-_SCHEMES = ("systematic", "stratified", "residual", "multinomial")
 
 Tree = TypeVar("Tree")
 
@@ -136,20 +135,21 @@ def fk_potential(
     return log_potential, PotentialState(_no_nan(statistic), _no_nan(log_product))
 
 
-def _step_key(seed: Tensor, step: int) -> Tensor:
+def _step_key(seed: int | Tensor, step: int) -> int | Tensor:
     """Number ``step`` of splitmix64 (Steele, Lea and Flood 2014) from ``seed``, as int64.
 
-    Multiplications wrap around; a shift of unsigned numbers is one with sign, masked.
+    A tensor's multiplications wrap around by themselves; a shift of unsigned numbers is one with
+    sign, masked.
     """
-    z = seed + _signed((step + 1) * 0x9E3779B97F4A7C15)
-    z = (z ^ (z >> 30 & 2**34 - 1)) * _signed(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> 27 & 2**37 - 1)) * _signed(0x94D049BB133111EB)
+    z = _signed(seed + _signed((step + 1) * 0x9E3779B97F4A7C15))
+    z = _signed((z ^ (z >> 30 & 2**34 - 1)) * _signed(0xBF58476D1CE4E5B9))
+    z = _signed((z ^ (z >> 27 & 2**37 - 1)) * _signed(0x94D049BB133111EB))
     return z ^ (z >> 31 & 2**33 - 1)
 
 
-def _signed(number: int) -> int:
+def _signed(number: int | Tensor) -> int | Tensor:
     """The int64 of the same 64 bits."""
-    return (number + 2**63) % 2**64 - 2**63
+    return number if isinstance(number, Tensor) else (number + 2**63) % 2**64 - 2**63
 
 
 class FKSteering:
@@ -198,8 +198,8 @@ class FKSteering:
         generator: torch.Generator | None = None,
     ) -> None:
         _check_potential(kind, lmbda)
-        if scheme not in _SCHEMES:
-            raise ValueError(f"scheme: expected one of {', '.join(_SCHEMES)}, got {scheme!r}")
+        if scheme not in SCHEMES:
+            raise ValueError(f"scheme: expected one of {', '.join(SCHEMES)}, got {scheme!r}")
         if ess_threshold is not None and not (_is_number(ess_threshold) and 0 < ess_threshold <= 1):
             raise ValueError(
                 f"ess_threshold: expected a share in (0, 1] or None, got {ess_threshold!r}"
@@ -221,11 +221,8 @@ class FKSteering:
         self._log_z: Tensor | None = None
         self._finished = False
 
-    def _step_seed(self) -> Tensor | None:
-        if self.seed is None:
-            return None
-        seed = self.seed if isinstance(self.seed, Tensor) else torch.tensor(self.seed)
-        return _step_key(seed, self._steps)
+    def _step_seed(self) -> int | Tensor | None:
+        return None if self.seed is None else _step_key(self.seed, self._steps)
 
     def step(self, reward: Tensor, *, terminal: bool = False) -> Resampling:
         """Weigh by the rewards, resample where needed, and tell who follows whom.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -66,29 +68,173 @@ class _Options(NamedTuple):
     ess_threshold: float | None
     keep_slots: bool
     uniforms: Tensor | None
+    pinned: int | None
     seed: int
     row: int
 
+    def uniform(self, element: int) -> float:
+        return (_philox_bits(self.seed, self.row, element) >> 11) * 2.0**-53
 
-def _choose(weights: Tensor, options: _Options) -> Tensor:
-    """Ancestors of one population, ascending but for multinomial ones."""
-    scheme, samples, uniforms = options.scheme, options.samples, options.uniforms
-    seed, row = options.seed, options.row
-    grid = torch.arange(samples, dtype=torch.float64)
-    if scheme == "systematic":
-        u = _draws(seed, row, 1) if uniforms is None else uniforms.double().reshape(1)
-        return _inverse_cdf(weights, (grid + u) / samples)
-    if scheme == "residual":
-        share = samples * weights / weights.sum()
-        whole = share.floor().long()
-        drawn = samples - int(whole.sum())
-        rest = share - whole
-        index = torch.arange(len(weights)).repeat_interleave(whole)
-        if drawn > 0:
-            index = torch.cat([index, _inverse_cdf(rest, _draws(seed, row, drawn))])
-        return index.sort().values
-    u = _draws(seed, row, samples) if uniforms is None else uniforms.double()[:samples]
-    return _inverse_cdf(weights, (grid + u) / samples if scheme == "stratified" else u)
+    def uniform_numbers(self, count: int) -> Tensor:
+        if self.uniforms is not None:
+            return self.uniforms.double().reshape(-1)[:count]
+        return _draws(self.seed, self.row, count)
+
+
+def _fixed_point(weights: Tensor) -> list[int]:
+    """Weights as integers whose total is below 2^60: what is left over or equal is so exactly."""
+    _, exponent = math.frexp(float(weights.sum()))
+    return [int(w * 2.0 ** (60 - exponent)) for w in weights.tolist()]
+
+
+_POINT, _COPY = 2**63 - 1, 2**63 - 2  # elements of the uniforms that a pinned particle needs
+
+
+def _pinned_point(weights: Tensor, samples: int, options: _Options) -> Tensor:
+    """Uniform over what the pinned particle holds of [0, samples)."""
+    share = samples * weights / weights.sum()
+    return share[: options.pinned].sum() + options.uniform(_POINT) * share[options.pinned]
+
+
+def _systematic(weights: Tensor, samples: int, options: _Options) -> Tensor:
+    u = options.uniform_numbers(1)
+    if options.pinned is not None:  # the grid has a point there
+        u = _pinned_point(weights, samples, options).frac().reshape(1)
+    return _inverse_cdf(weights, (torch.arange(samples, dtype=torch.float64) + u) / samples)
+
+
+def _stratified(weights: Tensor, options: _Options) -> Tensor:
+    u = options.uniform_numbers(options.samples)
+    if options.pinned is not None:  # and so has its stratum
+        point = _pinned_point(weights, options.samples, options)
+        u[int(point)] = point.frac()
+    grid = torch.arange(options.samples, dtype=torch.float64)
+    return _inverse_cdf(weights, (grid + u) / options.samples)
+
+
+def _gains_remainder(weights: Tensor, options: _Options) -> bool:
+    """Whether a copy of the pinned particle, any of them, is due to its remainder."""
+    share = float((options.samples * weights / weights.sum())[options.pinned])
+    return options.uniform(_POINT) * share >= math.floor(share)
+
+
+def _residual(weights: Tensor, options: _Options) -> Tensor:
+    share = options.samples * weights / weights.sum()
+    whole = share.floor().long()
+    drawn = options.samples - int(whole.sum())
+    rest = share - whole
+    index = torch.arange(len(weights)).repeat_interleave(whole)
+    if options.pinned is not None and _gains_remainder(weights, options):
+        index = torch.cat([index, torch.tensor([options.pinned])])
+        drawn -= 1
+    if drawn > 0:
+        index = torch.cat([index, _inverse_cdf(rest, options.uniform_numbers(drawn))])
+    return index.sort().values
+
+
+def _ssp(weights: Tensor, options: _Options) -> Tensor:
+    """Srinivasan sampling process over runs of 64, then over runs of what they leave, and so on."""
+    fixed = _fixed_point(weights)
+    total = sum(fixed)
+    offspring = [options.samples * q // total for q in fixed]
+    certain = None
+    if options.pinned is not None and _gains_remainder(weights, options):
+        certain = options.pinned
+
+    def pair(live: tuple[int, int], other: tuple[int, int], u: float) -> tuple[int, int]:
+        """Of two particles with remainders: the one that is left, with its remainder."""
+        (i, x), (j, y) = live, other
+        if certain == j:
+            (i, x), (j, y) = (j, y), (i, x)
+        if x + y < total:  # one takes both
+            first = certain == i or u * (x + y) < x
+            return (i if first else j), x + y
+        first = u * (2 * total - x - y) < total - y  # one is completed
+        if certain == i:
+            first = u * x * (2 * total - x - y) < total * (total - y)
+        offspring[i if first else j] += 1
+        return (j if first else i), x + y - total
+
+    left = [(k, options.samples * q % total) for k, q in enumerate(fixed)]
+    size = 1
+    while len(left) > 1:
+        runs = [
+            functools.reduce(
+                lambda live, e: pair(live, left[e], options.uniform(e * size)),  # noqa: B023
+                range(first + 1, min(first + 64, len(left))),
+                left[first],
+            )
+            for first in range(0, len(left), 64)
+        ]
+        left, size = runs, size * 64
+    return torch.arange(len(weights)).repeat_interleave(torch.tensor(offspring))
+
+
+def _killing(weights: Tensor, options: _Options) -> Tensor:
+    """Particle k stays with probability ``w_k / max w``, and is replaced by a draw otherwise."""
+    k = len(weights)
+    stays = options.uniform_numbers(k) < weights / weights.max()
+    drawn = torch.tensor([options.uniform(k + slot) for slot in range(k)], dtype=torch.float64)
+    ancestors = torch.where(stays, torch.arange(k), _inverse_cdf(weights, drawn))
+    if options.pinned is not None:  # it stays, or some slot is replaced by it
+        killed = (1 - weights / weights.max()).cumsum(0)
+        point = options.uniform(_POINT) * k - float(weights.sum() / weights.max())
+        slot = options.pinned if point < 0 else int(torch.searchsorted(killed, point, right=True))
+        ancestors[slot] = ancestors[options.pinned]
+        ancestors[options.pinned] = options.pinned
+    return ancestors
+
+
+def _optimal(weights: Tensor, options: _Options) -> tuple[Tensor, Tensor]:
+    """Ancestors and log weights, whose mean is 1."""
+    samples = options.samples
+    fixed = torch.tensor(_fixed_point(weights))
+    kept = fixed > 0
+    share = weights / weights.sum()
+    if int(kept.sum()) <= samples:
+        index = kept.nonzero().squeeze(-1)
+        copies = torch.bincount(torch.arange(samples) % len(index), minlength=len(index))
+        log_weights = (samples * share[index] / copies).log()
+        return index.repeat_interleave(copies), log_weights.repeat_interleave(copies)
+    kept = torch.zeros_like(kept)
+    drawn, total = samples, int(fixed.sum())
+    while drawn > 0 and not torch.equal(kept, fixed >= -(-total // drawn)):
+        kept = fixed >= -(-total // drawn)
+        drawn, total = samples - int(kept.sum()), int(fixed[~kept].sum())
+    others = torch.where(kept, 0, fixed).double()
+    if options.pinned is not None and kept[options.pinned]:
+        options = options._replace(pinned=None)
+    ancestors = torch.cat([kept.nonzero().squeeze(-1), _systematic(others, drawn, options)])
+    level = total / max(drawn, 1) / float(fixed.sum())
+    log_weights = (samples * torch.where(kept, share, level)).log()
+    ancestors = ancestors.sort().values
+    return ancestors, log_weights[ancestors]
+
+
+def _choose(weights: Tensor, options: _Options) -> tuple[Tensor, Tensor]:
+    """Ancestors of one population, ascending but for multinomial and killing, and log weights."""
+    scheme = options.scheme
+    log_weights = torch.zeros(options.samples, dtype=torch.float64)
+    if scheme == "multinomial":
+        ancestors = _inverse_cdf(weights, options.uniform_numbers(options.samples))
+        if options.pinned is not None:
+            ancestors[options.pinned] = options.pinned
+        return ancestors, log_weights
+    if scheme == "killing":
+        return _killing(weights, options), log_weights
+    if scheme == "optimal":
+        ancestors, log_weights = _optimal(weights, options)
+    elif scheme == "systematic":
+        ancestors = _systematic(weights, options.samples, options)
+    else:
+        choose = {"stratified": _stratified, "residual": _residual, "ssp": _ssp}
+        ancestors = choose[scheme](weights, options)
+    if options.pinned is not None:  # any of its copies comes to lie in its slot
+        copies = (ancestors == options.pinned).nonzero().squeeze(-1)
+        copy = int(copies[int(options.uniform(_COPY) * len(copies))])
+        ancestors = ancestors.roll(options.pinned - copy)
+        log_weights = log_weights.roll(options.pinned - copy)
+    return ancestors, log_weights
 
 
 def _keep_slots(offspring: Tensor) -> Tensor:
@@ -119,14 +265,18 @@ def _resample_one(log_w: Tensor, options: _Options) -> Resampling:
         top = log_w.max()
         weights = torch.where(log_w == top, 1.0, torch.exp(log_w - top).nan_to_num(nan=0.0))
         log_z = weights.mean().log() + top
-        ancestors = _choose(weights, options)
-        new_log_w = torch.zeros(samples, dtype=torch.float64)
+        if options.pinned is not None:  # it survives without weight too
+            least = 2.0 ** (math.frexp(float(weights.sum()))[1] - 60)
+            weights[options.pinned] = max(float(weights[options.pinned]), least)
+        ancestors, new_log_w = _choose(weights, options)
     else:
         ancestors = torch.arange(samples) % max(k, 1)
         new_log_w = log_w[ancestors]
     offspring = torch.bincount(ancestors, minlength=k)
     if options.keep_slots:
+        of_particle = torch.zeros(k, dtype=torch.float64).index_put((ancestors,), new_log_w)
         ancestors = _keep_slots(offspring)
+        new_log_w = of_particle[ancestors]
     return Resampling(
         ancestors,
         offspring,
@@ -141,7 +291,10 @@ def _resample_one(log_w: Tensor, options: _Options) -> Resampling:
 def _resample_masked(log_w: Tensor, mask: Tensor, options: _Options) -> Resampling:
     """The live particles are a population of their own; the others keep slot and are lowered."""
     slot = mask.nonzero().squeeze(-1)
-    live = _resample_one(log_w[slot], options._replace(samples=len(slot)))
+    pinned = options.pinned
+    if pinned is not None:
+        pinned = int(mask[:pinned].sum()) if mask[pinned] else None
+    live = _resample_one(log_w[slot], options._replace(samples=len(slot), pinned=pinned))
     ancestors = torch.arange(len(log_w))
     ancestors[slot] = slot[live.ancestors]
     lowered = log_w.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf) - live.log_z
@@ -159,6 +312,7 @@ def resample(
     ess_threshold: float | None = None,
     keep_slots: bool = False,
     mask: Tensor | None = None,
+    pinned: int | Tensor | None = None,
     uniforms: Tensor | None = None,
     seed: int | Tensor | None = None,
     generator: torch.Generator | None = None,
@@ -173,7 +327,12 @@ def resample(
     results = []
     for row, log_w in enumerate(rows):
         u = None if uniforms is None else uniforms.reshape(len(rows), -1)[row]
-        options = _Options(scheme, samples, ess_threshold, keep_slots, u, int(seed), row)
+        b = (
+            None
+            if pinned is None
+            else int(torch.as_tensor(pinned).expand(population).flatten()[row])
+        )
+        options = _Options(scheme, samples, ess_threshold, keep_slots, u, b, int(seed), row)
         if mask is None:
             results.append(_resample_one(log_w, options))
         else:

@@ -183,6 +183,7 @@ void Block::run(const char* kernel, int64_t grid_x, int64_t grid_y, int64_t shar
                 int threads, const std::function<void()>& body) {
   kernel_ = kernel;
   shared_bytes_ = shared_bytes;
+  ++launches;
   body_ = &body;
   count_ = threads;
   if (threads < 1 || threads > kMaxThreads || grid_y > 65535) {
