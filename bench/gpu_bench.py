@@ -5,56 +5,26 @@
 Each case checks our output against the definition, then times ours, the definition in eager torch
 and compiled, and the strongest rival there is. ``moved`` is the least memory traffic in bytes that
 the definition needs: the report divides it by the time and by the copy bandwidth of the same run.
+``operations``, where given, are divided by the time and by the matmul rate.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import sys
 import traceback
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from gpu_bench_attention import cat_attention
+from gpu_case import DEVICE, Case, close, compiled, scaled
 from gpu_timing import limits, rotation, seconds
 from torch_winnow import kvcache, reference, resampling, unmasking
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-FULL = DEVICE.type == "cuda"
-
-
-@dataclass
-class Case:
-    name: str
-    make: Callable[[], tuple]
-    ours: Callable[..., Any]
-    rivals: dict[str, Callable[..., Any]]
-    moved: float
-    check: Callable[..., None]
-
-
-def scaled(full: int, small: int) -> int:
-    return full if FULL else small
-
-
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, fullgraph=True, dynamic=False) if FULL else function
-
-
-def close(ours: Callable[..., Any], definition: Callable[..., Any], tolerance: float):
-    def check(*arguments: Any) -> None:
-        torch.testing.assert_close(
-            ours(*arguments).double(),
-            definition(*arguments).double(),
-            rtol=tolerance,
-            atol=tolerance,
-        )
-
-    return check
 
 
 def effective_sample_size() -> Iterator[Case]:
@@ -69,6 +39,48 @@ def effective_sample_size() -> Iterator[Case]:
             },
             rows * particles * 4.0,
             close(resampling.effective_sample_size, reference.effective_sample_size, 1e-4),
+        )
+
+
+def composed_resample(log_weights: torch.Tensor, uniforms: torch.Tensor) -> tuple:
+    """A systematic step below half of the effective sample size, in plain torch."""
+    particles = log_weights.shape[-1]
+    weights = log_weights.softmax(-1)
+    triggered = weights.square().sum(-1).reciprocal() < particles / 2
+    points = (torch.arange(particles, device=log_weights.device) + uniforms[..., None]) / particles
+    drawn = torch.searchsorted(weights.cumsum(-1), points, right=True).clamp(max=particles - 1)
+    identity = torch.arange(particles, device=log_weights.device).expand_as(drawn)
+    ancestors = torch.where(triggered[..., None], drawn, identity)
+    evidence = log_weights.logsumexp(-1) - math.log(particles)
+    carried = torch.where(triggered[..., None], 0.0, log_weights)
+    return ancestors, carried, torch.where(triggered, evidence, 0.0)
+
+
+def resample() -> Iterator[Case]:
+    for rows, particles in ((4096, 4), (256, 4096)):
+        rows = scaled(rows, 16)
+
+        def make(rows=rows, particles=particles) -> tuple:
+            log_weights = 2 * torch.randn(rows, particles, device=DEVICE)
+            return log_weights, torch.rand(rows, device=DEVICE)
+
+        def ours(log_weights, uniforms):
+            return resampling.resample(log_weights, ess_threshold=0.5, uniforms=uniforms)
+
+        def check(log_weights, uniforms, ours=ours) -> None:
+            ancestors, _, evidence = composed_resample(log_weights, uniforms)
+            result = ours(log_weights, uniforms)
+            # Sums that differ in their last bit move a few borders.
+            assert (result.ancestors == ancestors).float().mean() > 0.99
+            torch.testing.assert_close(result.log_z, evidence, rtol=1e-3, atol=1e-3)
+
+        yield Case(
+            f"resample systematic {rows}x{particles} float32",
+            make,
+            ours,
+            {"composed": composed_resample, "composed, compiled": compiled(composed_resample)},
+            rows * particles * 4.0 * 2 + rows * particles * 8.0 * 2,
+            check,
         )
 
 
@@ -221,7 +233,15 @@ def paged_decode() -> Iterator[Case]:
         )
 
 
-CASES = (effective_sample_size, logit_stats, speculative_verify, soft_embedding, paged_decode)
+CASES = (
+    effective_sample_size,
+    resample,
+    logit_stats,
+    speculative_verify,
+    soft_embedding,
+    paged_decode,
+    cat_attention,
+)
 
 
 def main() -> None:
@@ -229,6 +249,7 @@ def main() -> None:
     report: dict[str, Any] = {"device": str(DEVICE), "limits": limits(DEVICE), "cases": []}
     for case in (case for family in CASES for case in family()):
         entry: dict[str, Any] = {"name": case.name, "moved": case.moved, "seconds": {}}
+        entry["operations"] = case.operations
         report["cases"].append(entry)
         inputs = rotation(case.make, DEVICE)
         for name, function in {"winnow": case.ours, **case.rivals}.items():

@@ -1,4 +1,5 @@
-// Arguments of the attention operators, checked, as the problem that the loops are told.
+// Arguments of the attention operators on any device, checked, as the problem that the loops and
+// kernels are told.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -8,6 +9,7 @@
 #include <vector>
 
 #include "attention/problem.h"
+#include "attention/run.h"
 #include "common/checks.h"
 #include "common/tensors.h"
 
@@ -22,7 +24,7 @@ inline Source source_of(const Tensor& tensor) {
 // query (B, Hq, N, D)
 inline void check_query(const Tensor& query) {
   check_floating("query", query);
-  check_cpu("query", query);
+  check_operand_device("query", query);
   check_dim("query", query, 4, "(B, Hq, N, D)");
   WINNOW_CHECK(query.size(3) >= 1 && query.size(3) <= kLargestDim,
                "query: expected a head dimension D from 1 to ", kLargestDim, ", got ",
@@ -34,7 +36,7 @@ inline void check_query(const Tensor& query) {
 inline void check_source(const char* argument, const Tensor& tensor, const Tensor& query,
                          const char* layout) {
   check_dtype(argument, tensor, query.scalar_type());
-  check_cpu(argument, tensor);
+  check_operand_device(argument, tensor);
   WINNOW_CHECK(
       tensor.dim() == 4 && tensor.size(0) == query.size(0) && tensor.size(3) == query.size(3),
       argument, ": expected ", layout, " with B=", query.size(0), " and D=", query.size(3),
@@ -83,6 +85,12 @@ inline AttentionProblem problem_of(const Tensor& query, const Tensor& key, const
   return problem;
 }
 
+// An option at least as large as the sequence is as good as any larger one; this keeps products of
+// options in range.
+inline int64_t bounded_chunk(int64_t chunk_size, int64_t rows) {
+  return chunk_size < rows ? chunk_size : (rows > 0 ? rows : 1);
+}
+
 // The interleaved layout's vector rows as slots.
 inline void use_rows_as_slots(AttentionProblem* problem) {
   Pattern& pattern = problem->pattern;
@@ -95,10 +103,25 @@ inline void use_rows_as_slots(AttentionProblem* problem) {
   problem->slot_value.row *= pattern.chunk_size;
 }
 
-// An option at least as large as the sequence is as good as any larger one; this keeps products of
-// options in range.
-inline int64_t bounded_chunk(int64_t chunk_size, int64_t rows) {
-  return chunk_size < rows ? chunk_size : (rows > 0 ? rows : 1);
+// Gradients that a backward operator receives, and the results of the forward.
+inline void check_gradients(const Gradients& gradients, const Tensor& query) {
+  check_dtype("grad_out", gradients.grad_out, query.scalar_type());
+  check_same_shape("grad_out", gradients.grad_out, "query", query);
+  check_dtype("out", gradients.out, query.scalar_type());
+  check_same_shape("out", gradients.out, "query", query);
+  check_dtype("lse", gradients.lse, statistics_dtype(query));
+  check_dtype("grad_lse", gradients.grad_lse, statistics_dtype(query));
+  for (const auto& [name, tensor] :
+       {std::pair{"lse", &gradients.lse}, {"grad_lse", &gradients.grad_lse}}) {
+    WINNOW_CHECK(shape(*tensor) == leading_shape(query), name,
+                 ": expected (B, Hq, N) as in query, ", shape_of(query), ", got ",
+                 shape_of(*tensor));
+  }
+}
+
+inline Tensor contiguous_rows(const Tensor& tensor) {
+  const bool regular = tensor.size(3) <= 1 || tensor.stride(3) == 1;
+  return regular ? tensor : torch::stable::contiguous(tensor);
 }
 
 }  // namespace winnow

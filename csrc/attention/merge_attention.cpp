@@ -7,8 +7,7 @@
 #include <tuple>
 #include <vector>
 
-#include "common/checks.h"
-#include "common/tensors.h"
+#include "attention/merge_arguments.h"
 
 namespace winnow {
 namespace {
@@ -30,28 +29,6 @@ Operand operand_of(const Tensor& out, const Tensor& lse) {
   operand.rows = {operand.out.tensor.data_ptr(), operand.lse.tensor.data_ptr(), operand.out.stride,
                   operand.lse.stride};
   return operand;
-}
-
-void check_parts(const std::vector<Tensor>& outs, const std::vector<Tensor>& lses) {
-  WINNOW_CHECK(!outs.empty(), "outs: expected at least one partial result, got none");
-  WINNOW_CHECK(lses.size() == outs.size(), "lses: expected ", outs.size(),
-               " tensors, one for each of outs, got ", lses.size());
-  const Tensor& first = outs[0];
-  check_floating("outs[0]", first);
-  WINNOW_CHECK(first.dim() >= 2, "outs[0]: expected (..., N, D), got shape ", shape_of(first));
-  for (size_t i = 0; i < outs.size(); ++i) {
-    const std::string out_name = "outs[" + std::to_string(i) + "]";
-    const std::string lse_name = "lses[" + std::to_string(i) + "]";
-    check_cpu(out_name.c_str(), outs[i]);
-    check_cpu(lse_name.c_str(), lses[i]);
-    check_dtype(out_name.c_str(), outs[i], first.scalar_type());
-    check_dtype(lse_name.c_str(), lses[i], statistics_dtype(first));
-    WINNOW_CHECK(shape(outs[i]) == shape(first), out_name, ": expected the shape of outs[0], ",
-                 shape_of(first), ", got ", shape_of(outs[i]));
-    WINNOW_CHECK(shape(lses[i]) == leading_shape(first), lse_name,
-                 ": expected the shape of outs[0] without its last dimension, ", shape_of(first),
-                 ", got ", shape_of(lses[i]));
-  }
 }
 
 template <typename Loop>
@@ -88,17 +65,7 @@ std::tuple<Tensor, Tensor> merge_attention_backward(const Tensor& grad_out, cons
                                                     const std::vector<Tensor>& lses,
                                                     const Tensor& out, const Tensor& lse) {
   check_parts(outs, lses);
-  check_dtype("grad_out", grad_out, outs[0].scalar_type());
-  check_dtype("grad_lse", grad_lse, statistics_dtype(outs[0]));
-  check_dtype("out", out, outs[0].scalar_type());
-  check_dtype("lse", lse, statistics_dtype(outs[0]));
-  for (const auto& [name, tensor, like] : {std::tuple{"grad_out", &grad_out, &outs[0]},
-                                           {"grad_lse", &grad_lse, &lses[0]},
-                                           {"out", &out, &outs[0]},
-                                           {"lse", &lse, &lses[0]}}) {
-    WINNOW_CHECK(shape(*tensor) == shape(*like), name, ": expected shape ", shape_of(*like),
-                 ", got ", shape_of(*tensor));
-  }
+  check_merged(grad_out, grad_lse, outs, lses, out, lse);
   Shape out_shape = shape(out);
   Shape lse_shape = shape(lse);
   const int64_t rows = product(lse_shape);

@@ -2,14 +2,15 @@
 // chunks; a row sees a prefix of the slots (compressed vectors, or the vector rows of the
 // interleaved layout) and a run of rows around its own chunk.
 //
-// Included by *_simd.cc too, hence plain pointers and internal linkage.
+// Included by *_simd.cc too, hence plain pointers and internal linkage; by .cu, hence constexpr.
 #pragma once
 
 #include <cstdint>
 
 namespace winnow {
 
-struct Pattern {
+template <typename Table>
+struct PatternOf {
   int64_t rows = 0;        // query rows, which are the local keys too
   int64_t chunk_size = 1;  // the last chunk of a sequence may be short
   int64_t slots = 0;
@@ -20,9 +21,10 @@ struct Pattern {
   bool interleaved = false;     // slot m is row m * chunk_size: both gradients belong to one row
   // Several sequences one after another, or none (0): both pointers have sequences + 1 entries.
   int64_t sequences = 0;
-  const int64_t* row_begin = nullptr;
-  const int64_t* slot_begin = nullptr;
+  Table row_begin = nullptr;
+  Table slot_begin = nullptr;
 };
+using Pattern = PatternOf<const int64_t*>;
 
 namespace {
 
@@ -32,39 +34,50 @@ struct Chunk {
   int64_t slot_begin, slot_end;  // slots that they see
 };
 
-inline int64_t smaller(int64_t a, int64_t b) {
+constexpr int64_t smaller(int64_t a, int64_t b) {
   return a < b ? a : b;
 }
-inline int64_t larger(int64_t a, int64_t b) {
+constexpr int64_t larger(int64_t a, int64_t b) {
   return a > b ? a : b;
 }
 
-inline Chunk chunk_of(const Pattern& pattern, int64_t row) {
-  int64_t first = 0;
-  int64_t last = pattern.rows;
-  int64_t slot_first = 0;
-  int64_t slot_last = pattern.slots;
-  if (pattern.sequences > 0) {
-    int64_t low = 0;  // the last sequence that begins at or before the row: an empty one never is
-    int64_t high = pattern.sequences;
-    while (high - low > 1) {
-      const int64_t middle = (low + high) / 2;
-      (pattern.row_begin[middle] <= row ? low : high) = middle;
-    }
-    first = pattern.row_begin[low];
-    last = pattern.row_begin[low + 1];
-    slot_first = pattern.slot_begin[low];
-    slot_last = pattern.slot_begin[low + 1];
+struct Sequence {
+  int64_t begin, end;            // rows
+  int64_t slot_begin, slot_end;  // slots
+};
+
+// The last of `count` parts that begins at or before `place`: an empty one never is.
+template <typename Table>
+constexpr int64_t part_at(const Table& begins, int64_t count, int64_t place) {
+  int64_t low = 0;
+  int64_t high = count;
+  while (high - low > 1) {
+    const int64_t middle = (low + high) / 2;
+    const int64_t begin = begins[middle];
+    (begin <= place ? low : high) = middle;
   }
-  const int64_t index = (row - first) / pattern.chunk_size;
-  Chunk chunk;
-  chunk.begin = first + index * pattern.chunk_size;
-  chunk.end = smaller(chunk.begin + pattern.chunk_size, last);
-  chunk.local_begin = larger(first, chunk.begin - pattern.lookback * pattern.chunk_size);
-  chunk.slot_begin = slot_first;
-  chunk.slot_end =
-      smaller(slot_last, slot_first + pattern.initial_slots + index * pattern.slots_per_chunk);
-  return chunk;
+  return low;
+}
+
+template <typename Table>
+constexpr Sequence sequence_at(const PatternOf<Table>& pattern, const Table& begins,
+                               int64_t place) {
+  if (pattern.sequences == 0) return {0, pattern.rows, 0, pattern.slots};
+  const int64_t i = part_at(begins, pattern.sequences, place);
+  return {pattern.row_begin[i], pattern.row_begin[i + 1], pattern.slot_begin[i],
+          pattern.slot_begin[i + 1]};
+}
+
+template <typename Table>
+constexpr Chunk chunk_of(const PatternOf<Table>& pattern, int64_t row) {
+  const Sequence sequence = sequence_at(pattern, pattern.row_begin, row);
+  const int64_t index = (row - sequence.begin) / pattern.chunk_size;
+  const int64_t begin = sequence.begin + index * pattern.chunk_size;
+  return {begin, smaller(begin + pattern.chunk_size, sequence.end),
+          larger(sequence.begin, begin - pattern.lookback * pattern.chunk_size),
+          sequence.slot_begin,
+          smaller(sequence.slot_end,
+                  sequence.slot_begin + pattern.initial_slots + index * pattern.slots_per_chunk)};
 }
 
 }  // namespace

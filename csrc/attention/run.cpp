@@ -32,14 +32,14 @@ int64_t splits_of(const AttentionProblem& problem) {
   return splits < 1 ? 1 : splits > 8 ? 8 : splits;
 }
 
-Tensor contiguous_rows(const Tensor& tensor) {
-  const bool regular = tensor.size(3) <= 1 || tensor.stride(3) == 1;
-  return regular ? tensor : torch::stable::contiguous(tensor);
-}
-
 }  // namespace
 
-std::tuple<Tensor, Tensor> run_forward(const AttentionProblem& problem, const Tensor& query) {
+void check_operand_device(const char* argument, const Tensor& tensor) {
+  check_cpu(argument, tensor);
+}
+
+std::tuple<Tensor, Tensor> run_forward(const AttentionProblem& problem, const Operands& operands) {
+  const Tensor& query = operands.query;
   Tensor out = empty(shape(query), query.scalar_type(), query);
   Tensor lse = empty(leading_shape(query), statistics_dtype(query), query);
   void* out_data = out.data_ptr();
@@ -53,21 +53,12 @@ std::tuple<Tensor, Tensor> run_forward(const AttentionProblem& problem, const Te
   return {out, lse};
 }
 
-InputGradients run_backward(const AttentionProblem& problem, const Gradients& gradients,
-                            const Tensor& query, const Tensor& key,
-                            const std::optional<Tensor>& slot_key) {
-  check_dtype("grad_out", gradients.grad_out, query.scalar_type());
-  check_same_shape("grad_out", gradients.grad_out, "query", query);
-  check_dtype("out", gradients.out, query.scalar_type());
-  check_same_shape("out", gradients.out, "query", query);
-  check_dtype("lse", gradients.lse, statistics_dtype(query));
-  check_dtype("grad_lse", gradients.grad_lse, statistics_dtype(query));
-  for (const auto& [name, tensor] :
-       {std::pair{"lse", &gradients.lse}, {"grad_lse", &gradients.grad_lse}}) {
-    WINNOW_CHECK(shape(*tensor) == leading_shape(query), name,
-                 ": expected (B, Hq, N) as in query, ", shape_of(query), ", got ",
-                 shape_of(*tensor));
-  }
+InputGradients run_backward(const AttentionProblem& problem, const Operands& operands,
+                            const Gradients& gradients) {
+  check_gradients(gradients, operands.query);
+  const Tensor& query = operands.query;
+  const Tensor& key = operands.key;
+  const std::optional<Tensor>& slot_key = operands.slot_key;
   const Tensor grad_out = contiguous_rows(gradients.grad_out);
   const Tensor grad_lse = torch::stable::contiguous(gradients.grad_lse);
   const Tensor out = torch::stable::contiguous(gradients.out);

@@ -1,4 +1,5 @@
-// Forward and backward of any pattern, once the arguments are checked.
+// What each device does with an attention problem once its arguments are checked: run.cpp for the
+// CPU, run.cu for the GPU. The operators themselves (cat_attention.h and the like) are the same.
 #pragma once
 
 #include <optional>
@@ -9,8 +10,12 @@
 
 namespace winnow {
 
-// (out, lse)
-std::tuple<Tensor, Tensor> run_forward(const AttentionProblem& problem, const Tensor& query);
+// The tensors that a problem's pointers point into.
+struct Operands {
+  Tensor query, key, value;
+  std::optional<Tensor> slot_key, slot_value;  // where the pattern has slots of its own
+  std::optional<Tensor> sequences;             // what read_sequences returned
+};
 
 // What a backward operator receives besides the forward's inputs.
 struct Gradients {
@@ -26,8 +31,15 @@ struct InputGradients {
   std::optional<Tensor> slot_key, slot_value;
 };
 
-InputGradients run_backward(const AttentionProblem& problem, const Gradients& gradients,
-                            const Tensor& query, const Tensor& key,
-                            const std::optional<Tensor>& slot_key);
+void check_operand_device(const char* argument, const Tensor& tensor);
+
+// int64 (2, S + 1): where each sequence's rows and its slots begin. cu_seqlens has S + 1 integers.
+Tensor read_sequences(const Tensor& cu_seqlens, const Pattern& options);
+
+// (out, lse)
+std::tuple<Tensor, Tensor> run_forward(const AttentionProblem& problem, const Operands& operands);
+
+InputGradients run_backward(const AttentionProblem& problem, const Operands& operands,
+                            const Gradients& gradients);
 
 }  // namespace winnow

@@ -6,20 +6,38 @@
 //   WINNOW_KERNEL(threads), WINNOW_DEVICE     qualifiers; blocks are one-dimensional
 //   thread_index() block_index() block_index_y() lane_index() warp_index()
 //   Global<T>, Shared<T>                      pointers; plain ones under nvcc. Read an element into
-//   a
-//                                             typed variable (never `auto x = p[i]`)
+//                                             a typed variable (never `auto x = p[i]`)
 //   WINNOW_SHARED(T, name, count)             an array that the block shares, uninitialised
+//   dynamic_shared<T>(offset, count)          a piece, from a byte offset on, of Grid::shared_bytes
 //   block_sync() warp_sync(mask)
+//   block_any(flag)                           a barrier that says whether any thread's flag is set
 //   shuffle(mask, value, lane) shuffle_xor(mask, value, offset) shuffle_up(mask, value, offset)
 //   ballot(mask, flag)
 //   atomic_add(pointer, value) atomic_or(pointer, bits)
 //   load_vector<N>(pointer) store_vector(pointer, vector)   2 to 16 bytes, aligned, one instruction
 //   fast_exp2(x)                              2 ulp on the GPU
 //
+// Asynchronous copies of 16 bytes from global to shared memory. Data is there for the copying
+// thread after copy_wait, and for the others after a barrier behind that.
+//   copy_async(target, source, valid)         zeros, with nothing read, where not valid
+//   copy_commit()                             what was issued since the last commit is one group
+//   copy_wait<N>()                            all groups but the N latest have arrived
+//
+// Matrices of 8 by 8 two-byte elements, spread over a warp: lane i holds row i / 4, columns
+// 2 * (i % 4) and one more, in one word. Each lane names one row of 16 bytes of shared memory;
+// lanes 8m to 8m + 7 name matrix m.
+//   load_matrices(row)                        four of them
+//   load_matrices_transposed(row)             four, where lane i holds what lies in column i / 4
+//   pack_pair<T>(low, high)                   two numbers as such a word
+//   mma<T>(&sums, a, b0, b1)                  sums (16 x 8) += a (16 x 16) * b (16 x 8)
+// T is bf16 or fp16. a: the matrices of rows 0-7 and 8-15 of columns 0-7, then of columns 8-15. b:
+// rows 0-7, rows 8-15, transposed. sums: row i / 4, columns 2 * (i % 4) and one more, then the
+// same columns of row i / 4 + 8.
+//
 // For launchers:
 //   launch(name, kernel, Grid{x, y}, threads, stream, arguments...)
-//   Stream stream(tensor)                     the current stream of the tensor's device, made
-//   current global<T>(tensor)                         the memory that its sizes and strides span
+//   Stream stream(tensor)                     the current stream of the tensor's device, made current
+//   global<T>(tensor)                         the memory that its sizes and strides span
 //   check_device(argument, tensor)
 //   WINNOW_DEVICE_OPERATORS(m) { m.impl(...); }
 #pragma once
@@ -41,10 +59,12 @@ struct alignas(sizeof(T) * N) Vector {
   T element[N];
 };
 
-// Blocks of a launch. y is for a few parts of one problem, x for the problems.
+// Blocks of a launch. y is for a few parts of one problem, x for the problems. Beyond 48 KiB only
+// dynamic shared memory goes.
 struct Grid {
   int64_t x = 1;
   int64_t y = 1;
+  int64_t shared_bytes = 0;
 };
 
 }  // namespace winnow

@@ -44,6 +44,9 @@ WINNOW_DEVICE int warp_index() {
 WINNOW_DEVICE void block_sync() {
   __syncthreads();
 }
+WINNOW_DEVICE bool block_any(bool flag) {
+  return __syncthreads_or(flag) != 0;
+}
 WINNOW_DEVICE void warp_sync(uint32_t mask) {
   __syncwarp(mask);
 }
@@ -123,6 +126,82 @@ WINNOW_DEVICE void store_vector(T* pointer, const Vector<T, N>& vector) {
   *reinterpret_cast<W*>(pointer) = word;
 }
 
+extern __shared__ __align__(128) unsigned char dynamic_shared_memory[];
+template <typename T>
+WINNOW_DEVICE T* dynamic_shared(int64_t offset, int64_t) {
+  return reinterpret_cast<T*>(dynamic_shared_memory + offset);
+}
+
+template <typename T>
+WINNOW_DEVICE void copy_async(T* target, const T* source, bool valid) {
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(target));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(source),
+               "r"(valid ? 16 : 0)
+               : "memory");
+}
+WINNOW_DEVICE void copy_commit() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+template <int N>
+WINNOW_DEVICE void copy_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+
+template <typename T>
+WINNOW_DEVICE Vector<uint32_t, 4> load_matrices(T* row) {
+  static_assert(sizeof(T) == 2);
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  Vector<uint32_t, 4> m;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(m.element[0]), "=r"(m.element[1]), "=r"(m.element[2]), "=r"(m.element[3])
+               : "r"(address)
+               : "memory");
+  return m;
+}
+template <typename T>
+WINNOW_DEVICE Vector<uint32_t, 4> load_matrices_transposed(T* row) {
+  static_assert(sizeof(T) == 2);
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  Vector<uint32_t, 4> m;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(m.element[0]), "=r"(m.element[1]), "=r"(m.element[2]), "=r"(m.element[3])
+               : "r"(address)
+               : "memory");
+  return m;
+}
+
+template <typename T>
+WINNOW_DEVICE uint32_t pack_pair(float low, float high) {
+  uint32_t word;
+  if constexpr (std::is_same_v<T, c10::BFloat16>) {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  } else {
+    static_assert(std::is_same_v<T, c10::Half>);
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  }
+  return word;
+}
+
+template <typename T>
+WINNOW_DEVICE void mma(Vector<float, 4>* sums, const Vector<uint32_t, 4>& a, uint32_t b0,
+                       uint32_t b1) {
+  float* c = sums->element;
+  if constexpr (std::is_same_v<T, c10::BFloat16>) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a.element[0]), "r"(a.element[1]), "r"(a.element[2]), "r"(a.element[3]), "r"(b0),
+          "r"(b1));
+  } else {
+    static_assert(std::is_same_v<T, c10::Half>);
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a.element[0]), "r"(a.element[1]), "r"(a.element[2]), "r"(a.element[3]), "r"(b0),
+          "r"(b1));
+  }
+}
+
 WINNOW_DEVICE float fast_exp2(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -184,7 +263,12 @@ template <typename... Parameters, typename... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), Grid grid, int threads,
             const Stream& stream, const Arguments&... arguments) {
   if (grid.x == 0 || grid.y == 0) return;
-  kernel<<<dim3(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y)), threads, 0,
+  const auto bytes = static_cast<int>(grid.shared_bytes);
+  if (bytes > 48 * 1024) {
+    check_cuda_call(name, cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                               cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+  }
+  kernel<<<dim3(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y)), threads, bytes,
            stream.get()>>>(static_cast<Parameters>(arguments)...);
   check_cuda_call(name, cudaGetLastError());
 }

@@ -169,10 +169,11 @@ def chunk_attention(
         initial_slots: slots that the first chunk sees, at least 0.
         lookback: earlier chunks whose tokens are visible too.
         scale: factor of the scores, ``D**-0.5`` by default.
-        cu_seqlens: ``(S + 1,)`` int32 or int64 on the CPU, ascending from 0 to N, for B = 1: where
-            each of S packed sequences begins. Chunks restart there; the slots of the sequences lie
-            one after another, ``initial_slots + (ceil(len / chunk_size) - 1) * slots_per_chunk``
-            each (``initial_slots`` for an empty sequence).
+        cu_seqlens: ``(S + 1,)`` int32 or int64 on the query's device, ascending from 0 to N, for
+            B = 1: where each of S packed sequences begins. Other values are refused on the CPU and
+            brought into range on a GPU. Chunks restart at each; the slots of the sequences lie one
+            after another, ``initial_slots + (ceil(len / chunk_size) - 1) * slots_per_chunk`` each
+            (``initial_slots`` for an empty sequence).
         return_lse: also return the natural log of each row's sum of exponentials.
 
     Returns:

@@ -8,17 +8,24 @@ constexpr int kThreads = 64;
 
 enum class Bug : int64_t {
   kNone,
-  kMissingBarrier,    // reads what another warp wrote into shared memory
-  kLateBarrier,       // overwrites what another warp still reads
-  kTailOffByOne,      // the bound of the last block is one too far
-  kNegativeIndex,     // reads before the beginning
-  kShuffleMask,       // the last warp is half empty, and the mask says that it is full
-  kOwnLaneMasked,     // the mask leaves out the calling lane
-  kSourceLane,        // reads a lane that the mask leaves out
-  kDivergentBarrier,  // half of the block takes a barrier in another branch
-  kEarlyReturn,       // threads return before a barrier that the others wait at
-  kUninitialised,     // reads shared memory that nobody wrote
-  kMissingWarpSync,   // lanes exchange through shared memory without ordering it
+  kMissingBarrier,      // reads what another warp wrote into shared memory
+  kLateBarrier,         // overwrites what another warp still reads
+  kTailOffByOne,        // the bound of the last block is one too far
+  kNegativeIndex,       // reads before the beginning
+  kShuffleMask,         // the last warp is half empty, and the mask says that it is full
+  kOwnLaneMasked,       // the mask leaves out the calling lane
+  kSourceLane,          // reads a lane that the mask leaves out
+  kDivergentBarrier,    // half of the block takes a barrier in another branch
+  kEarlyReturn,         // threads return before a barrier that the others wait at
+  kUninitialised,       // reads shared memory that nobody wrote
+  kMissingWarpSync,     // lanes exchange through shared memory without ordering it
+  kMissingWait,         // reads what is still being copied
+  kEarlyWait,           // waits for the group before the one that it reads
+  kWaitNoBarrier,       // reads another thread's copy after its own wait alone
+  kUnfinishedCopy,      // returns before the last copy has arrived
+  kSharedTooSmall,      // asks for less dynamic shared memory than it uses
+  kFragmentColumn,      // a matrix of the left factor stands in another's place
+  kFragmentTransposed,  // the right factor is loaded as it lies
 };
 
 // Sums of neighbouring elements: y[i] = x[i] + x[i - 1], through shared memory.
@@ -87,6 +94,70 @@ WINNOW_KERNEL(kThreads) copy_vectors(Global<const float> x, int64_t n, Global<fl
   if (i + 4 <= n) store_vector(y + i, load_vector<4>(x + i));
 }
 
+// Reverses each block's values, copied in two groups: what the first brings is used while the
+// second is under way.
+template <Bug kBug>
+WINNOW_KERNEL(kThreads)
+copied(Global<const float> x, int64_t n, Global<float> y) {
+  const auto tiles = dynamic_shared<float>(0, 2 * kThreads * 4);
+  const int t = thread_index();
+  const int64_t vectors = n / 4;
+  for (int half = 0; half < 2; ++half) {
+    const int64_t v = (block_index() * 2 + half) * kThreads + t;
+    copy_async(tiles + (half * kThreads + t) * 4, x + (v < vectors ? 4 * v : 0), v < vectors);
+    copy_commit();
+  }
+  for (int half = 0; half < 2; ++half) {
+    if (half == 0 && kBug != Bug::kMissingWait) copy_wait<1>();
+    if (half == 1) {
+      if (kBug == Bug::kEarlyWait) {
+        copy_wait<1>();
+      } else if (kBug != Bug::kUnfinishedCopy) {
+        copy_wait<0>();
+      }
+    }
+    if (kBug != Bug::kWaitNoBarrier) block_sync();
+    if (half == 1 && kBug == Bug::kUnfinishedCopy) return;
+    const int64_t v = (block_index() * 2 + half) * kThreads + t;
+    const auto mirrored = load_vector<4>(tiles + (half * kThreads + (kThreads - 1 - t)) * 4);
+    if (v < vectors) store_vector(y + 4 * v, mirrored);
+  }
+}
+
+// y (16, 16) = a (16, 16) * b (16, 16), each warp by itself; x holds a, then b.
+template <Bug kBug, typename T>
+WINNOW_KERNEL(kThreads)
+products(Global<const float> x, int64_t n, Global<float> y) {
+  constexpr int kSize = 16;
+  const int lane = lane_index();
+  const auto a = dynamic_shared<T>(warp_index() * 2 * kSize * kSize * 2, kSize * kSize);
+  const auto b = dynamic_shared<T>((warp_index() * 2 + 1) * kSize * kSize * 2, kSize * kSize);
+  for (int i = lane; i < kSize * kSize && n >= 2 * kSize * kSize; i += kWarp) {
+    a[i] = static_cast<T>(static_cast<float>(x[i]));
+    b[i] = static_cast<T>(static_cast<float>(x[kSize * kSize + i]));
+  }
+  warp_sync(kFullWarp);
+  const int row = lane % 16;
+  const int column = lane / 16 * 8;
+  Vector<uint32_t, 4> left = load_matrices(a + (row * kSize + column));
+  if (kBug == Bug::kFragmentColumn) {
+    const uint32_t other = left.element[1];
+    left.element[1] = left.element[2];
+    left.element[2] = other;
+  }
+  const Vector<uint32_t, 4> right = kBug == Bug::kFragmentTransposed
+                                        ? load_matrices(b + (row * kSize + column))
+                                        : load_matrices_transposed(b + (row * kSize + column));
+  for (int half = 0; half < 2; ++half) {
+    Vector<float, 4> sums = {};
+    mma<T>(&sums, left, right.element[2 * half], right.element[2 * half + 1]);
+    for (int i = 0; i < 4; ++i) {
+      const int to = (lane / 4 + i / 2 * 8) * kSize + half * 8 + lane % 4 * 2 + i % 2;
+      if (warp_index() == 0) y[to] = sums.element[i];
+    }
+  }
+}
+
 template <Bug kBug>
 void run(int64_t kernel, const Tensor& x, const Tensor& y) {
   const Stream stream(x);
@@ -97,6 +168,17 @@ void run(int64_t kernel, const Tensor& x, const Tensor& y) {
   if (kernel == 0) launch("neighbours", neighbours<kBug>, grid, kThreads, stream, in, n, out);
   if (kernel == 1) launch("warp_sums", warp_sums<kBug>, grid, kThreads, stream, in, n, out);
   if (kernel == 2) launch("reverse_warps", reverse_warps<kBug>, grid, kThreads, stream, in, n, out);
+  if (kernel == 4) {
+    const Grid copies = {ceil_div<int64_t>(n, 8 * kThreads), 1,
+                         kBug == Bug::kSharedTooSmall ? 1024 : 2048};
+    launch("copied", copied<kBug>, copies, kThreads, stream, in, n, out);
+  }
+  if (kernel == 5) {
+    launch("products", products<kBug, c10::BFloat16>, {1, 1, 2048}, kThreads, stream, in, n, out);
+  }
+  if (kernel == 6) {
+    launch("products", products<kBug, c10::Half>, {1, 1, 2048}, kThreads, stream, in, n, out);
+  }
   if (kernel == 3) {
     launch("copy_vectors", copy_vectors, grid, kThreads, stream, in, n, out);
   }
@@ -110,7 +192,7 @@ void pick(int64_t bug, int64_t kernel, const Tensor& x, const Tensor& y) {
 
 Tensor planted(const Tensor& x, int64_t kernel, int64_t bug) {
   Tensor y = empty(shape(x), ScalarType::Float, x);
-  pick<0, static_cast<int64_t>(Bug::kMissingWarpSync)>(bug, kernel, x, y);
+  pick<0, static_cast<int64_t>(Bug::kFragmentTransposed)>(bug, kernel, x, y);
   return y;
 }
 

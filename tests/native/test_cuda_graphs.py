@@ -7,6 +7,7 @@ import torch
 
 import torch_winnow
 from torch_winnow import kvcache
+from torch_winnow.attention import cat_attention, chunk_attention, merge_attention
 from torch_winnow.resampling import effective_sample_size, resample
 from torch_winnow.unmasking import EntropyThreshold, logit_stats, speculative_verify, unmask_step_
 
@@ -110,3 +111,37 @@ def test_a_verification_replays_with_new_seeds():
         graph.replay()
         expected = speculative_verify(drafts, draft, target, seed=value)
         assert torch.equal(result.tokens, expected.tokens)
+
+
+@pytest.mark.parametrize("dim", [40, 128])
+def test_attention_and_its_gradient_replay(dim):
+    query, key, value, weight = torch.randn(4, 1, 2, 200, dim, device="cuda").bfloat16()
+
+    def step(query, key, value, weight):
+        leaves = [x.detach().requires_grad_() for x in (query, key, value)]
+        out, lse = cat_attention(*leaves, block_size=9, return_lse=True)
+        merged, _ = merge_attention([out, out], [lse, lse])
+        return torch.autograd.grad(merged, leaves, weight)
+
+    graph, grads = captured(step, query, key, value, weight)
+    for tensor in (query, key, value, weight):
+        tensor.normal_()
+    graph.replay()
+    for result, expected in zip(grads, step(query, key, value, weight), strict=True):
+        assert torch.equal(result, expected)
+
+
+def test_attention_replays_with_other_sequences():
+    query, key, value = torch.randn(3, 1, 2, 70, 64, device="cuda")
+    slots = torch.randn(2, 1, 2, 20, 64, device="cuda")
+    seqlens = torch.tensor([0, 70, 70], device="cuda")
+
+    def attend(*inputs):
+        return chunk_attention(*inputs[:5], chunk_size=8, cu_seqlens=inputs[5])
+
+    inputs = (query, key, value, *slots, seqlens)
+    graph, out = captured(attend, *inputs)
+    for middle in (1, 33, 64):
+        seqlens[1] = middle
+        graph.replay()
+        assert torch.equal(out, attend(*inputs))

@@ -8,7 +8,7 @@ import torch
 
 pytestmark = pytest.mark.skipif(bool(host_library.why_not()), reason=str(host_library.why_not()))
 
-NEIGHBOURS, WARP_SUMS, REVERSE_WARPS, COPY_VECTORS = range(4)
+NEIGHBOURS, WARP_SUMS, REVERSE_WARPS, COPY_VECTORS, COPIED, *PRODUCTS = range(7)
 BUGS = [
     "none",
     "missing_barrier",
@@ -22,6 +22,13 @@ BUGS = [
     "early_return",
     "uninitialised",
     "missing_warp_sync",
+    "missing_wait",
+    "early_wait",
+    "wait_no_barrier",
+    "unfinished_copy",
+    "shared_too_small",
+    "fragment_column",
+    "fragment_transposed",
 ]
 
 
@@ -54,6 +61,26 @@ def test_warps_exchange_through_shared_memory():
     assert torch.equal(y, x.view(4, 32).flip(1).flatten())
 
 
+@pytest.mark.parametrize("n", [4, 256, 260, 1024])
+def test_copies_arrive(n):
+    x, y = run(COPIED, n=n)
+    padded = torch.cat([x, torch.zeros(-n % 256)]).view(-1, 64, 4)
+    assert torch.equal(y, padded.flip(1).flatten()[:n])
+
+
+@pytest.mark.parametrize(
+    ("kernel", "dtype"), list(zip(PRODUCTS, [torch.bfloat16, torch.float16], strict=True))
+)
+def test_matrix_products_have_the_documented_layout(kernel, dtype):
+    x, y = run(kernel, n=512)
+    a, b = x.to(dtype).float().view(2, 16, 16)
+    torch.testing.assert_close(y[:256].view(16, 16), a @ b, rtol=1e-5, atol=1e-5)
+    for bug in ("fragment_column", "fragment_transposed"):
+        x, y = run(kernel, bug, n=512)
+        a, b = x.to(dtype).float().view(2, 16, 16)
+        assert not torch.allclose(y[:256].view(16, 16), a @ b, rtol=1e-2, atol=1e-2)
+
+
 @pytest.mark.parametrize(
     ("kernel", "bug", "found"),
     [
@@ -68,6 +95,11 @@ def test_warps_exchange_through_shared_memory():
         (NEIGHBOURS, "early_return", "returned"),
         (NEIGHBOURS, "uninitialised", "that nobody has written"),
         (REVERSE_WARPS, "missing_warp_sync", "shared memory"),
+        (COPIED, "missing_wait", "before the asynchronous copy of thread"),
+        (COPIED, "early_wait", "before the asynchronous copy of thread"),
+        (COPIED, "wait_no_barrier", "shared memory"),
+        (COPIED, "unfinished_copy", "returns while asynchronous copies are under way"),
+        (COPIED, "shared_too_small", "more dynamic shared memory than its launch names"),
     ],
 )
 def test_planted_bugs_are_found(kernel, bug, found):
@@ -76,7 +108,7 @@ def test_planted_bugs_are_found(kernel, bug, found):
     text = str(caught.value)
     assert found in text
     assert "block (" in text
-    assert text.startswith(("neighbours:", "warp_sums:", "reverse_warps:"))
+    assert text.startswith(("neighbours:", "warp_sums:", "reverse_warps:", "copied:"))
 
 
 def test_misaligned_vectors_are_found():

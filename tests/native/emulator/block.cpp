@@ -29,6 +29,9 @@ void Block::thread_main(void* argument) {
   const int self = block->running_;
   try {
     (*block->body_)();
+    if (block->shared_.copies_in_flight(self)) {
+      block->fault("returns while asynchronous copies are under way");
+    }
   } catch (const std::exception& error) {
     if (block->failure_.empty()) block->failure_ = error.what();
   }
@@ -36,11 +39,13 @@ void Block::thread_main(void* argument) {
   block->fibers_[static_cast<size_t>(self)]->suspend();
 }
 
-void Block::barrier(Site site) {
+bool Block::barrier(Site site, bool flag) {
   Thread& self = state_[static_cast<size_t>(running_)];
   self.state = State::kAtBarrier;
   self.site = site;
+  any_flag_ = any_flag_ || flag;
   fibers_[static_cast<size_t>(running_)]->suspend();
+  return all_flags_;
 }
 
 // Only where all threads wait: a thread that has returned while others wait is a divergence too,
@@ -50,6 +55,8 @@ void Block::release_barrier() {
     if (thread.state != State::kAtBarrier || !(thread.site == state_[0].site)) explain_standstill();
   }
   shared_.order_all();
+  all_flags_ = any_flag_;
+  any_flag_ = false;
   for (Thread& thread : state_) thread.state = State::kReady;
 }
 
@@ -143,8 +150,9 @@ void Block::run_block() {
   state_.assign(static_cast<size_t>(count_), Thread{State::kReady, {}, nullptr});
   open_.clear();
   open_.resize(static_cast<size_t>((count_ + kLanes - 1) / kLanes));
-  shared_.start_block(count_);
+  shared_.start_block(count_, static_cast<size_t>(shared_bytes_));
   failure_.clear();
+  any_flag_ = false;
   while (fibers_.size() < state_.size()) fibers_.push_back(std::make_unique<Fiber>());
   for (size_t t = 0; t < state_.size(); ++t) fibers_[t]->prepare(&thread_main, this);
 
@@ -171,9 +179,10 @@ void Block::run_block() {
   }
 }
 
-void Block::run(const char* kernel, int64_t grid_x, int64_t grid_y, int threads,
-                const std::function<void()>& body) {
+void Block::run(const char* kernel, int64_t grid_x, int64_t grid_y, int64_t shared_bytes,
+                int threads, const std::function<void()>& body) {
   kernel_ = kernel;
+  shared_bytes_ = shared_bytes;
   ++launches;
   body_ = &body;
   count_ = threads;

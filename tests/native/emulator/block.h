@@ -53,8 +53,8 @@ class Block {
   int64_t index_y() const { return y_; }
   SharedMemory& shared() { return shared_; }
 
-  // Every thread must come, and to the same line.
-  void barrier(Site site);
+  // Every thread must come, and to the same line. Says whether any of them brought a flag.
+  bool barrier(Site site, bool flag = false);
   // Returns the meeting with everyone's value in it; call leave() when they have been read.
   Meeting& meet(uint32_t mask, const void* value, size_t bytes, Site site, bool orders_memory);
   void leave(Meeting& meeting);
@@ -62,7 +62,7 @@ class Block {
   [[noreturn]] void fault(const std::string& what) const;
 
   // Runs a whole grid; throws Fault.
-  void run(const char* kernel, int64_t grid_x, int64_t grid_y, int threads,
+  void run(const char* kernel, int64_t grid_x, int64_t grid_y, int64_t shared_bytes, int threads,
            const std::function<void()>& body);
 
   Order order = Order::kForward;
@@ -88,6 +88,9 @@ class Block {
   int64_t y_ = 0;
   int count_ = 0;
   int running_ = 0;
+  int64_t shared_bytes_ = 0;
+  bool any_flag_ = false;   // of the threads that have come to the barrier
+  bool all_flags_ = false;  // of the barrier that was released last
   std::string failure_;
   SharedMemory shared_;
   std::vector<Thread> state_;

@@ -96,6 +96,11 @@ class Pointer {
     bounds_.check(Access::kWrite, bytes(), sizeof(U), alignof(U));
     std::memcpy(at_, &value, sizeof(U));
   }
+  // Where a write of these bytes may go.
+  char* writable(size_t bytes_written) const {
+    bounds_.check(Access::kWrite, bytes(), bytes_written, bytes_written);
+    return reinterpret_cast<char*>(at_);
+  }
   // Fibers switch only where they wait, so that any read-modify-write is indivisible.
   Value fetch_add(Value value) const {
     bounds_.check(Access::kAtomic, bytes(), sizeof(Value), alignof(Value));

@@ -35,6 +35,13 @@ Shared<T> shared_array(const void* site, size_t count) {
   return {reinterpret_cast<T*>(begin), {begin, begin + count * sizeof(T)}};
 }
 
+inline float as_float(uint16_t bits, c10::BFloat16) {
+  return static_cast<float>(c10::BFloat16(bits, c10::BFloat16::from_bits()));
+}
+inline float as_float(uint16_t bits, c10::Half) {
+  return static_cast<float>(c10::Half(bits, c10::Half::from_bits()));
+}
+
 // Where the caller of an operation stands.
 #define WINNOW_SITE ::winnow::host::Site site = {__builtin_FILE(), __builtin_LINE()}
 
@@ -75,6 +82,9 @@ inline int warp_index() {
 
 inline void block_sync(WINNOW_SITE) {
   host::Block::current().barrier(site);
+}
+inline bool block_any(bool flag, WINNOW_SITE) {
+  return host::Block::current().barrier(site, flag);
 }
 inline void warp_sync(uint32_t mask, WINNOW_SITE) {
   host::Block& block = host::Block::current();
@@ -125,6 +135,102 @@ void store_vector(host::Pointer<T, kShared> pointer, const Vector<T, N>& vector)
   pointer.store(vector);
 }
 
+template <typename T>
+Shared<T> dynamic_shared(int64_t offset, int64_t count) {
+  host::Block& block = host::Block::current();
+  const size_t end = static_cast<size_t>(offset) + static_cast<size_t>(count) * sizeof(T);
+  char* memory = block.shared().dynamic(end);
+  if (memory == nullptr) block.fault("uses more dynamic shared memory than its launch names");
+  return {reinterpret_cast<T*>(memory + offset), {memory + offset, memory + end}};
+}
+
+template <typename T>
+void copy_async(Shared<T> target, host::Pointer<const T, false> source, bool valid) {
+  host::Block& block = host::Block::current();
+  struct alignas(16) Bytes {
+    char byte[16];
+  } bytes = {};
+  if (valid) bytes = source.template load_as<Bytes>();
+  block.shared().begin_copy(target.writable(sizeof(bytes)), &bytes, block.thread());
+}
+inline void copy_commit() {
+  host::Block& block = host::Block::current();
+  block.shared().commit_copies(block.thread());
+}
+template <int N>
+void copy_wait() {
+  host::Block& block = host::Block::current();
+  block.shared().wait_copies(block.thread(), N);
+}
+
+namespace host {
+
+// Each lane reads its row of 16 bytes and receives its part of the four matrices.
+template <bool kTransposed, typename T>
+Vector<uint32_t, 4> spread_matrices(Shared<T> row, Site site) {
+  static_assert(sizeof(T) == 2);
+  struct alignas(16) Row {
+    uint16_t element[8];
+  };
+  Block& block = Block::current();
+  const Row own = row.template load_as<Row>();
+  Meeting& meeting = block.meet(kFullWarp, &own, sizeof(own), site, false);
+  const int lane = block.thread() % kLanes;
+  Vector<uint32_t, 4> result;
+  for (int m = 0; m < 4; ++m) {
+    uint32_t word = 0;
+    for (int i = 0; i < 2; ++i) {
+      const int r = kTransposed ? 2 * (lane % 4) + i : lane / 4;
+      const int c = kTransposed ? lane / 4 : 2 * (lane % 4) + i;
+      uint16_t element;
+      std::memcpy(&element, meeting.values[8 * m + r] + c * sizeof(element), sizeof(element));
+      word |= static_cast<uint32_t>(element) << (16 * i);
+    }
+    result.element[m] = word;
+  }
+  block.leave(meeting);
+  return result;
+}
+
+}  // namespace host
+
+template <typename T>
+Vector<uint32_t, 4> load_matrices(host::Pointer<T, true> row, WINNOW_SITE) {
+  return host::spread_matrices<false>(row, site);
+}
+template <typename T>
+Vector<uint32_t, 4> load_matrices_transposed(host::Pointer<T, true> row, WINNOW_SITE) {
+  return host::spread_matrices<true>(row, site);
+}
+
+template <typename T>
+uint32_t pack_pair(float low, float high) {
+  return static_cast<uint32_t>(T(low).x) | static_cast<uint32_t>(T(high).x) << 16;
+}
+
+template <typename T>
+void mma(Vector<float, 4>* sums, const Vector<uint32_t, 4>& a, uint32_t b0, uint32_t b1,
+         WINNOW_SITE) {
+  const uint32_t own[6] = {a.element[0], a.element[1], a.element[2], a.element[3], b0, b1};
+  host::Block& block = host::Block::current();
+  host::Meeting& meeting = block.meet(kFullWarp, own, sizeof(own), site, false);
+  const auto element = [&](int lane, int word, int half) {
+    uint16_t bits;
+    std::memcpy(&bits, meeting.values[lane] + word * 4 + half * 2, sizeof(bits));
+    return host::as_float(bits, T{});
+  };
+  const int lane = block.thread() % kWarp;
+  for (int k = 0; k < 16; ++k) {
+    const int quad = k % 8 / 2;
+    for (int i = 0; i < 4; ++i) {
+      const float left = element(lane / 4 * 4 + quad, k / 8 * 2 + i / 2, k % 2);
+      const float right = element((2 * (lane % 4) + i % 2) * 4 + quad, 4 + k / 8, k % 2);
+      sums->element[i] = std::fma(left, right, sums->element[i]);
+    }
+  }
+  block.leave(meeting);
+}
+
 inline float fast_exp2(float x) {
   return std::exp2(x);
 }
@@ -166,7 +272,8 @@ void launch(const char* name, void (*kernel)(Parameters...), Grid grid, int thre
             const Arguments&... arguments) {
   if (grid.x == 0 || grid.y == 0) return;
   const std::tuple<Parameters...> bound(static_cast<Parameters>(arguments)...);
-  host::Block::current().run(name, grid.x, grid.y, threads, [&] { std::apply(kernel, bound); });
+  host::Block::current().run(name, grid.x, grid.y, grid.shared_bytes, threads,
+                             [&] { std::apply(kernel, bound); });
 }
 
 }  // namespace winnow

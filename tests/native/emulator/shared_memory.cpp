@@ -8,13 +8,44 @@ namespace winnow::host {
 
 constexpr size_t kWarpLanes = 32;
 
-void SharedMemory::start_block(int threads) {
+void SharedMemory::start_block(int threads, size_t dynamic_bytes) {
   ++block_;
   now_ = barrier_ = 1;
   used_ = 0;
   arrays_.clear();
   const size_t warps = (static_cast<size_t>(threads) + kWarpLanes - 1) / kWarpLanes;
   lanes_.assign(warps * kWarpLanes * kWarpLanes, 0);
+  copies_.assign(static_cast<size_t>(threads), Copies{});
+  dynamic_bytes_ = dynamic_bytes;
+  if (dynamic_bytes > 0) array(this, dynamic_bytes);
+}
+
+void SharedMemory::begin_copy(char* target, const void* bytes, int thread) {
+  Copies& copies = copies_[static_cast<size_t>(thread)];
+  copies.under_way.push_back({target, {}, copies.groups});
+  std::memcpy(copies.under_way.back().bytes, bytes, sizeof(Copy::bytes));
+  const auto first = static_cast<size_t>(target - memory_.data()) / 2;
+  for (size_t i = first; i < first + sizeof(Copy::bytes) / 2; ++i) {
+    cells_[i].copying = static_cast<int16_t>(thread);
+  }
+}
+
+void SharedMemory::wait_copies(int thread, int latest) {
+  Copies& copies = copies_[static_cast<size_t>(thread)];
+  size_t left = 0;
+  for (const Copy& copy : copies.under_way) {
+    if (copy.group >= copies.groups - latest) {
+      copies.under_way[left++] = copy;
+      continue;
+    }
+    std::memcpy(copy.target, copy.bytes, sizeof(copy.bytes));
+    const auto first = static_cast<size_t>(copy.target - memory_.data()) / 2;
+    for (size_t i = first; i < first + sizeof(copy.bytes) / 2; ++i) {
+      cells_[i].copying = -1;
+      cells_[i].write = {now_, static_cast<int16_t>(thread), false};
+    }
+  }
+  copies.under_way.resize(left);
 }
 
 char* SharedMemory::array(const void* site, size_t bytes) {
@@ -59,6 +90,10 @@ std::string SharedMemory::check(Access access, const char* address, size_t bytes
     if (cell.block != block_) {
       cell = Cell{};
       cell.block = block_;
+    }
+    if (cell.copying >= 0) {
+      return "uses shared memory before the asynchronous copy of thread " +
+             std::to_string(cell.copying) + " has arrived";
     }
     const bool both_atomic = access == Access::kAtomic && cell.write.atomic;
     if (access != Access::kWrite && cell.write.time == 0) {

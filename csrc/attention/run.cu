@@ -1,0 +1,72 @@
+// What every attention operator shares on the GPU: the device of its operands, and where packed
+// sequences begin. Lengths stay on the device, so they are not checked there: they are brought into
+// range, so that nothing outside of the tensors is read.
+#include "attention/run.h"
+
+#include "attention/pattern.h"
+#include "common/device.h"
+
+namespace winnow {
+namespace {
+
+// One warp: running maxima of the ends, running sums of the slots that the sequences own.
+template <typename Index>
+WINNOW_KERNEL(kWarp)
+sequence_table(Global<const Index> cu_seqlens, int64_t stride, int64_t count, int64_t rows,
+               int64_t slots, int64_t chunk_size, int64_t initial_slots, int64_t slots_per_chunk,
+               Global<int64_t> row_begin, Global<int64_t> slot_begin) {
+  int64_t end_so_far = 0;
+  int64_t slots_so_far = 0;
+  if (lane_index() == 0) {
+    row_begin[0] = 0;
+    slot_begin[0] = 0;
+  }
+  for (int64_t base = 1; base < count; base += kWarp) {
+    const int64_t i = base + lane_index();
+    int64_t end = rows;
+    if (i < count - 1) end = static_cast<int64_t>(static_cast<Index>(cu_seqlens[i * stride]));
+    end = larger(end_so_far, smaller(end, rows));
+    for (int offset = 1; offset < kWarp; offset *= 2) {
+      const int64_t before = shuffle_up(kFullWarp, end, offset);
+      if (lane_index() >= offset) end = larger(end, before);
+    }
+    const int64_t previous = shuffle_up(kFullWarp, end, 1);
+    const int64_t begin = lane_index() == 0 ? end_so_far : previous;
+    const int64_t chunks = ceil_div(end - begin, chunk_size);
+    int64_t owned = smaller(slots, initial_slots + larger(chunks - 1, 0) * slots_per_chunk);
+    if (i >= count) owned = 0;
+    for (int offset = 1; offset < kWarp; offset *= 2) {
+      const int64_t before = shuffle_up(kFullWarp, owned, offset);
+      if (lane_index() >= offset) owned += before;
+    }
+    if (i < count) {
+      row_begin[i] = end;
+      slot_begin[i] = smaller(slots, slots_so_far + owned);
+    }
+    end_so_far = shuffle(kFullWarp, end, kWarp - 1);
+    slots_so_far = smaller(slots, slots_so_far + shuffle(kFullWarp, owned, kWarp - 1));
+  }
+}
+
+}  // namespace
+
+void check_operand_device(const char* argument, const Tensor& tensor) {
+  check_device(argument, tensor);
+}
+
+Tensor read_sequences(const Tensor& cu_seqlens, const Pattern& options) {
+  const int64_t count = cu_seqlens.size(0);
+  Tensor table = empty({2, count}, ScalarType::Long, cu_seqlens);
+  const auto row_begin = global<int64_t>(table);
+  const auto run = [&](auto index) {
+    using Index = decltype(index);
+    launch("sequence_table", sequence_table<Index>, {1}, kWarp, Stream(cu_seqlens),
+           global<const Index>(cu_seqlens), cu_seqlens.stride(0), count, options.rows,
+           options.slots, options.chunk_size, smaller(options.initial_slots, options.slots),
+           smaller(options.slots_per_chunk, options.slots), row_begin, row_begin + count);
+  };
+  cu_seqlens.scalar_type() == ScalarType::Int ? run(int32_t{}) : run(int64_t{});
+  return table;
+}
+
+}  // namespace winnow
