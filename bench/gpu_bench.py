@@ -10,6 +10,7 @@ the definition needs: the report divides it by the time and by the copy bandwidt
 from __future__ import annotations
 
 import json
+import math
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -69,6 +70,38 @@ def effective_sample_size() -> Iterator[Case]:
             },
             rows * particles * 4.0,
             close(resampling.effective_sample_size, reference.effective_sample_size, 1e-4),
+        )
+
+
+def systematic_step(log_weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Systematic resampling with ESS and log Z, composed of torch operators."""
+    particles = log_weights.shape[-1]
+    share = log_weights.softmax(-1)
+    ess = (share * share).sum(-1).reciprocal()
+    log_z = log_weights.logsumexp(-1) - math.log(particles)
+    u = torch.rand(*log_weights.shape[:-1], 1, device=log_weights.device)
+    points = (torch.arange(particles, device=log_weights.device) + u) / particles
+    ancestors = torch.searchsorted(share.cumsum(-1), points).clamp_(max=particles - 1)
+    return ancestors, ess, log_z
+
+
+def check_systematic(log_weights: torch.Tensor) -> None:
+    result = resampling.resample(log_weights, seed=1)
+    particles = log_weights.shape[-1]
+    shares = particles * log_weights.double().softmax(-1).cumsum(-1)
+    assert (result.offspring.cumsum(-1) - shares).abs().max() < 1 + 1e-6 * particles
+
+
+def resample() -> Iterator[Case]:
+    seed = torch.tensor(1, device=DEVICE)
+    for rows, particles in ((4096, 4), (scaled(256, 4), 4096), (1, scaled(1_000_000, 17_000))):
+        yield Case(
+            f"resample systematic {rows}x{particles} float32",
+            lambda rows=rows, particles=particles: (torch.randn(rows, particles, device=DEVICE),),
+            lambda log_weights: resampling.resample(log_weights, seed=seed),
+            {"eager": systematic_step, "compiled": compiled(systematic_step)},
+            rows * particles * 24.0,
+            check_systematic,
         )
 
 
@@ -159,7 +192,7 @@ def paged_decode() -> Iterator[Case]:
         )
 
 
-CASES = (effective_sample_size, logit_stats, paged_decode)
+CASES = (effective_sample_size, resample, logit_stats, paged_decode)
 
 
 def main() -> None:
