@@ -146,6 +146,68 @@ def logit_stats() -> Iterator[Case]:
     )
 
 
+def composed_verify(drafts, draft, target) -> torch.Tensor:
+    p, q = target.float().softmax(-1), draft.float().softmax(-1)
+    ratio = (p[:, :-1] / q).gather(-1, drafts[..., None])[..., 0]
+    accepted = (torch.rand_like(ratio) < ratio).cumprod(1).sum(1)
+    row = accepted[:, None, None].expand(-1, 1, p.shape[-1])
+    residual = (p.gather(1, row) - F.pad(q, (0, 0, 0, 1)).gather(1, row)).clamp(min=0)[:, 0]
+    return residual.multinomial(1)
+
+
+def speculative_verify() -> Iterator[Case]:
+    vocab, steps = scaled(126_464, 9000), 4
+    seed = torch.tensor(1, device=DEVICE)
+    for batch in (1, scaled(32, 2)):
+
+        def make(batch=batch) -> tuple:
+            target = torch.randn(batch, steps + 1, vocab, device=DEVICE)
+            draft = target[:, :-1] + 0.3 * torch.randn_like(target[:, :-1])
+            drafts = draft.softmax(-1).view(-1, vocab).multinomial(1).view(batch, steps)
+            return drafts, draft.to(torch.bfloat16), target.to(torch.bfloat16)
+
+        def check(drafts, draft, target) -> None:
+            greedy = unmasking.speculative_verify(drafts, None, target, temperature=0.0)
+            best = target.argmax(-1)
+            agree = (drafts == best[:, :-1]).long().cumprod(1).sum(1)
+            assert torch.equal(greedy.accepted, agree)
+            assert torch.equal(greedy.token, best.gather(1, agree[:, None])[:, 0])
+
+        yield Case(
+            f"speculative_verify {batch}x{steps}x{vocab} bfloat16",
+            make,
+            lambda drafts, draft, target: unmasking.speculative_verify(
+                drafts, draft, target, seed=seed
+            ),
+            {"composed": composed_verify},
+            batch * (2 * steps + 1) * vocab * 2.0,
+            check,
+        )
+
+
+def soft_embedding() -> Iterator[Case]:
+    vocab, rows, width = scaled(126_464, 9000), scaled(32, 2), scaled(4096, 64)
+
+    def make() -> tuple:
+        logits = 4 * torch.randn(rows, vocab, device=DEVICE, dtype=torch.bfloat16)
+        return logits, torch.randn(vocab, width, device=DEVICE, dtype=torch.bfloat16)
+
+    def ours(logits, embedding) -> torch.Tensor:
+        return unmasking.soft_embedding(logits, embedding, mask_id=0, top_k=64)
+
+    def definition(logits, embedding) -> torch.Tensor:
+        return reference.soft_embedding(logits, embedding, mask_id=0, top_k=64)
+
+    yield Case(
+        f"soft_embedding top_k=64 {rows}x{vocab}, {width} columns, bfloat16",
+        make,
+        ours,
+        {"eager": definition},
+        rows * vocab * 2.0,
+        close(ours, definition, 3e-2),
+    )
+
+
 def paged_decode() -> Iterator[Case]:
     heads, key_heads, dim, block = 32, 8, 128, 64
     for batch, length in ((1, 32_768), (8, 32_768), (64, 2048)):
@@ -192,7 +254,14 @@ def paged_decode() -> Iterator[Case]:
         )
 
 
-CASES = (effective_sample_size, resample, logit_stats, paged_decode)
+CASES = (
+    effective_sample_size,
+    resample,
+    logit_stats,
+    speculative_verify,
+    soft_embedding,
+    paged_decode,
+)
 
 
 def main() -> None:

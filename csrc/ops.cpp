@@ -39,12 +39,24 @@ STABLE_TORCH_LIBRARY(winnow, m) {
 
   // resampling
   m.def("effective_sample_size(Tensor log_weights) -> Tensor");
+  m.def("log_mean_exp(Tensor log_weights) -> Tensor");
+  m.def("weight_entropy(Tensor log_weights) -> Tensor");
+  m.def("conditional_effective_sample_size(Tensor log_weights, Tensor log_increments) -> Tensor");
+  m.def(
+      "next_temperature(Tensor log_likelihood, Tensor beta, float target_ess, float max_beta, "
+      "Tensor? log_weights) -> Tensor");
   m.def(
       "resample(Tensor log_weights, str scheme, int? num_samples, float? ess_threshold, "
       "bool keep_slots, Tensor? mask, Tensor? uniforms, Tensor? pinned, int seed, "
       "Tensor? seed_tensor) -> "
       "(Tensor ancestors, Tensor offspring, Tensor log_weights, Tensor log_z, Tensor ess, "
       "Tensor resampled, Tensor status)");
+  m.def(
+      "sample_without_replacement(Tensor log_weights, int k, str design, int seed, "
+      "Tensor? seed_tensor) -> (Tensor indices, Tensor inclusion, Tensor weights)");
+  m.def("inclusion_probabilities(Tensor log_weights, int k) -> Tensor");
+  m.def("trace_ancestors(Tensor ancestors, Tensor indices) -> Tensor");
+  m.def("uniforms(Tensor seed, SymInt rows, SymInt count) -> Tensor");
   m.def("gather_particles(Tensor state, Tensor ancestors, int dim) -> Tensor");
   m.def("gather_particles_(Tensor(a!) state, Tensor ancestors, int dim) -> ()");
 
@@ -52,13 +64,42 @@ STABLE_TORCH_LIBRARY(winnow, m) {
   m.def(
       "logit_stats(Tensor logits, Tensor? mask, float temperature, Tensor? suppress_ids, "
       "Tensor? target_ids, Tensor? previous_logits, Tensor? unconditional_logits, float cfg_scale, "
-      "int? top_k, float? top_p, Tensor? seed, bool raw) -> "
+      "int? top_k, float? top_p, Tensor? seed, bool raw, SymInt? vocab_start=None, "
+      "bool shift=False, Tensor? row_keys=None) -> "
+      "(Tensor token, Tensor log_prob, Tensor argmax, Tensor max_prob, Tensor margin, "
+      "Tensor entropy, Tensor logsumexp, Tensor target_log_prob, Tensor kl, Tensor part)");
+  m.def(
+      "merge_logit_stats(Tensor[] parts, SymInt[] starts, SymInt[] counts, float temperature, "
+      "Tensor? seed, bool raw, bool has_target, bool has_previous, "
+      "Tensor? row_keys=None) -> "
       "(Tensor token, Tensor log_prob, Tensor argmax, Tensor max_prob, Tensor margin, "
       "Tensor entropy, Tensor logsumexp, Tensor target_log_prob, Tensor kl)");
+  m.def(
+      "linear_logit_stats(Tensor hidden, Tensor weight, Tensor? bias, Tensor? mask, "
+      "float temperature, Tensor? suppress_ids, Tensor? target_ids, Tensor? seed, bool raw, "
+      "bool shift) -> "
+      "(Tensor token, Tensor log_prob, Tensor argmax, Tensor max_prob, Tensor margin, "
+      "Tensor entropy, Tensor logsumexp, Tensor target_log_prob, Tensor kl)");
+  m.def(
+      "unmask_step_(Tensor(a!) tokens, Tensor logits, int mask_id, Tensor? mask, Tensor? window, "
+      "float temperature, Tensor? suppress_ids, Tensor? target_ids, Tensor? previous_logits, "
+      "Tensor? unconditional_logits, float cfg_scale, int? top_k, float? top_p, Tensor? seed, "
+      "bool raw, bool shift, int score, int order, int criterion, float threshold, int limit, "
+      "Tensor? order_seed) -> "
+      "(Tensor transfer, Tensor count, Tensor token, Tensor log_prob, Tensor argmax, "
+      "Tensor max_prob, Tensor margin, Tensor entropy, Tensor logsumexp, Tensor target_log_prob, "
+      "Tensor kl)");
   m.def(
       "select_positions(Tensor score, Tensor mask, int order, int criterion, float threshold, "
       "int limit, Tensor? window, Tensor? at_least, Tensor? seed) -> (Tensor transfer, Tensor "
       "count)");
+  m.def(
+      "soft_embedding(Tensor logits, Tensor embedding, Tensor mask_embedding, Tensor? mask, "
+      "float temperature, int? top_k, float? top_p, float mix) -> Tensor");
+  m.def(
+      "speculative_verify(Tensor draft_tokens, Tensor? draft_logits, Tensor target_logits, "
+      "float temperature, Tensor? lengths, Tensor? order, Tensor? seed) -> "
+      "(Tensor accepted, Tensor token, Tensor tokens, Tensor log_prob)");
 
   // kvcache
   m.def(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import host_library
 import pytest
 import torch
 
@@ -16,14 +18,36 @@ from test_build_errors import CMAKE, ROOT, configure
 from test_package import python
 from torch_winnow import _library
 
-CUDA_LIBRARY = _library._path_of("_cuda")
+INSTALLED = _library._path_of("_cuda")
+NVCC = os.environ.get("CUDACXX") or shutil.which(
+    "nvcc", path=f"{os.environ['PATH']}:/usr/local/cuda/bin"
+)
 
 configures = pytest.mark.skipif(
     CMAKE is None or not (ROOT / "CMakeLists.txt").exists(), reason="configures with cmake"
 )
-reads_library = pytest.mark.skipif(
-    CUDA_LIBRARY is None or not shutil.which("readelf"), reason="reads _cuda.so with readelf"
-)
+
+
+@pytest.fixture(scope="module")
+def cuda_library() -> Path:
+    """The CUDA operators: those that are installed, or else compiled now, against any torch."""
+    if not shutil.which("readelf"):
+        pytest.skip("reads _cuda.so with readelf")
+    if INSTALLED is not None:
+        return Path(INSTALLED)
+    if NVCC is None or CMAKE is None or not (ROOT / "CMakeLists.txt").exists():
+        pytest.skip("neither _cuda.so nor nvcc is here")
+    folder = ROOT / "build" / f"cuda-{torch.__version__}-{sys.implementation.cache_tag}"
+    ninja = host_library.tool("ninja")
+    command = [CMAKE, "-S", str(ROOT), "-B", str(folder), "-DWINNOW_CUDA=ON"]
+    command += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
+    command += [f"-DPython_EXECUTABLE={sys.executable}", "-DPYTHON_MODULE_EXTENSION=.so"]
+    for step in (command, [CMAKE, "--build", str(folder), "--target", "_cuda", "--parallel"]):
+        done = subprocess.run(
+            step, env={**os.environ, "CUDACXX": NVCC}, capture_output=True, text=True
+        )
+        assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    return folder / "_cuda.so"
 
 
 @configures
@@ -67,14 +91,13 @@ def test_an_error_in_loading_is_reported_and_harmless():
         "print(w.build_info()); print(w.resampling.effective_sample_size(torch.zeros(3)).item())"
     )
     assert done.returncode == 0, done.stderr
-    expected = "libtorch_cuda" if CUDA_LIBRARY else "built without CUDA"
+    expected = "libtorch_cuda" if INSTALLED else "built without CUDA"
     assert re.search(rf"CUDA library: not loaded \(.*{expected}", done.stdout)
     assert done.stdout.rstrip().endswith("3.0")
 
 
-@reads_library
-def test_the_library_links_what_every_cuda_torch_has():
-    text = subprocess.run(["readelf", "-d", CUDA_LIBRARY], capture_output=True, text=True).stdout
+def test_the_library_links_what_every_cuda_torch_has(cuda_library):
+    text = subprocess.run(["readelf", "-d", cuda_library], capture_output=True, text=True).stdout
     needed = re.findall(r"NEEDED.*\[(.*)\]", text)
     assert "libtorch_cuda.so" in needed
     assert not [name for name in needed if "cudart" in name]  # static
@@ -82,16 +105,21 @@ def test_the_library_links_what_every_cuda_torch_has():
     assert "RUNPATH" not in text
 
 
-@reads_library
 def test_the_stub_is_not_installed():
     package = Path(torch_winnow.__file__).parent
     assert not list(package.rglob("libtorch_cuda*"))
-    assert not list(Path(CUDA_LIBRARY).parent.glob("libtorch_cuda*"))
+    assert not list(Path(_library._path_of("_cpu")).parent.glob("libtorch_cuda*"))
 
 
-@reads_library
-def test_machine_code_for_ampere_and_hopper_and_ptx_for_later():
-    content = Path(CUDA_LIBRARY).read_bytes()
+def test_machine_code_for_ampere_and_hopper_and_ptx_for_later(cuda_library):
+    content = cuda_library.read_bytes()
     assert b"sm_80" in content
     assert b"sm_90a" in content
     assert str(ROOT).encode() not in content
+
+
+def test_every_operator_of_the_host_library_is_in_it(cuda_library, gpu):
+    """What the tests execute on the host is what a GPU runs: no source is left out of a build."""
+    content = cuda_library.read_bytes()
+    missing = [name for name in host_library.operators() if name.encode() not in content]
+    assert not missing

@@ -36,12 +36,28 @@ CALLS = {
         SCORES, "systematic", None, None, False, SCORES.bool().to("meta"), None, None, 0, None
     ),
     "resampling ancestors": lambda: ops.gather_particles(SCORES, INDICES.to("meta"), 1),
+    "tempering log_weights": lambda: ops.next_temperature(
+        SCORES, torch.zeros(2), 0.5, 1.0, SCORES.to("meta")
+    ),
+    "tempering log_increments": lambda: ops.conditional_effective_sample_size(
+        SCORES, SCORES.to("meta")
+    ),
+    "sampling seed": lambda: ops.sample_without_replacement(
+        SCORES, 1, "pareto", 0, torch.tensor(0, device="meta")
+    ),
+    "genealogy indices": lambda: ops.trace_ancestors(INDICES, INDICES[0].to("meta")),
     "in-place ancestors": lambda: ops.gather_particles_(SCORES, INDICES.to("meta"), 1),
     "unmasking mask": lambda: ops.select_positions(
         SCORES, SCORES.bool().to("meta"), 0, 0, 0.5, 1, None, None, None
     ),
     "unmasking target_ids": lambda: ops.logit_stats(
         SCORES, None, 1.0, None, INDICES[:, 0].to("meta"), None, None, 0.0, None, None, None, True
+    ),
+    "verification draft_logits": lambda: ops.speculative_verify(
+        INDICES, X[0].to("meta"), X[0], 0.0, None, None, None
+    ),
+    "embedding mask_embedding": lambda: ops.soft_embedding(
+        SCORES, SCORES.expand(2, 3), SCORES[0].to("meta"), None, 1.0, None, None, 0.2
     ),
     "kvcache seq_lens": lambda: ops.paged_attention(
         torch.zeros(2, 2, 1, 8), PAGES, PAGES, TABLE, LENGTHS.to("meta")
@@ -81,3 +97,9 @@ def test_all_on_meta_gives_shapes():
 
 def test_absent_tensors_are_skipped():
     check_same_device(first=None, second=X, third=None)
+
+
+def test_a_number_on_the_cpu_goes_with_any_device():
+    check_same_device(logits=META, seed=torch.tensor(7))
+    with pytest.raises(ValueError, match="seed: expected a tensor on cpu like logits"):
+        check_same_device(logits=X, seed=torch.tensor(7, device="meta"))

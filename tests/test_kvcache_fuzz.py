@@ -50,13 +50,16 @@ class CacheMachine(RuleBasedStateMachine):
             dtype=torch.float32,
         )
         self.caches: list[tuple[PagedKVCache, list[Row]]] = []
+        self.blocks = BLOCKS
         self.counter = 0
 
     def owners(self, block: object) -> int:
         return sum(block is held for _, rows in self.caches for row in rows for held in row.blocks)
 
     def free_blocks(self) -> int:
-        return BLOCKS - len({id(b) for _, rows in self.caches for row in rows for b in row.blocks})
+        return self.blocks - len(
+            {id(b) for _, rows in self.caches for row in rows for b in row.blocks}
+        )
 
     def claim(self, rows: list[Row], touched: list[tuple[int, list[int]]]) -> bool:
         """Give each (row, block indices) blocks of its own; undo it if there are too few."""
@@ -179,6 +182,12 @@ class CacheMachine(RuleBasedStateMachine):
             rows[r] = Row()
             rows[r].freed = True
 
+    @precondition(lambda self: self.blocks < 2 * BLOCKS)
+    @rule(more=st.integers(0, 3))
+    def grow(self, more: int) -> None:
+        self.blocks += more
+        self.pool.grow(self.blocks)
+
     @precondition(lambda self: self.caches)
     @rule(data=st.data())
     def drop(self, data: st.DataObject) -> None:
@@ -234,7 +243,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         self.caches.clear()
-        assert self.pool.num_free_blocks == BLOCKS
+        assert self.pool.num_free_blocks == self.blocks
 
 
 TestCacheMachine = CacheMachine.TestCase

@@ -255,6 +255,29 @@ def test_blocks_outlive_the_python_pool():
     assert cache.pool.num_free_blocks == 14
 
 
+def test_a_pool_grows_under_its_caches():
+    pool = make_pool(2, layers=2)
+    cache, other = PagedKVCache(pool, 1), PagedKVCache(pool, 2)
+    key, value = tokens(1, 11)
+    cache.append(0, key[:, :, :7], value[:, :, :7])
+    with pytest.raises(BlockPoolExhausted):
+        cache.append(0, key[:, :, 7:], value[:, :, 7:])
+    pool.grow(3)
+    assert (pool.num_blocks, pool.num_free_blocks) == (3, 1)
+    assert pool.key_pages.shape[1] == pool.value_pages.shape[1] == 3
+    cache.append(0, key[:, :, 7:], value[:, :, 7:])
+    assert torch.equal(gather(cache, 0, 0)[0], key[0])
+    with pytest.raises(BlockPoolExhausted):
+        other.append(1, *tokens(2, 1))
+    with pytest.raises(ValueError, match="num_blocks: expected at least 3, got 2"):
+        pool.grow(2)
+    with pytest.raises(ValueError, match="num_blocks: expected 3 <= num_blocks < 2"):
+        pool._native.grow(2)
+    with pytest.raises(ValueError, match="num_blocks: expected an integer, got 4.0"):
+        pool.grow(4.0)
+    assert (pool.num_blocks, pool.num_free_blocks) == (3, 0)
+
+
 def test_native_pool_refuses_misuse():
     pool = _core.BlockPool(2)
     block = pool.allocate()

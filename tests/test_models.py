@@ -138,6 +138,30 @@ def test_dense_generates_what_the_parallel_forward_says(dense, tokens, given):
         decoding.step(tokens[:, position])
 
 
+@pytest.mark.parametrize("chunk_size", [*CHUNK_SIZES, None])
+def test_sequences_of_different_lengths_go_on_together(cat, dense, tokens, chunk_size):
+    """Rows at every phase of their chunk, some turning it while others do not."""
+    model = cat if chunk_size else dense
+    option = {"chunk_size": chunk_size} if chunk_size else {}
+    rows = torch.arange(3).repeat(6)
+    text, lengths = tokens[rows], torch.arange(18)
+    with torch.no_grad():
+        expected = model(text, **option)
+    pool = model.block_pool(18, LENGTH, **option)
+    decoding = model.start(text[:, :20], pool, lengths=lengths, **option)
+    for step in range(20):
+        here = lengths + step
+        assert torch.equal(decoding.lengths, here)
+        torch.testing.assert_close(
+            decoding.logits, expected[torch.arange(18), here], rtol=1e-4, atol=1e-4
+        )
+        decoding.step(text[torch.arange(18), here])
+        if step == 9:  # lengths move with their sequences
+            order = torch.randperm(18)
+            decoding.permute_(order)
+            text, expected, lengths = text[order], expected[order], lengths[order]
+
+
 @pytest.mark.parametrize("chunk_size", [4, None])
 def test_forked_and_permuted_sequences_go_on_alone(cat, dense, tokens, chunk_size):
     model = cat if chunk_size else dense
@@ -230,6 +254,14 @@ def test_diffusion_loss_is_the_bound(diffusion):
         (
             lambda m, x: m.generate(x, 1, chunk_size=4, temperature=-1),
             r"temperature: expected a finite number",
+        ),
+        (
+            lambda m, x: m.generate(x, 1, chunk_size=4, lengths=[1, 2, 46]),
+            r"lengths: expected 0 to 45, .* got \[1, 2, 46\]",
+        ),
+        (
+            lambda m, x: m.generate(x, 1, chunk_size=4, lengths=[1.0, 2.0, 3.0]),
+            r"lengths: expected \(3,\) integers.*float32",
         ),
         (lambda m, x: m.generate(x, 20, chunk_size=4), r"num_tokens: .*max_tokens=64.*got 20"),
     ],

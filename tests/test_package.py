@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import torch_winnow
+from torch_winnow import __main__ as self_check
 from torch_winnow import _library
 
 FAMILIES = ("attention", "kvcache", "resampling", "unmasking")
@@ -131,3 +132,23 @@ def test_reference_mirrors_the_signatures(family):
         ours = inspect.signature(getattr(module, name)).parameters
         theirs = inspect.signature(getattr(definitions, name)).parameters
         assert list(ours) == list(theirs), name
+
+
+def test_the_self_check_passes_and_can_fail(capsys, monkeypatch):
+    assert self_check.main() == 0
+    assert "resampling" in capsys.readouterr().out
+    wrong = (torch.tensor(1.0), torch.tensor(2.0))
+    monkeypatch.setitem(self_check.CHECKS, "resampling", lambda device: wrong)
+    assert self_check.main() == 1
+    out = capsys.readouterr().out
+    assert "resampling WRONG" in out
+    assert "attention, unmasking, kvcache right" in out
+
+
+def test_importing_costs_little_beyond_torch():
+    """Counted in modules, which a busy machine does not change: nothing heavy comes along."""
+    result = python(
+        "import sys, torch; before = set(sys.modules); import torch_winnow;"
+        "print(*sorted({m.split('.')[0] for m in set(sys.modules) - before}))"
+    )
+    assert set(result.stdout.split()) <= {"torch_winnow", "torch", "ctypes", "_ctypes", "numpy"}

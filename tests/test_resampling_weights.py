@@ -75,15 +75,6 @@ def test_opcheck_and_compile():
     assert torch.equal(compiled(log_weights), effective_sample_size(log_weights))
 
 
-def test_takes_weights_as_numbers():
-    log_weights = torch.randn(3, 20, requires_grad=True)
-    result = effective_sample_size(log_weights)
-    assert not result.requires_grad
-    assert torch.equal(result, effective_sample_size(log_weights.detach()))
-    compiled = torch.compile(effective_sample_size, fullgraph=True)
-    assert torch.equal(compiled(log_weights), result)
-
-
 def test_errors_name_the_argument():
     with pytest.raises(ValueError, match=r"log_weights: expected a floating tensor.*got list"):
         effective_sample_size([0.0, 1.0])

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from torch_winnow.unmasking import (
+    AnswerEntropy,
+    ConfidenceThreshold,
     EntropyBound,
     EntropyThreshold,
     TopK,
     generate,
     logit_stats,
+    select_positions,
     unmask_step_,
 )
 
@@ -67,7 +71,7 @@ def test_suppressed_ids_are_checked(ids):
 def test_guidance_needs_its_logits():
     with pytest.raises(ValueError, match="cfg_scale: expected 0 without unconditional_logits"):
         logit_stats(torch.randn(2, 5), cfg_scale=2.0)
-    with pytest.raises(ValueError, match="cfg_scale: generate has no unconditional logits"):
+    with pytest.raises(ValueError, match=r"model: expected logits \(2B, L, V\) for"):
         generate(
             lambda tokens: torch.randn(1, 3, 5),
             torch.full((1, 3), 5),
@@ -128,3 +132,57 @@ def test_a_model_that_writes_to_its_input_changes_nothing():
     result = generate(model, torch.full((1, 3), 5), mask_id=5, rule=TopK(1))
     assert result.tokens.tolist() == [[1, 2, 3]]
     assert result.calls == 3
+
+
+def test_a_schedule_has_no_steps_before_its_first():
+    for run in (
+        lambda: step(step=-1),
+        lambda: select_positions(torch.rand(1, 2), torch.ones(1, 2) > 0, TopK((2, 1)), step=-1),
+    ):
+        with pytest.raises(ValueError, match="step: expected at least 0, got -1"):
+            run()
+
+
+@pytest.mark.parametrize("mask_id", [31.5, "9", True, None])
+def test_mask_id_is_an_integer(mask_id):
+    tokens = torch.full((1, 3), 9)
+    with pytest.raises(ValueError, match="mask_id: expected an integer, got"):
+        unmask_step_(tokens, torch.zeros(1, 3, 9), mask_id=mask_id, rule=TopK(1))
+    with pytest.raises(ValueError, match="mask_id: expected an integer, got"):
+        generate(lambda _: torch.zeros(1, 3, 9), tokens, mask_id=mask_id, rule=TopK(1))
+
+
+@pytest.mark.parametrize("gamma", [-0.1, float("nan"), "x", True, None])
+def test_gamma_is_checked(gamma):
+    with pytest.raises(ValueError, match="gamma: expected a number >= 0, got"):
+        AnswerEntropy(torch.ones(3, dtype=torch.bool), gamma)
+    with pytest.raises(ValueError, match=r"positions: expected a bool tensor, got \[1"):
+        AnswerEntropy([1, 0], 0.1)
+
+
+@pytest.mark.parametrize("limit", [2.5, 0, True, "2"])
+def test_max_tokens_is_a_count(limit):
+    with pytest.raises(ValueError, match="max_tokens: expected None or at least 1, got"):
+        EntropyThreshold(0.2, limit)
+
+
+@pytest.mark.parametrize("make", [lambda: ConfidenceThreshold(True), lambda: TopK(True)])
+def test_bools_are_no_numbers(make):
+    with pytest.raises(ValueError, match="expected .* got True"):
+        make()
+    with pytest.raises(ValueError, match="seed: expected an integer, got True"):
+        step(seed=True)
+
+
+def test_numbers_of_numpy_are_numbers():
+    logits = torch.randn(2, 4, 9)
+    options = {"mask_id": np.int64(9), "seed": np.int64(3), "suppress_ids": [np.int32(2)]}
+    ours = unmask_step_(
+        torch.full((2, 4), 9), logits, rule=TopK(np.int64(2)), step=np.int64(0), **options
+    )
+    plain = unmask_step_(
+        torch.full((2, 4), 9), logits, rule=TopK(2), mask_id=9, seed=3, suppress_ids=[2]
+    )
+    assert torch.equal(ours.stats.token, plain.stats.token)
+    assert torch.equal(ours.transfer, plain.transfer)
+    assert EntropyThreshold(np.float32(0.5), np.int64(2)) == EntropyThreshold(0.5, 2)

@@ -14,17 +14,50 @@ BlockPoolExhausted::BlockPoolExhausted(int64_t needed, int64_t free, int64_t tot
       total(total) {}
 
 BlockPool::BlockPool(int64_t num_blocks) {
-  if (num_blocks < 0 || num_blocks > std::numeric_limits<int32_t>::max()) {
-    throw std::invalid_argument("num_blocks: expected 0 <= num_blocks < 2**31, got " +
-                                std::to_string(num_blocks));
-  }
-  owners_.assign(static_cast<size_t>(num_blocks), 0);
-  free_.reserve(owners_.size());  // release() never allocates, so it cannot fail
-  for (int64_t block = num_blocks; block-- > 0;) free_.push_back(static_cast<int32_t>(block));
+  grow(num_blocks);
 }
 
-void BlockPool::require(int64_t blocks) const {
-  if (blocks > num_free()) throw BlockPoolExhausted(blocks, num_free(), num_blocks());
+void BlockPool::grow(int64_t num_blocks) {
+  const int64_t before = this->num_blocks();
+  if (num_blocks < before || num_blocks > std::numeric_limits<int32_t>::max()) {
+    throw std::invalid_argument("num_blocks: expected " + std::to_string(before) +
+                                " <= num_blocks < 2**31, got " + std::to_string(num_blocks));
+  }
+  std::vector<int32_t> free;
+  free.reserve(static_cast<size_t>(num_blocks));  // release() never allocates, so it cannot fail
+  for (int64_t block = num_blocks; block-- > before;) free.push_back(static_cast<int32_t>(block));
+  free.insert(free.end(), free_.begin(), free_.end());
+  owners_.resize(static_cast<size_t>(num_blocks), 0);
+  free_.swap(free);
+}
+
+int64_t BlockPool::num_evictable() const {
+  int64_t count = 0;
+  for (const auto& [use, block] : prefixes_.by_use()) count += owners(block) == 1;
+  return count;
+}
+
+void BlockPool::require(int64_t blocks) {
+  std::vector<int32_t> evicted;
+  for (const auto& [use, block] : prefixes_.by_use()) {
+    if (blocks <= num_free() + static_cast<int64_t>(evicted.size())) break;
+    if (owners(block) == 1) evicted.push_back(block);
+  }
+  const int64_t available = num_free() + static_cast<int64_t>(evicted.size());
+  if (blocks > available) throw BlockPoolExhausted(blocks, available, num_blocks());
+  for (const int32_t block : evicted) {
+    if (prefixes_.has(block)) forget_prefix(block);  // else it went with what it followed
+  }
+}
+
+void BlockPool::add_prefix(int32_t block, int32_t parent, const int64_t* tokens, int64_t count) {
+  check_owned(block, "register");
+  prefixes_.add(block, parent, tokens, count);
+  retain(block);
+}
+
+void BlockPool::forget_prefix(int32_t block) {
+  for (const int32_t gone : prefixes_.remove(block)) release(gone);
 }
 
 int32_t BlockPool::allocate() {

@@ -6,6 +6,8 @@
 #include <stdexcept>
 #include <vector>
 
+#include "kvcache/prefix_index.h"
+
 namespace winnow {
 
 class BlockPoolExhausted : public std::runtime_error {
@@ -24,8 +26,15 @@ class BlockPool {
   int64_t num_blocks() const { return static_cast<int64_t>(owners_.size()); }
   int64_t num_free() const { return static_cast<int64_t>(free_.size()); }
 
-  // Throws BlockPoolExhausted unless `blocks` can be allocated.
-  void require(int64_t blocks) const;
+  // More blocks, all of them free; those that are there keep their numbers.
+  void grow(int64_t num_blocks);
+
+  // Blocks that only the prefix index holds: given up as soon as they are needed.
+  int64_t num_evictable() const;
+
+  // Throws BlockPoolExhausted unless `blocks` can be allocated. Evicts the least recently used
+  // prefixes where there are too few free ones.
+  void require(int64_t blocks);
 
   // A block with one owner.
   int32_t allocate();
@@ -36,10 +45,18 @@ class BlockPool {
   // 0 for a free block.
   int32_t owners(int64_t block) const;
 
+  // Prefixes: the index is one owner of each block that has a place in it.
+  const PrefixIndex& prefixes() const { return prefixes_; }
+  void add_prefix(int32_t block, int32_t parent, const int64_t* tokens, int64_t count);
+  void use_prefix(const std::vector<int32_t>& chain) { prefixes_.touch(chain); }
+  // Forgets the block's place, and with it the blocks that follow.
+  void forget_prefix(int32_t block);
+
  private:
   void check_owned(int64_t block, const char* action) const;
 
   std::vector<int32_t> owners_;
+  PrefixIndex prefixes_;
   std::vector<int32_t> free_;  // used from the back: a block just returned is still in the cache
 };
 

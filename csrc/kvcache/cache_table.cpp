@@ -47,6 +47,7 @@ void CacheTable::append(int64_t layer, int64_t tokens, const Integers* lengths,
   check_layer(layer);
   if (lengths) check_count("lengths", *lengths);
   shared_.clear();
+  written_.clear();
   copies_.clear();
   int64_t fresh = 0;
   for (size_t r = 0; r < rows_.size(); ++r) {
@@ -107,6 +108,7 @@ void CacheTable::write(int64_t layer, int64_t tokens, const int64_t* positions) 
     }
   }
   shared_.clear();
+  written_.clear();
   copies_.clear();
   for (size_t r = 0; r < rows_.size(); ++r) {
     for (int64_t t = 0; t < tokens; ++t) {
@@ -214,6 +216,74 @@ void CacheTable::free(const Integers& rows) {
   update_width();
 }
 
+int64_t CacheTable::register_prefix(int64_t row, const Integers& tokens) {
+  check_row(row);
+  const Row& held = rows_[static_cast<size_t>(row)];
+  const int64_t count = static_cast<int64_t>(tokens.size());
+  for (int64_t layer = 0; layer < layers_; ++layer) {
+    const int64_t stored = filled(layer, static_cast<size_t>(row));
+    if (count > stored) {
+      fail("token_ids: expected at most ", stored, " tokens, as many as layer ", layer,
+           " has stored in row ", row, ", got ", count);
+    }
+  }
+  const int64_t blocks = count / block_size_;
+  // Blocks that are findable already stand for this row's, whose keys are the same.
+  std::vector<int32_t> chain = find_prefix(tokens);
+  const size_t known = chain.size();
+  chain.insert(chain.end(), held.blocks.begin() + static_cast<int64_t>(known),
+               held.blocks.begin() + blocks);
+  for (size_t i = known; i < chain.size(); ++i) {
+    if (pool_->prefixes().has(chain[i])) {
+      fail("token_ids: block ", i, " of row ", row, " is registered with other tokens");
+    }
+  }
+  for (size_t i = known; i < chain.size(); ++i) {
+    const int32_t parent = i == 0 ? PrefixIndex::kNone : chain[i - 1];
+    const int64_t start = static_cast<int64_t>(i) * block_size_;
+    pool_->add_prefix(chain[i], parent, tokens.data() + start, block_size_);
+  }
+  pool_->use_prefix(chain);
+  return blocks * block_size_;
+}
+
+int64_t CacheTable::match_prefix(int64_t row, const Integers& tokens) {
+  check_row(row);
+  Row& held = rows_[static_cast<size_t>(row)];
+  if (held.length > 0) {
+    fail("row: expected one without tokens, got row ", row, ", which holds ", held.length);
+  }
+  std::vector<int32_t> chain = find_prefix(tokens);
+  if (chain.empty()) return 0;
+  pool_->use_prefix(chain);
+  for (const int32_t block : chain) pool_->retain(block);
+  held.length = static_cast<int64_t>(chain.size()) * block_size_;
+  held.released = false;
+  held.blocks = std::move(chain);
+  for (int64_t layer = 0; layer < layers_; ++layer) {
+    filled(layer, static_cast<size_t>(row)) = held.length;
+  }
+  mirror(static_cast<size_t>(row));
+  update_width();
+  return held.length;
+}
+
+std::vector<int32_t> CacheTable::find_prefix(const Integers& tokens) const {
+  std::vector<int32_t> chain;
+  int32_t parent = PrefixIndex::kNone;
+  const int64_t blocks = static_cast<int64_t>(tokens.size()) / block_size_;
+  for (int64_t i = 0; i < blocks; ++i) {
+    parent = pool_->prefixes().find(parent, tokens.data() + i * block_size_, block_size_);
+    if (parent == PrefixIndex::kNone) break;
+    chain.push_back(parent);
+  }
+  return chain;
+}
+
+void CacheTable::check_row(int64_t row) const {
+  if (row < 0 || row >= num_rows()) fail("row: expected 0 <= row < ", num_rows(), ", got ", row);
+}
+
 void CacheTable::check_layer(int64_t layer) const {
   if (layer < 0 || layer >= layers_) {
     fail("layer: expected 0 <= layer < ", layers_, ", got ", layer);
@@ -232,6 +302,11 @@ void CacheTable::unshare(size_t row, size_t index) {
   // A block that came twice has already given its share up.
   for (auto share = shared_.rbegin(); share != shared_.rend() && share->row == row; ++share) {
     if (share->index == index) return;
+  }
+  // What nobody else but the prefix index holds is forgotten there instead of copied.
+  if (pool_->owners(block) == 2 && pool_->prefixes().has(block)) {
+    if (written_.empty() || written_.back() != block) written_.push_back(block);
+    return;
   }
   pool_->release(block);
   shared_.push_back({row, index});
@@ -252,6 +327,9 @@ void CacheTable::require(int64_t fresh) {
 }
 
 void CacheTable::copy_shared() {
+  for (const int32_t block : written_) {
+    if (pool_->prefixes().has(block)) pool_->forget_prefix(block);
+  }
   for (const Shared& share : shared_) {
     int32_t& block = rows_[share.row].blocks[share.index];
     const int32_t copy = pool_->allocate();

@@ -46,6 +46,12 @@ class CacheTable {
   void truncate(const Integers& lengths);
   void free(const Integers& rows);
 
+  // Makes the full blocks of a row findable by the tokens in them, from the row's first on; returns
+  // how many tokens are findable now.
+  int64_t register_prefix(int64_t row, const Integers& tokens);
+  // Gives an empty row the longest run of such blocks; returns the tokens they hold.
+  int64_t match_prefix(int64_t row, const Integers& tokens);
+
   // Copies that the last append or write asks for, in any order, before the tokens are stored.
   const std::vector<Copy>& copies() const { return copies_; }
 
@@ -64,6 +70,9 @@ class CacheTable {
     return filled_[static_cast<size_t>(layer) * rows_.size() + row];
   }
   void check_layer(int64_t layer) const;
+  void check_row(int64_t row) const;
+  // The registered blocks that the tokens begin with.
+  std::vector<int32_t> find_prefix(const Integers& tokens) const;
   void check_count(const char* argument, const Integers& values) const;
   // Gives up this row's share of a block that others hold too, and notes it.
   void unshare(size_t row, size_t index);
@@ -81,6 +90,7 @@ class CacheTable {
   std::vector<Row> rows_;
   std::vector<int64_t> filled_;  // (layers, rows): tokens that a layer has stored
   std::vector<Shared> shared_;
+  std::vector<int32_t> written_;  // blocks that the prefix index will have to forget
   std::vector<Copy> copies_;
   int64_t width_ = 0;
   int32_t* table_ = nullptr;

@@ -52,6 +52,8 @@ void bind_kvcache(py::module_& m) {
       .def(py::init<int64_t>(), py::arg("num_blocks"))
       .def_property_readonly("num_blocks", &BlockPool::num_blocks)
       .def_property_readonly("num_free", &BlockPool::num_free)
+      .def_property_readonly("num_evictable", &BlockPool::num_evictable)
+      .def("grow", &BlockPool::grow, py::arg("num_blocks"))
       .def("allocate", &BlockPool::allocate)
       .def("retain", &BlockPool::retain, py::arg("block"))
       .def("release", &BlockPool::release, py::arg("block"))
@@ -90,7 +92,9 @@ void bind_kvcache(py::module_& m) {
       .def("fork", &CacheTable::fork)
       .def("permute", &CacheTable::permute)
       .def("truncate", &CacheTable::truncate)
-      .def("free", &CacheTable::free);
+      .def("free", &CacheTable::free)
+      .def("register_prefix", &CacheTable::register_prefix)
+      .def("match_prefix", &CacheTable::match_prefix);
 }
 
 }  // namespace

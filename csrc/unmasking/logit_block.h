@@ -12,19 +12,22 @@ constexpr float kNoLogit = -std::numeric_limits<float>::infinity();
 constexpr double kLn2 = 0.6931471805599453;
 constexpr double kUnit = 0x1p-23;  // exponents are held in units of 2^-23
 
-// log2(e) / temperature * 2^23, what exp_scaled multiplies with. Finite, so that 0 stays 0.
+// log2(e) / temperature * 2^23, what exp_scaled multiplies with. Finite and not 0, so that 0 stays
+// 0 and infinity infinite.
 inline float exponent_scale(double temperature) {
   const double scale = 1.4426950408889634 / temperature * 8388608.0;
   const double largest = std::numeric_limits<float>::max();
-  return static_cast<float>(scale < largest ? scale : largest);
+  const double smallest = std::numeric_limits<float>::min();
+  return static_cast<float>(scale < smallest ? smallest : scale < largest ? scale : largest);
 }
 
-constexpr float kLowestExponent = -126.0f * 8388608.0f;
+constexpr float kLowestExponent = -127.0f * 8388608.0f;
 
-// 2^(t / 2^23) for kLowestExponent <= t <= 0 within 4 ulp, exactly 1 for t = 0. The integer part of
-// t is the exponent field already; a polynomial gives the fraction's mantissa (minimax of 2^(m - 1)
-// on [1, 2), degree 5, held to 1 at m = 1). A third of the operations of exp_lanes. A NaN gives
-// some finite value: callers look for NaN in t.
+// 2^(t / 2^23) for kLowestExponent <= t <= 0: exactly 1 for t = 0, exactly 0 at the lowest (an
+// empty exponent field), between 2^-126 and 1 within 4 ulp, below that some number below it. The
+// integer part of t is the exponent field already; a polynomial gives the fraction's mantissa
+// (minimax of 2^(m - 1) on [1, 2), degree 5, held to 1 at m = 1). A third of the operations of
+// exp_lanes. A NaN gives some finite value: callers look for NaN in t.
 WINNOW_LANES f32x16 exp_scaled(f32x16 t) {
   i32x16 bits;
   for (int p = 0; p < kParts; ++p) bits.part[p] = __builtin_convertvector(t.part[p], IntPart);
@@ -51,8 +54,8 @@ struct LogitBlock {
 // n <= kLogitBlock logits of a row from vocabulary index `begin` on. A float row that needs nothing
 // is read in place, everything else goes through `buffer` (kLogitBlock floats, aligned).
 template <typename T>
-inline LogitBlock load_block(const LogitRows& rows, int64_t row, int64_t begin, int64_t n,
-                             float* buffer) {
+inline LogitBlock load_logits(const LogitRows& rows, int64_t row, int64_t begin, int64_t n,
+                              float* buffer) {
   const T* logits = static_cast<const T*>(rows.logits) + row * rows.stride + begin;
   const int64_t vectors = (n + kLanes - 1) / kLanes;
   int64_t suppressed = 0;
@@ -102,14 +105,10 @@ inline LogitBlock load_block(const LogitRows& rows, int64_t row, int64_t begin, 
   return {buffer, vectors};
 }
 
-inline int64_t block_length(const LogitRows& rows, int64_t begin) {
-  const int64_t left = rows.vocab - begin;
-  return left < kLogitBlock ? left : kLogitBlock;
-}
-
-inline int64_t slice_end(const LogitRows& rows, int64_t slice) {
-  const int64_t end = (slice + 1) * kLogitSlice;
-  return end < rows.vocab ? end : rows.vocab;
+template <typename T>
+inline LogitBlock load_block(const LogitRows& rows, int64_t row, int64_t block, float* buffer) {
+  const int64_t begin = block_begin(rows, block);
+  return load_logits<T>(rows, row, begin, block_end(rows, block) - begin, buffer);
 }
 
 // Their largest, NaN aside. Four chains hide the latency.
@@ -139,14 +138,13 @@ struct KeptWeights {
   f32x16 mass;
 };
 
-// Weights of sixteen logits, exactly zero where a token must not be drawn: suppressed, truncated or
-// too small for a float.
+// Weights of sixteen logits, exactly zero where a token must not be drawn: suppressed or truncated.
 WINNOW_LANES KeptWeights kept_weights(f32x16 x, i32x16 index, float reference, float scale,
                                       const Truncation& kept) {
   const f32x16 t = scaled_exponent(x, reference, scale);
   const i32x16 tie =
       (x == f32x16(kept.threshold)) & (index < static_cast<int32_t>(kept.last_tie + 1));
-  const i32x16 keeps = (t > f32x16(kLowestExponent)) & ((x > f32x16(kept.threshold)) | tie);
+  const i32x16 keeps = (x > f32x16(kept.threshold)) | tie;
   return {t, select(keeps, exp_scaled(t), f32x16(0.0f))};
 }
 

@@ -1,4 +1,4 @@
-// One row's distribution from the sums of its slices: scalar arithmetic in double.
+// One row's distribution from the sums of its blocks: scalar arithmetic in double.
 #pragma once
 
 #include <cmath>
@@ -24,32 +24,33 @@ struct LogitDistribution {
   double logsumexp() const { return reference / temperature + std::log(mass); }
 };
 
-// Exact for any slicing: the sums are moved to the common reference.
-inline LogitDistribution merge_slices(const LogitSliceSums* sums, int64_t slices,
+constexpr double kOctaveUnit = 0x1p-23 * 0.6931471805599453;  // of LogitBlockSums::moment, in nats
+
+// The same for any division of the blocks: a sum over all of them in order, at the common
+// reference.
+inline LogitDistribution merge_blocks(const LogitRows& rows, const LogitBlockSums* sums,
                                       double temperature) {
   LogitDistribution row;
   row.temperature = temperature;
-  double first = row.reference;
-  for (int64_t s = 0; s < slices; ++s) {
-    row.nan = row.nan || std::isnan(sums[s].moment);
-    if (sums[s].reference > row.reference) row.reference = sums[s].reference;
-    const double candidates[] = {sums[s].first, sums[s].second};
-    for (const double x : candidates) {
-      if (x > first) {  // a tie stays with the earlier slice
-        row.second = first;
-        first = x;
-        row.argmax = sums[s].argmax;
-      } else if (x > row.second) {
-        row.second = x;
-      }
+  const int64_t blocks = logit_blocks(rows.start, rows.vocab);
+  for (int64_t b = 0; b < blocks; ++b) {
+    const double first = sums[b].reference;
+    row.nan = row.nan || std::isnan(sums[b].moment);
+    if (first > row.reference) {  // a tie stays with the earlier block
+      row.second = row.reference;
+      row.reference = first;
+      row.argmax = block_begin(rows, b) + static_cast<int64_t>(sums[b].at);
+    } else if (first > row.second) {
+      row.second = first;
     }
+    if (sums[b].second > row.second) row.second = sums[b].second;
   }
-  for (int64_t s = 0; s < slices; ++s) {
-    const double shift = (sums[s].reference - row.reference) / temperature;
+  for (int64_t b = 0; b < blocks; ++b) {
+    const double shift = (sums[b].reference - row.reference) / temperature;
     const double weight = std::exp(shift);
     if (!(weight > 0.0)) continue;  // also where nothing has any mass: NaN
-    row.mass += weight * sums[s].mass;
-    row.moment += weight * (sums[s].moment + shift * sums[s].mass);
+    row.mass += weight * sums[b].mass;
+    row.moment += weight * (sums[b].moment * kOctaveUnit + shift * sums[b].mass);
   }
   return row;
 }

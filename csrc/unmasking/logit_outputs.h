@@ -1,6 +1,8 @@
 // The tensors that logit_stats returns, one entry per row.
 #pragma once
 
+#include <tuple>
+
 #include "common/tensors.h"
 #include "unmasking/logit_stats.h"
 
@@ -55,8 +57,22 @@ struct Outputs {
     target_log_prob.put(row, stats.target_log_prob);
     kl.put(row, stats.kl);
   }
-};
 
-constexpr RowStats kSkipped = {-1, 0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0};
+  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> tensors()
+      const {
+    return {token,         log_prob.tensor, argmax,           max_prob.tensor,
+            margin.tensor, entropy.tensor,  logsumexp.tensor, target_log_prob.tensor,
+            kl.tensor};
+  }
+
+  // The active rows of a problem; the others are skipped.
+  void put(const LogitProblem& problem, const std::vector<RowStats>& results) const {
+    size_t a = 0;
+    for (int64_t r = 0; r < problem.arguments.rows.count; ++r) {
+      const bool active = a < results.size() && problem.active[a] == r;
+      put(r, active ? results[a++] : kSkipped);
+    }
+  }
+};
 
 }  // namespace winnow

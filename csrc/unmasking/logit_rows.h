@@ -1,5 +1,6 @@
-// How logit_stats sees its input: rows of a vocabulary, cut into slices that are fixed by the
-// vocabulary alone, so that a result depends on neither the threads nor the batch.
+// How logit_stats sees its input: rows of a vocabulary, cut into blocks that are fixed by the
+// vocabulary alone, so that a result depends on neither the threads nor the batch, nor on who holds
+// which part of the vocabulary.
 #pragma once
 
 #include <cstdint>
@@ -8,16 +9,9 @@
 
 namespace winnow {
 
-// A block is what one loop keeps in the first-level cache (4 KiB of float); a slice is the unit
-// that threads share and that sampling first chooses from. 8 blocks a slice: fewer slices mean
-// fewer logarithms per draw, more of them split one long row further.
+// What one loop keeps in the first-level cache (4 KiB of float), what is summed by itself, and what
+// a draw first chooses from. Blocks lie on a grid over the whole vocabulary.
 constexpr int64_t kLogitBlock = 1024;
-constexpr int64_t kLogitSlice = 8 * kLogitBlock;
-
-// static: units with flags of their own must not share one copy.
-[[maybe_unused]] static inline int64_t logit_slices(int64_t vocab) {
-  return (vocab + kLogitSlice - 1) / kLogitSlice;
-}
 
 // Logits and everything that is applied while they are loaded. Strides in elements.
 struct LogitRows {
@@ -27,20 +21,35 @@ struct LogitRows {
   int64_t unconditional_stride;
   double guidance;  // cfg_scale + 1
   ElementType type;
-  const int64_t* suppressed;  // ascending
+  const int64_t* suppressed;  // ascending, within the row
   int64_t suppressed_count;
   int64_t vocab;
+  int64_t start;  // index of the row's first logit in the whole vocabulary
 };
 
-// What is kept of one slice. Sums are over t = (x - reference) / temperature, in nats.
-struct LogitSliceSums {
-  float reference;  // the largest logit of the slice
-  float first;      // the two largest of the slice; lower where the row's earlier slices are known
-  float second;     // to hold two at least as large
-  int64_t argmax;
-  double mass;        // sum of exp(t)
-  double moment;      // sum of t exp(t); NaN where the slice holds a NaN
-  double drawn_mass;  // sum of exp(t) at the temperature of the draw
+// static: units with flags of their own must not share one copy.
+[[maybe_unused]] static inline int64_t logit_blocks(int64_t start, int64_t vocab) {
+  return vocab == 0 ? 0 : (start % kLogitBlock + vocab + kLogitBlock - 1) / kLogitBlock;
+}
+
+// Where a block begins and ends within the row. The first and the last may be short.
+[[maybe_unused]] static inline int64_t block_begin(const LogitRows& rows, int64_t block) {
+  return block == 0 ? 0 : block * kLogitBlock - rows.start % kLogitBlock;
+}
+[[maybe_unused]] static inline int64_t block_end(const LogitRows& rows, int64_t block) {
+  const int64_t end = (block + 1) * kLogitBlock - rows.start % kLogitBlock;
+  return end < rows.vocab ? end : rows.vocab;
+}
+
+// What is kept of one block, in floats alone: it is also what parts of a vocabulary exchange. Sums
+// are over t = (x - reference) / temperature.
+struct LogitBlockSums {
+  float reference;  // the largest logit of the block
+  float second;     // the next; -infinity where earlier blocks hold two at least as large
+  float at;         // the offset of the largest; -1 where earlier blocks hold one as large
+  float mass;       // sum of exp(t)
+  float moment;     // sum of t exp(t) in units of 2^-23 octaves; NaN where the block holds a NaN
+  float drawn;      // sum of exp(t) at the temperature of the draw
 };
 
 // The part of a distribution that top-k and top-p keep: logits above `threshold`, and of those

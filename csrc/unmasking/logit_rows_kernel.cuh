@@ -69,7 +69,7 @@ WINNOW_DEVICE int64_t draw_in_slice(const LogitView<T, Real>& view, int64_t row,
                                     const Truncation& kept, Shared<uint32_t> bits,
                                     Shared<double> scratch, Shared<int64_t> index_scratch) {
   const Real top = static_cast<Real>(reference);
-  const Real scale = static_cast<Real>(kLog2e / temperature);
+  const Real scale = exponent_scale<Real>(temperature);
   mark_suppressed(view, slice, bits);
   const int64_t first = slice * kSlice + thread_index() * kPerThread;
   const auto weight = [&](int64_t i) {
@@ -162,8 +162,8 @@ finish_rows(LogitView<T, Real> view, RowOptions options, Global<const SliceSums>
         log_mass = log(kept.drawn);
       }
       if (!(log_mass > -infinity)) continue;
-      const Philox4 words =
-          philox(options.seed.get(), static_cast<uint64_t>(row), static_cast<uint64_t>(s * kSlice));
+      const Philox4 words = philox(options.seed.get(), static_cast<uint64_t>(view.key(row)),
+                                   static_cast<uint64_t>(s * kSlice));
       const double arrival = -log1p(-open_uniform(words.x[0], words.x[1]));
       clock = earlier(clock, {log(arrival) - log_mass, s, open_uniform(words.x[2], words.x[3])});
     }
@@ -235,7 +235,7 @@ cross_slices(LogitView<T, Real> view, LogitView<T, Real> previous, double temper
   Real y[kPerThread];
   load_slice(view, row, slice, Shared<uint32_t>(bits), x);
   load_slice(previous, row, slice, Shared<uint32_t>(bits), y);
-  const Real scale = static_cast<Real>(kLog2e / temperature);
+  const Real scale = exponent_scale<Real>(temperature);
   double sum = 0.0;
 #pragma unroll
   for (int e = 0; e < kPerThread; ++e) {

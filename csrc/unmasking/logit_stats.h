@@ -1,29 +1,24 @@
-// What the parts of logit_stats share: the checked options and one row's answer.
+// What the operators that measure logits on the CPU share: the checked problem and its answers.
 #pragma once
 
 #include <cstdint>
 #include <limits>
+#include <optional>
+#include <vector>
 
+#include "unmasking/logit_arguments.h"
+#include "unmasking/logit_distribution.h"
+#include "unmasking/logit_draw.h"
+#include "unmasking/logit_part.h"
 #include "unmasking/logit_rows.h"
 
 namespace winnow {
 
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
+constexpr Truncation kKeepAll = {-std::numeric_limits<float>::infinity(), 0, -1};
 
-struct LogitOptions {
-  double temperature;       // of the statistics
-  double draw_temperature;  // of the token; differs from the above for raw statistics only
-  bool draws;               // else the token is the argmax
-  uint64_t seed;
-  bool raw;       // statistics come before truncation
-  int64_t top_k;  // 0: all
-  double top_p;   // 1: all
-
-  bool truncates() const { return top_k > 0 || top_p < 1.0; }
-};
-
-// Statistics in double; the caller rounds. NaN until known.
+// Statistics in double; the caller rounds. NaN until known. Ids are of the whole vocabulary.
 struct RowStats {
   int64_t token = -1;
   int64_t argmax = -1;
@@ -36,8 +31,62 @@ struct RowStats {
   double kl = kNan;
 };
 
-// A float64 row; `previous` and `target` may be null.
-RowStats double_row_stats(const LogitRows& rows, const LogitRows* previous, int64_t row,
-                          const LogitOptions& options, const int64_t* target);
+constexpr RowStats kSkipped = {-1, 0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0};
+
+// Everything that the loops are told.
+struct LogitProblem {
+  LogitArguments arguments;
+  uint64_t seed;
+  LogitRows view;
+  LogitRows previous_view;
+  std::vector<int64_t> suppressed;  // what the views point to
+  std::vector<int64_t> active;      // the rows to measure, ascending
+  std::vector<int64_t> sources;     // where the logits of each are
+
+  const LogitRows* previous() const { return arguments.previous ? &previous_view : nullptr; }
+  const int64_t* target_of(int64_t row) const {
+    const auto& target = arguments.target;
+    return target ? static_cast<const int64_t*>(target->data_ptr()) + row : nullptr;
+  }
+  int64_t key_of(int64_t row) const {
+    const auto& keys = arguments.keys;
+    return keys ? static_cast<const int64_t*>(keys->data_ptr())[row] : row;
+  }
+};
+
+// All rows are active, or those of the mask. Views point into the problem: it must not be moved.
+// `also_suppressed`: one more id, ignored outside of the vocabulary.
+void prepare(const LogitRequest& call, LogitProblem& problem, int64_t also_suppressed = -1);
+
+// Of the active rows, in order. `parts` (or null) gets every row's part of the vocabulary, float or
+// double as the logits are, part_words() for each row.
+std::vector<RowStats> measure_rows(const LogitProblem& problem, void* parts = nullptr);
+int64_t part_words(const LogitProblem& problem);
+
+// ---- one row ----
+
+// Fills in what follows from the distribution alone; false where there is none: a NaN, nothing
+// finite, or an infinite logit.
+bool describe(const LogitDistribution& row, int64_t start, RowStats& stats);
+
+// The race of blocks first to end - 1 for the token, where `reference` is the largest logit.
+BlockRace race_blocks(const LogitRows& rows, int64_t key, const LogitBlockSums* sums, int64_t first,
+                      int64_t end, double reference, double temperature, uint64_t seed);
+
+// KL(current || previous), from the blocks' sums and cross terms.
+double divergence(const LogitRows& rows, const LogitDistribution& measured,
+                  const LogitBlockSums* sums, const LogitBlockSums* previous_sums,
+                  const float* cross);
+float block_cross(const LogitRows& rows, const LogitRows& previous, int64_t row, int64_t block,
+                  const LogitBlockSums& sums, const LogitBlockSums& previous_sums,
+                  double temperature, const Truncation& kept);
+
+uint64_t seed_on_cpu(const Tensor& seed);
+
+std::vector<double> load_double_row(const LogitRows& rows, int64_t row);
+// A float64 row whose logits are at `source`; `previous` and `target` may be null.
+RowStats double_row_stats(const LogitRows& rows, const LogitRows* previous, int64_t key,
+                          int64_t source, const LogitOptions& options, uint64_t seed,
+                          const int64_t* target);
 
 }  // namespace winnow

@@ -5,27 +5,10 @@
 #include <numeric>
 #include <vector>
 
-#include "common/philox.h"
 #include "unmasking/logit_stats.h"
 
 namespace winnow {
 namespace {
-
-std::vector<double> load_row(const LogitRows& rows, int64_t row) {
-  const double* logits = static_cast<const double*>(rows.logits) + row * rows.stride;
-  std::vector<double> x(logits, logits + rows.vocab);
-  if (rows.unconditional != nullptr) {
-    const double* base =
-        static_cast<const double*>(rows.unconditional) + row * rows.unconditional_stride;
-    for (size_t i = 0; i < x.size(); ++i) {
-      if (x[i] != base[i]) x[i] = base[i] + rows.guidance * (x[i] - base[i]);
-    }
-  }
-  for (int64_t s = 0; s < rows.suppressed_count; ++s) {
-    x[static_cast<size_t>(rows.suppressed[s])] = -kInfinity;
-  }
-  return x;
-}
 
 struct Summary {
   double top = -kInfinity;
@@ -81,33 +64,60 @@ void truncate(std::vector<double>& x, double top, const LogitOptions& options) {
   for (size_t rank = kept; rank < order.size(); ++rank) x[order[rank]] = -kInfinity;
 }
 
-int64_t draw(const std::vector<double>& x, double top, int64_t row, const LogitOptions& options) {
-  std::vector<double> cumulated(x.size());
-  double total = 0.0;
-  for (size_t i = 0; i < x.size(); ++i) {
-    total += std::exp((x[i] - top) / options.draw_temperature);
-    cumulated[i] = total;
+// As for float32: first a block, then a token in it.
+int64_t draw(const std::vector<double>& x, double top, const LogitRows& rows, int64_t key,
+             double temperature, uint64_t seed) {
+  const auto weight = [&](int64_t i) {
+    return std::exp((x[static_cast<size_t>(i)] - top) / temperature);
+  };
+  const int64_t blocks = logit_blocks(rows.start, rows.vocab);
+  std::vector<double> masses(static_cast<size_t>(blocks));
+  BlockRace race(seed, key);
+  for (int64_t b = 0; b < blocks; ++b) {
+    double& mass = masses[static_cast<size_t>(b)];
+    for (int64_t i = block_begin(rows, b); i < block_end(rows, b); ++i) mass += weight(i);
+    race.enter(b, rows.start / kLogitBlock + b, mass);
   }
-  const double uniform =
-      static_cast<double>(philox_bits(options.seed, static_cast<uint64_t>(row), 0) >> 11) * 0x1p-53;
-  // Strictly above: a token without mass adds nothing and is never met first.
-  const auto found = std::upper_bound(cumulated.begin(), cumulated.end(), uniform * total);
-  if (found != cumulated.end()) return found - cumulated.begin();
-  return std::lower_bound(cumulated.begin(), cumulated.end(), total) - cumulated.begin();
+  double left = race.uniform() * masses[static_cast<size_t>(race.block())];
+  int64_t token = -1;
+  for (int64_t i = block_begin(rows, race.block()); i < block_end(rows, race.block()); ++i) {
+    if (!(weight(i) > 0.0)) continue;
+    token = i;
+    if (left < weight(i)) break;
+    left -= weight(i);
+  }
+  return token;
 }
 
 }  // namespace
 
-RowStats double_row_stats(const LogitRows& rows, const LogitRows* previous, int64_t row,
-                          const LogitOptions& options, const int64_t* target) {
+std::vector<double> load_double_row(const LogitRows& rows, int64_t row) {
+  const double* logits = static_cast<const double*>(rows.logits) + row * rows.stride;
+  std::vector<double> x(logits, logits + rows.vocab);
+  if (rows.unconditional != nullptr) {
+    const double* base =
+        static_cast<const double*>(rows.unconditional) + row * rows.unconditional_stride;
+    for (size_t i = 0; i < x.size(); ++i) {
+      if (x[i] != base[i]) x[i] = base[i] + rows.guidance * (x[i] - base[i]);
+    }
+  }
+  for (int64_t s = 0; s < rows.suppressed_count; ++s) {
+    x[static_cast<size_t>(rows.suppressed[s])] = -kInfinity;
+  }
+  return x;
+}
+
+RowStats double_row_stats(const LogitRows& rows, const LogitRows* previous, int64_t key,
+                          int64_t source, const LogitOptions& options, uint64_t seed,
+                          const int64_t* target) {
   RowStats stats;
-  std::vector<double> x = load_row(rows, row);
+  std::vector<double> x = load_double_row(rows, source);
   const bool nan = std::any_of(x.begin(), x.end(), [](double logit) { return std::isnan(logit); });
   Summary measured = summarise(x, options.temperature);
   if (nan) return stats;
   if (std::isinf(measured.top)) {
     stats.logsumexp = measured.top;
-    stats.token = stats.argmax = measured.argmax;
+    if (measured.argmax >= 0) stats.token = stats.argmax = rows.start + measured.argmax;
     return stats;
   }
   std::vector<double> drawn = x;
@@ -118,16 +128,22 @@ RowStats double_row_stats(const LogitRows& rows, const LogitRows* previous, int6
   const auto log_prob = [&](int64_t index) {
     return (x_measured[static_cast<size_t>(index)] - measured.top) / t - measured.log_mass;
   };
-  stats.argmax = measured.argmax;
-  stats.token = options.draws ? draw(drawn, measured.top, row, options) : measured.argmax;
-  stats.log_prob = log_prob(stats.token);
+  const int64_t token = options.draws
+                            ? draw(drawn, measured.top, rows, key, options.draw_temperature, seed)
+                            : measured.argmax;
+  stats.argmax = rows.start + measured.argmax;
+  stats.token = rows.start + token;
+  stats.log_prob = log_prob(token);
   stats.max_prob = std::exp(-measured.log_mass);
   stats.margin = stats.max_prob * (1.0 - std::exp((measured.second - measured.top) / t));
   stats.entropy = measured.entropy;
   stats.logsumexp = measured.top / t + measured.log_mass;
-  if (target != nullptr) stats.target_log_prob = log_prob(*target);
+  if (target != nullptr) {
+    const int64_t at = *target - rows.start;
+    stats.target_log_prob = at >= 0 && at < rows.vocab ? log_prob(at) : -kInfinity;
+  }
   if (previous != nullptr) {
-    const std::vector<double> y = load_row(*previous, row);
+    const std::vector<double> y = load_double_row(*previous, source);
     const Summary before = summarise(y, t);
     double divergence = 0.0;
     for (size_t i = 0; i < y.size(); ++i) {

@@ -22,6 +22,42 @@ WINNOW_DEVICE double exp2_of(double x) {
   return exp2(x);
 }
 
+// The positions of a step of decoding: tokens (B, L) that equal the mask, in a window of each row.
+struct MaskedTokens {
+  Global<int64_t> wide;  // of the two the one that is not null
+  Global<int32_t> narrow;
+  int64_t stride;  // of a row of tokens
+  int64_t step;    // of neighbours in it
+  int64_t length;  // L; 0: every row counts
+  int64_t mask_id;
+  Global<const int64_t> window;  // (B, 2), or null
+
+  WINNOW_DEVICE bool contains(int64_t row) const {
+    const int64_t b = row / length;
+    const int64_t l = row % length;
+    if (window) {
+      const int64_t start = window[2 * b];
+      const int64_t end = window[2 * b + 1];
+      if (l < start || l >= end) return false;
+    }
+    const int64_t at = b * stride + l * step;
+    if (narrow) {
+      const int32_t token = narrow[at];
+      return token == mask_id;
+    }
+    const int64_t token = wide[at];
+    return token == mask_id;
+  }
+  WINNOW_DEVICE void write(int64_t row, int64_t token) const {
+    const int64_t at = row / length * stride + row % length * step;
+    if (narrow) {
+      narrow[at] = static_cast<int32_t>(token);
+    } else {
+      wide[at] = token;
+    }
+  }
+};
+
 // Logits and what is applied while they are loaded. Strides in elements.
 template <typename T, typename Real>
 struct LogitView {
@@ -32,16 +68,36 @@ struct LogitView {
   int64_t unconditional_stride;
   Real guidance;  // cfg_scale + 1
   Global<const int64_t> suppressed;
-  int64_t suppressed_count;
+  int64_t given_count;       // of suppressed
+  int64_t suppressed_count;  // one more where a mask token is suppressed too
   int64_t vocab;
-  Global<const bool> mask;  // or null
+  int64_t shifted;             // length of sequences whose logits come one early; 0: none
+  Global<const bool> mask;     // or null
+  Global<const int64_t> keys;  // of the draws, or null
+  MaskedTokens tokens;
+
+  WINNOW_DEVICE int64_t source(int64_t row) const {
+    return shifted > 0 && row % shifted > 0 ? row - 1 : row;
+  }
+  WINNOW_DEVICE int64_t key(int64_t row) const {
+    if (!keys) return row;
+    const int64_t own = keys[row];
+    return own;
+  }
+  WINNOW_DEVICE int64_t suppressed_id(int64_t s) const {
+    if (s >= given_count) return tokens.mask_id;
+    const int64_t id = suppressed[s];
+    return id;
+  }
 };
 
 template <typename T, typename Real>
 WINNOW_DEVICE bool skips(const LogitView<T, Real>& view, int64_t row) {
-  if (!view.mask) return false;
-  const bool counts = view.mask[row];
-  return !counts;
+  if (view.mask) {
+    const bool counts = view.mask[row];
+    if (!counts) return true;
+  }
+  return view.tokens.length > 0 && !view.tokens.contains(row);
 }
 
 // Equal logits stay as they are: infinite ones would become NaN.
@@ -53,18 +109,18 @@ WINNOW_DEVICE Real guided(Real x, Real u, Real guidance) {
 // One logit without suppression.
 template <typename T, typename Real>
 WINNOW_DEVICE Real plain_logit(const LogitView<T, Real>& view, int64_t row, int64_t i) {
-  const Real x = static_cast<Real>(static_cast<T>(view.logits[row * view.stride + i]));
+  const int64_t source = view.source(row);
+  const Real x = static_cast<Real>(static_cast<T>(view.logits[source * view.stride + i]));
   if (!view.unconditional) return x;
   const Real u =
-      static_cast<Real>(static_cast<T>(view.unconditional[row * view.unconditional_stride + i]));
+      static_cast<Real>(static_cast<T>(view.unconditional[source * view.unconditional_stride + i]));
   return guided(x, u, view.guidance);
 }
 
 template <typename T, typename Real>
 WINNOW_DEVICE Real logit_at(const LogitView<T, Real>& view, int64_t row, int64_t i) {
   for (int64_t s = 0; s < view.suppressed_count; ++s) {
-    const int64_t id = view.suppressed[s];
-    if (id == i) return -std::numeric_limits<Real>::infinity();
+    if (view.suppressed_id(s) == i) return -std::numeric_limits<Real>::infinity();
   }
   return plain_logit(view, row, i);
 }
@@ -80,7 +136,7 @@ WINNOW_DEVICE void mark_suppressed(const LogitView<T, Real>& view, int64_t slice
   static_assert(kSlice == kThreads * 32, "a word for each thread");
   block_sync();
   for (int64_t s = thread_index(); s < view.suppressed_count; s += kThreads) {
-    const int64_t id = static_cast<int64_t>(view.suppressed[s]) - slice * kSlice;
+    const int64_t id = view.suppressed_id(s) - slice * kSlice;
     if (id >= 0 && id < kSlice) atomic_or(bits + id / 32, 1u << id % 32);
   }
   block_sync();
@@ -106,8 +162,9 @@ WINNOW_DEVICE void load_slice(const LogitView<T, Real>& view, int64_t row, int64
                               Shared<uint32_t> bits, Real* x) {
   constexpr int N = 16 / sizeof(T);
   const int64_t end = view.vocab - slice * kSlice;
-  const auto logits = view.logits + row * view.stride + slice * kSlice;
-  const auto base = view.unconditional + row * view.unconditional_stride + slice * kSlice;
+  const int64_t source = view.source(row);
+  const auto logits = view.logits + source * view.stride + slice * kSlice;
+  const auto base = view.unconditional + source * view.unconditional_stride + slice * kSlice;
 #pragma unroll
   for (int v = 0; v < kPerThread / N; ++v) {
     const int64_t at = within_slice<N>(v * N);
@@ -182,6 +239,15 @@ struct SliceSums {
 constexpr double kLog2e = 1.4426950408889634;
 constexpr double kLn2 = 0.6931471805599453;
 
+// Finite and not 0, so that 0 stays 0 and infinity infinite.
+template <typename Real>
+WINNOW_DEVICE Real exponent_scale(double temperature) {
+  const double scale = kLog2e / temperature;
+  const double largest = std::numeric_limits<Real>::max();
+  const double smallest = std::numeric_limits<Real>::min();
+  return static_cast<Real>(scale < smallest ? smallest : scale < largest ? scale : largest);
+}
+
 template <typename T, typename Real>
 WINNOW_KERNEL(kThreads)
 scan_slices(LogitView<T, Real> view, double temperature, double draw_temperature,
@@ -221,8 +287,8 @@ scan_slices(LogitView<T, Real> view, double temperature, double draw_temperature
   Real drawn = Real(0);
   const Real reference = static_cast<Real>(top.first);
   if (reference != none && reference != -none) {
-    const Real scale = static_cast<Real>(kLog2e / temperature);
-    const Real draw_scale = static_cast<Real>(kLog2e / draw_temperature);
+    const Real scale = exponent_scale<Real>(temperature);
+    const Real draw_scale = exponent_scale<Real>(draw_temperature);
 #pragma unroll
     for (int e = 0; e < kPerThread; ++e) {
       const Real t = x[e] == reference ? Real(0) : (x[e] - reference) * scale;

@@ -208,7 +208,7 @@ truncate_rows(LogitView<T, Real> view, double temperature, double draw_temperatu
   if (full.top.nan != 0 || full.top.first == infinity || full.top.first == -infinity) return;
 
   const Real reference = static_cast<Real>(full.top.first);
-  const Real scale = static_cast<Real>(kLog2e / draw_temperature);
+  const Real scale = exponent_scale<Real>(draw_temperature);
   const Histogram histogram = {Shared<uint64_t>(measure), Shared<uint32_t>(count),
                                Shared<uint64_t>(found)};
   const Truncator<T, Real> truncator(view, row, reference, scale, Shared<uint32_t>(bits),

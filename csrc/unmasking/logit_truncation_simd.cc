@@ -171,10 +171,8 @@ class Truncator {
   // visit(block, begin) for every block of the row until it returns false.
   template <typename Visit>
   void each_block(const Visit& visit) {
-    for (int64_t begin = 0; begin < rows_.vocab; begin += kLogitBlock) {
-      if (!visit(load_block<T>(rows_, row_, begin, block_length(rows_, begin), buffer_), begin)) {
-        return;
-      }
+    for (int64_t b = 0; b < logit_blocks(rows_.start, rows_.vocab); ++b) {
+      if (!visit(load_block<T>(rows_, row_, b, buffer_), block_begin(rows_, b))) return;
     }
   }
 
@@ -285,59 +283,49 @@ void find_truncation(const LogitRows& rows, int64_t row, float reference, double
   });
 }
 
-void sum_kept_slices(const LogitRows& rows, int64_t row, float reference, double temperature,
-                     const Truncation& kept, LogitSliceSums* sums) {
+void sum_kept_blocks(const LogitRows& rows, int64_t row, float reference, double temperature,
+                     const Truncation& kept, LogitBlockSums* sums) {
   const float scale = exponent_scale(temperature);
   dispatch_logits(rows.type, [&](auto zero) {
     alignas(64) float buffer[kLogitBlock];
-    for (int64_t slice = 0; slice < logit_slices(rows.vocab); ++slice) {
-      LogitSliceSums& sum = sums[slice];
-      sum = {reference, reference, kNoLogit, -1, 0.0, 0.0, 0.0};
-      const int64_t end = slice_end(rows, slice);
-      for (int64_t begin = slice * kLogitSlice; begin < end; begin += kLogitBlock) {
-        const LogitBlock block =
-            load_block<decltype(zero)>(rows, row, begin, block_length(rows, begin), buffer);
-        f32x16 mass = 0.0f;
-        f32x16 moment = 0.0f;
-        for (int64_t v = 0; v < block.vectors; ++v) {
-          const KeptWeights w = kept_weights(load_lanes(block.data + v * kLanes),
-                                             vocabulary_index(begin, v), reference, scale, kept);
-          mass = mass + w.mass;
-          moment = fma_lanes(w.exponent, w.mass, moment);
-        }
-        sum.mass += sum_lanes(mass);
-        sum.moment += sum_lanes(moment) * kUnit * kLn2;
+    for (int64_t b = 0; b < logit_blocks(rows.start, rows.vocab); ++b) {
+      const LogitBlock block = load_block<decltype(zero)>(rows, row, b, buffer);
+      const int64_t begin = block_begin(rows, b);
+      f32x16 mass = 0.0f;
+      f32x16 moment = 0.0f;
+      for (int64_t v = 0; v < block.vectors; ++v) {
+        const KeptWeights w = kept_weights(load_lanes(block.data + v * kLanes),
+                                           vocabulary_index(begin, v), reference, scale, kept);
+        mass = mass + w.mass;
+        moment = fma_lanes(w.exponent, w.mass, moment);
       }
-      sum.drawn_mass = sum.mass;
+      const float sum = sum_lanes(mass);
+      sums[b] = {reference, kNoLogit, -1.0f, sum, sum_lanes(moment), sum};
     }
   });
 }
 
-void cross_logit_slice(const LogitRows& rows, const LogitRows& previous, int64_t row, int64_t slice,
+void cross_logit_block(const LogitRows& rows, const LogitRows& previous, int64_t row, int64_t block,
                        float reference, float previous_reference, double temperature,
-                       const Truncation& kept, double* cross) {
+                       const Truncation& kept, float* cross) {
   const float scale = exponent_scale(temperature);
-  *cross = 0.0;
   dispatch_logits(rows.type, [&](auto zero) {
     using T = decltype(zero);
     alignas(64) float buffer[kLogitBlock];
     alignas(64) float previous_buffer[kLogitBlock];
-    const int64_t end = slice_end(rows, slice);
-    for (int64_t begin = slice * kLogitSlice; begin < end; begin += kLogitBlock) {
-      const int64_t n = block_length(rows, begin);
-      const LogitBlock block = load_block<T>(rows, row, begin, n, buffer);
-      const LogitBlock before = load_block<T>(previous, row, begin, n, previous_buffer);
-      f32x16 sum = 0.0f;
-      for (int64_t v = 0; v < block.vectors; ++v) {
-        const KeptWeights w = kept_weights(load_lanes(block.data + v * kLanes),
-                                           vocabulary_index(begin, v), reference, scale, kept);
-        const f32x16 y = load_lanes(before.data + v * kLanes);
-        const f32x16 u = (y - f32x16(previous_reference)) * f32x16(scale);
-        const f32x16 term = w.mass * (w.exponent - u);
-        sum = sum + select(w.mass > f32x16(0.0f), term, f32x16(0.0f));
-      }
-      *cross += sum_lanes(sum) * kUnit * kLn2;
+    const int64_t begin = block_begin(rows, block);
+    const LogitBlock now = load_block<T>(rows, row, block, buffer);
+    const LogitBlock before = load_block<T>(previous, row, block, previous_buffer);
+    f32x16 sum = 0.0f;
+    for (int64_t v = 0; v < now.vectors; ++v) {
+      const KeptWeights w = kept_weights(load_lanes(now.data + v * kLanes),
+                                         vocabulary_index(begin, v), reference, scale, kept);
+      const f32x16 y = load_lanes(before.data + v * kLanes);
+      const f32x16 u = (y - f32x16(previous_reference)) * f32x16(scale);
+      const f32x16 term = w.mass * (w.exponent - u);
+      sum = sum + select(w.mass > f32x16(0.0f), term, f32x16(0.0f));
     }
+    *cross = sum_lanes(sum);
   });
 }
 

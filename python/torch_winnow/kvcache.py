@@ -29,8 +29,9 @@ from __future__ import annotations
 
 from torch_winnow._core import BlockPoolExhausted
 from torch_winnow._kvcache.attention import paged_attention
+from torch_winnow._kvcache.pool import BlockPool
 from torch_winnow._kvcache.selection import block_summaries, score_blocks, select_blocks
-from torch_winnow._kvcache.storage import BlockPool, PagedKVCache
+from torch_winnow._kvcache.storage import PagedKVCache
 
 __all__ = [
     "BlockPool",

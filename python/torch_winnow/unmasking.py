@@ -7,344 +7,82 @@ needs about a third of the calls of one-at-a-time decoding at equal quality; use
 a threshold of about 0.2 nats.
 
 - :func:`logit_stats`: token, confidence, margin, entropy of each row from one read of the logits.
+- :func:`linear_logit_stats`: the same from hidden states, without the logits.
+- :func:`merge_logit_stats`: the same from parts of the vocabulary, bit for bit.
 - :func:`select_positions`: which positions a rule accepts.
 - :func:`unmask_step_`: both, and the tokens written in place.
-- :func:`generate`: the loop around a model, block by block.
+- :func:`generate`: the loop around a model, block by block; :data:`presets` holds the published
+  samplers with their defaults, :class:`Decoding` serves loops of one's own.
+- :class:`Template`: prompts with named spans to fill in, and :func:`score_span`, how likely one is.
+- :func:`speculative_verify`: drafted tokens become an exact sample of a target model.
+- :func:`soft_embedding`: masked positions as mixtures of embeddings, for latent refinement.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
-import torch
-from torch import Tensor
-
-from torch_winnow._unmasking.logit_stats import LogitStats, id_tensor, logit_stats, seed_tensor
-from torch_winnow._unmasking.results import AnswerEntropy, GenerateResult, StepResult
+from torch_winnow._unmasking import presets
+from torch_winnow._unmasking.decoding import Decoding, DecodingStatus
+from torch_winnow._unmasking.generate import generate
+from torch_winnow._unmasking.history_rules import (
+    DraftVerify,
+    FirstHitting,
+    KLStability,
+    Remasking,
+)
+from torch_winnow._unmasking.linear import linear_logit_stats
+from torch_winnow._unmasking.logit_stats import LogitStats, logit_stats
+from torch_winnow._unmasking.merge import merge_logit_stats
+from torch_winnow._unmasking.results import (
+    AnswerEntropy,
+    GenerateResult,
+    StepContext,
+    StepResult,
+)
 from torch_winnow._unmasking.rules import (
     ConfidenceFactor,
     ConfidenceThreshold,
     EntropyBound,
     EntropyThreshold,
     PrefixThreshold,
-    Rule,
     TopK,
-    check_rule,
-    select,
     select_positions,
 )
+from torch_winnow._unmasking.shadow import ShadowBlock
+from torch_winnow._unmasking.soft_embedding import soft_embedding
+from torch_winnow._unmasking.step import unmask_step_
+from torch_winnow._unmasking.template import SpanScore, Template, score_span
+from torch_winnow._unmasking.verification import Verification, speculative_verify
 
 __all__ = [
     "AnswerEntropy",
     "ConfidenceFactor",
     "ConfidenceThreshold",
+    "Decoding",
+    "DecodingStatus",
+    "DraftVerify",
     "EntropyBound",
     "EntropyThreshold",
+    "FirstHitting",
     "GenerateResult",
+    "KLStability",
     "LogitStats",
     "PrefixThreshold",
+    "Remasking",
+    "ShadowBlock",
+    "SpanScore",
+    "StepContext",
     "StepResult",
+    "Template",
     "TopK",
+    "Verification",
     "generate",
+    "linear_logit_stats",
     "logit_stats",
+    "merge_logit_stats",
+    "presets",
+    "score_span",
     "select_positions",
+    "soft_embedding",
+    "speculative_verify",
     "unmask_step_",
 ]
-
-# Odd, so that the steps of one seed never share a key (the golden ratio, as in splitmix64).
-_STEP_KEY = 0x9E3779B97F4A7C15 - 2**64
-
-
-def _in_window(window: Tensor, length: int) -> Tensor:
-    position = torch.arange(length, device=window.device)
-    return (position >= window[:, :1]) & (position < window[:, 1:])
-
-
-def _score(stats: LogitStats, rule: Rule) -> Tensor:
-    match rule.score:
-        case "entropy":
-            return stats.entropy
-        case "margin":
-            return stats.margin
-        case "confidence":
-            # max_prob is exact where the two agree: e.g. one half, which a threshold may name.
-            return torch.where(stats.token == stats.argmax, stats.max_prob, stats.log_prob.exp())
-        case _:
-            return stats.entropy  # the order is random; only a NaN matters
-
-
-def _check_tokens(tokens: Tensor) -> None:
-    if tokens.dim() != 2 or tokens.dtype not in (torch.int64, torch.int32):
-        raise ValueError(
-            f"tokens: expected (B, L) int64 or int32, got {tuple(tokens.shape)} {tokens.dtype}"
-        )
-
-
-def _check_logits(logits: Tensor, tokens: Tensor) -> None:
-    if logits.dim() != 3 or logits.shape[:2] != tokens.shape:
-        raise ValueError(
-            f"logits: expected (B, L, V) with (B, L) = {tuple(tokens.shape)} as in tokens, "
-            f"got {tuple(logits.shape)}"
-        )
-
-
-def _narrowed(masked: Tensor, mask: Tensor | None, window: Tensor | None) -> Tensor:
-    """The masked positions that the caller's ``mask`` and ``window`` leave to choose from."""
-    if mask is not None:
-        if mask.shape != masked.shape or mask.dtype != torch.bool:
-            raise ValueError(
-                f"mask: expected {tuple(masked.shape)} bool as in tokens, got "
-                f"{tuple(mask.shape)} {mask.dtype}"
-            )
-        masked = masked & mask
-    if window is not None:
-        if not isinstance(window, Tensor) or window.dtype != torch.int64:
-            raise ValueError(f"window: expected an int64 tensor (B, 2), got {window!r}")
-        if window.shape != (masked.shape[0], 2):
-            raise ValueError(
-                f"window: expected (B, 2) with B={masked.shape[0]}, got {tuple(window.shape)}"
-            )
-        masked = masked & _in_window(window, masked.shape[1])
-    return masked
-
-
-def _without(mask_id: int, suppress_ids: Any, logits: Tensor) -> Tensor | None:
-    ids = id_tensor(suppress_ids, logits)
-    if not 0 <= mask_id < logits.shape[-1]:
-        return ids
-    own = torch.full((1,), mask_id, dtype=torch.int64, device=logits.device)
-    return own if ids is None else torch.cat([ids, own])
-
-
-@torch.no_grad()
-def unmask_step_(
-    tokens: Tensor,
-    logits: Tensor,
-    *,
-    mask_id: int,
-    rule: Rule,
-    window: Tensor | None = None,
-    step: int = 0,
-    **logit_stats_options: Any,
-) -> StepResult:
-    """One step of decoding: chooses masked positions by a rule and writes their tokens in place.
-
-    Args:
-        tokens: ``(B, L)`` int64 or int32, changed in place where it equals ``mask_id``.
-        logits: ``(B, L, V)``; only those of masked positions in the window are read.
-        mask_id: the mask's token id. It is suppressed, so it is never written; it may lie outside
-            the vocabulary.
-        rule: one of the rule classes of this module.
-        window: ``(B, 2)`` int64, [start, end) of the positions to choose from.
-        step: which step of a :class:`TopK` schedule this is.
-        logit_stats_options: as in :func:`logit_stats`. ``mask`` narrows the choice further.
-
-    Returns:
-        :class:`StepResult`. Every row with a mask in its window gets at least one token, unless all
-        its logits there are NaN: such positions are left alone.
-
-    Raises:
-        ValueError: for a wrong shape, dtype or option.
-
-    Example:
-        >>> import torch
-        >>> from torch_winnow.unmasking import EntropyThreshold, unmask_step_
-        >>> tokens = torch.tensor([[5, 9, 9]])
-        >>> logits = torch.zeros(1, 3, 10)
-        >>> logits[0, 1, 7] = 20.0
-        >>> unmask_step_(tokens, logits, mask_id=9, rule=EntropyThreshold(0.2)).count, tokens
-        (tensor([1]), tensor([[5, 7, 9]]))
-    """
-    _check_tokens(tokens)
-    _check_logits(logits, tokens)
-    check_rule(rule)
-    masked = _narrowed(tokens == mask_id, logit_stats_options.pop("mask", None), window)
-    seed = seed_tensor(
-        logit_stats_options.pop("seed", None), logit_stats_options.pop("generator", None)
-    )
-    suppressed = _without(mask_id, logit_stats_options.pop("suppress_ids", None), logits)
-    stats = logit_stats(
-        logits, mask=masked, suppress_ids=suppressed, seed=seed, **logit_stats_options
-    )
-    transfer, _ = select(
-        _score(stats, rule), masked, rule, step=step, seed=_order_seed(rule, seed, tokens)
-    )
-    return _write(tokens, transfer, stats)
-
-
-def _order_seed(rule: Rule, seed: Tensor | None, tokens: Tensor) -> Tensor | None:
-    """The key of a random order, which is needed even where tokens are the argmax."""
-    if rule.score != "random" or seed is not None:
-        return seed
-    return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=tokens.device)
-
-
-def _write(tokens: Tensor, transfer: Tensor, stats: LogitStats) -> StepResult:
-    transfer = transfer & (stats.token >= 0)
-    tokens.copy_(torch.where(transfer, stats.token, tokens))
-    return StepResult(transfer, transfer.sum(1), stats)
-
-
-@torch.no_grad()
-def generate(
-    model: Callable[[Tensor], Any],
-    tokens: Tensor,
-    *,
-    mask_id: int,
-    rule: Rule,
-    block_length: int | None = None,
-    steps: int | None = None,
-    stop: AnswerEntropy | None = None,
-    seed: int | Tensor | None = None,
-    generator: torch.Generator | None = None,
-    **logit_stats_options: Any,
-) -> GenerateResult:
-    """Fills the masks of ``tokens`` by calling a masked diffusion model until none is left.
-
-    Each row is decoded in blocks of ``block_length`` positions from its first mask on; it moves to
-    its next block when the current one is complete, whatever the other rows do. Every step writes
-    at least one token in every unfinished row. No gradients are recorded.
-
-    Args:
-        model: maps tokens ``(B, L)`` to logits ``(B, L, V)``, or to an object whose ``logits`` they
-            are.
-        tokens: ``(B, L)`` int64 or int32 with ``mask_id`` where a token is wanted; left unchanged.
-        mask_id: the mask's token id; never written.
-        rule: one of the rule classes of this module.
-        block_length: positions per block; None for one block.
-        steps: at most this many calls per block: a step writes at least ceil(masks left in the
-            block / steps left) tokens of a row, best first. With ``TopK(1)`` this is LLaDA's
-            schedule.
-        stop: ends rows early, see :class:`AnswerEntropy`.
-        seed, generator: key of the draws, as in :func:`logit_stats`; noise is fresh at every step.
-        logit_stats_options: further options of :func:`logit_stats`.
-
-    Returns:
-        :class:`GenerateResult`.
-
-    Raises:
-        ValueError: for a wrong shape, dtype or option.
-        RuntimeError: where all logits of a row's masked positions are NaN.
-
-    Example:
-        >>> import torch
-        >>> from torch_winnow.unmasking import EntropyThreshold, generate
-        >>> table = 20.0 * torch.eye(5)[:4]
-        >>> def model(tokens):  # the token at position i is i
-        ...     return table.expand(tokens.shape[0], 4, 5)
-        >>> result = generate(
-        ...     model, torch.full((1, 4), 4), mask_id=4, rule=EntropyThreshold(0.2), block_length=2
-        ... )
-        >>> result.tokens, result.calls
-        (tensor([[0, 1, 2, 3]]), 2)
-    """
-    _check_tokens(tokens)
-    check_rule(rule)
-    for name, value in (("block_length", block_length), ("steps", steps)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name}: expected None or at least 1, got {value}")
-    for name in ("mask", "target_ids", "previous_logits", "unconditional_logits"):
-        if name in logit_stats_options:
-            raise ValueError(f"{name}: belongs to one step, so generate does not take it")
-    if logit_stats_options.get("cfg_scale"):
-        raise ValueError(
-            "cfg_scale: generate has no unconditional logits to guide with; return guided logits "
-            "from the model"
-        )
-    tokens = tokens.clone()
-    batch, length = tokens.shape
-    device = tokens.device
-    step_seed = seed_tensor(seed, generator)
-    suppress_ids = logit_stats_options.pop("suppress_ids", None)
-    schedule = _schedule(rule, device)
-    answer = _answer_positions(stop, tokens)
-    step_map = torch.full((batch, length), -1, dtype=torch.int64, device=device)
-    entropies = torch.zeros(batch, length, device=device)
-    block = block_length or max(length, 1)
-    masked = tokens == mask_id
-    first = _first(masked)
-    stopped = torch.zeros(batch, dtype=torch.bool, device=device)
-    block_index = torch.full_like(first, -1)
-    block_step = torch.zeros_like(first)
-    calls = 0
-    while bool(masked.any()):
-        logits = model(tokens.clone())  # a copy: what the model does to its input stays there
-        logits = getattr(logits, "logits", logits)
-        if not isinstance(logits, Tensor):
-            raise ValueError(
-                f"model: expected logits (B, L, V) or an object with them, got {logits!r}"
-            )
-        _check_logits(logits, tokens)
-        current = (_first(masked) - first) // block
-        block_step = torch.where(current == block_index, block_step + 1, 0)
-        block_index = current
-        start = first + current * block
-        in_block = masked & _in_window(torch.stack([start, start + block], 1), length)
-        stats = logit_stats(
-            logits,
-            mask=in_block if answer is None else in_block | (masked & answer),
-            suppress_ids=_without(mask_id, suppress_ids, logits),
-            seed=step_seed,
-            **logit_stats_options,
-        )
-        least = schedule[block_step.clamp(max=len(schedule) - 1)]
-        if steps is not None:
-            left = (steps - block_step).clamp(min=1)
-            least = torch.maximum(least, (in_block.sum(1) + left - 1) // left)
-        transfer, _ = select(
-            _score(stats, rule),
-            in_block,
-            rule,
-            at_least=least,
-            seed=_order_seed(rule, step_seed, tokens),
-        )
-        if stop is not None and answer is not None:
-            pending = masked & answer
-            total = torch.where(pending, stats.entropy, 0.0).sum(1)
-            ends = answer.any(1) & ~stopped & (total < stop.gamma)
-            transfer = torch.where(ends[:, None], pending, transfer)
-            stopped = stopped | ends
-        written = _write(tokens, transfer, stats)
-        step_map.masked_fill_(written.transfer, calls)
-        entropies = torch.where(written.transfer, stats.entropy.float(), entropies)
-        stuck = in_block.any(1) & ~stopped & (written.count == 0)
-        if bool(stuck.any()):
-            raise RuntimeError(
-                f"model: at step {calls} every masked position of row {int(_first(stuck[None]))} "
-                "has NaN logits or none that is finite"
-            )
-        masked = (tokens == mask_id) & ~stopped[:, None]
-        step_seed = None if step_seed is None else step_seed + _STEP_KEY  # wraps around
-        calls += 1
-    return GenerateResult(tokens, step_map, calls, entropies)
-
-
-def _first(flags: Tensor) -> Tensor:
-    """Index of the first true flag of each row, 0 without one."""
-    if flags.shape[1] == 0:
-        return torch.zeros(flags.shape[0], dtype=torch.int64, device=flags.device)
-    return flags.to(torch.uint8).argmax(1)
-
-
-def _schedule(rule: Rule, device: torch.device) -> Tensor:
-    """The fewest tokens of each step of a block."""
-    steps = rule.schedule() if isinstance(rule, TopK) else (1,)
-    return torch.tensor(steps, dtype=torch.int64, device=device)
-
-
-def _answer_positions(stop: AnswerEntropy | None, tokens: Tensor) -> Tensor | None:
-    if stop is None:
-        return None
-    if not isinstance(stop, AnswerEntropy):
-        raise ValueError(f"stop: expected None or AnswerEntropy, got {stop!r}")
-    positions = stop.positions
-    if positions.dtype != torch.bool or tuple(positions.shape) not in (
-        tuple(tokens.shape),
-        tuple(tokens.shape[1:]),
-    ):
-        raise ValueError(
-            f"stop.positions: expected {tuple(tokens.shape)} or {tuple(tokens.shape[1:])} bool, "
-            f"got {tuple(positions.shape)} {positions.dtype}"
-        )
-    return positions.expand(tokens.shape)

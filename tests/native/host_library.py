@@ -65,6 +65,13 @@ def set_order(order: str) -> None:
     load().winnow_on_host_set_order(ORDERS.index(order))
 
 
+def launches() -> int:
+    """How many kernels have been launched."""
+    count = load().winnow_on_host_launches
+    count.restype = ctypes.c_int64
+    return int(count())
+
+
 def operators() -> list[str]:
     """The operators that have a CUDA kernel."""
     load()

@@ -8,7 +8,7 @@ import torch
 import torch_winnow
 from torch_winnow import kvcache
 from torch_winnow.resampling import effective_sample_size, resample
-from torch_winnow.unmasking import EntropyThreshold, logit_stats, unmask_step_
+from torch_winnow.unmasking import EntropyThreshold, logit_stats, speculative_verify, unmask_step_
 
 pytestmark = pytest.mark.skipif(
     not (torch.cuda.is_available() and torch_winnow.build_info().cuda_library),
@@ -96,3 +96,17 @@ def test_an_unmasking_step_replays():
         tokens.fill_(99)
         assert torch.equal(step(tokens, logits), count)
         assert torch.equal(tokens, written)
+
+
+def test_a_verification_replays_with_new_seeds():
+    target, draft = torch.randn(8, 3, 9000, device="cuda"), torch.randn(8, 2, 9000, device="cuda")
+    drafts = torch.randint(0, 9000, (8, 2), device="cuda")
+    seed = torch.tensor(0, device="cuda")
+    verify = lambda p, q, s: speculative_verify(drafts, q, p, seed=s)  # noqa: E731
+    graph, result = captured(verify, target, draft, seed)
+    for value in (1, 2):
+        seed.fill_(value)
+        target.normal_()
+        graph.replay()
+        expected = speculative_verify(drafts, draft, target, seed=value)
+        assert torch.equal(result.tokens, expected.tokens)

@@ -1,4 +1,4 @@
-"""Pools of pages and the caches that share them; public in :mod:`torch_winnow.kvcache`."""
+"""The caches that live in a pool of pages; public in :mod:`torch_winnow.kvcache`."""
 
 from __future__ import annotations
 
@@ -11,119 +11,13 @@ from torch import Tensor
 from torch_winnow import _core
 from torch_winnow._fake import check_same_device
 from torch_winnow._kvcache.arguments import integer, integers, refuse_gradients
+from torch_winnow._kvcache.pool import BlockPool
 
 # Bound once: a look-up through torch.ops costs as much as a small op.
 _paged_write_ = torch.ops.winnow.paged_write_
 _copy_blocks_ = torch.ops.winnow.copy_blocks_
 
-_FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _COPIES, _RESHAPED = 1, 2  # what CacheTable.append reports
-
-
-def _size(argument: str, value: int) -> int:
-    value = integer(argument, value)
-    if value < 1:
-        raise ValueError(f"{argument}: expected at least 1, got {value}")
-    return value
-
-
-class BlockPool:
-    """Memory for keys and values in blocks of ``block_size`` tokens, for any number of caches.
-
-    A block has as many owners as rows of block tables name it, and returns to the pool with the
-    last. Calls come from one thread at a time (the interpreter lock is enough).
-
-    Args:
-        num_blocks: blocks in the pool. A block holds ``block_size`` tokens for every layer.
-        num_layers: layers of the model; one block table serves them all.
-        num_kv_heads: key/value heads.
-        head_dim: of keys.
-        block_size: tokens in a block.
-        dtype: float32, bfloat16, float16 or float64.
-        device: where the pages lie; this release has the CPU only.
-        value_head_dim: of values; ``head_dim`` by default.
-
-    Attributes:
-        key_pages: ``(num_layers, num_blocks, num_kv_heads, block_size, head_dim)``.
-        value_pages: likewise with ``value_head_dim``.
-
-    Raises:
-        ValueError: on a size below 1 (``num_blocks`` may be 0) or that is no integer, on another
-            dtype or device.
-
-    Example:
-        >>> import torch
-        >>> from torch_winnow.kvcache import BlockPool
-        >>> pool = BlockPool(4, num_layers=2, num_kv_heads=8, head_dim=64, dtype=torch.bfloat16)
-        >>> pool.key_pages.shape, pool.num_free_blocks
-        (torch.Size([2, 4, 8, 64, 64]), 4)
-    """
-
-    def __init__(
-        self,
-        num_blocks: int,
-        *,
-        num_layers: int,
-        num_kv_heads: int,
-        head_dim: int,
-        block_size: int = 64,
-        dtype: torch.dtype,
-        device: torch.device | str = "cpu",
-        value_head_dim: int | None = None,
-    ) -> None:
-        num_blocks = integer("num_blocks", num_blocks)
-        num_layers = _size("num_layers", num_layers)
-        num_kv_heads = _size("num_kv_heads", num_kv_heads)
-        head_dim = _size("head_dim", head_dim)
-        block_size = _size("block_size", block_size)
-        value_head_dim = (
-            head_dim if value_head_dim is None else _size("value_head_dim", value_head_dim)
-        )
-        if dtype not in _FLOATING:
-            raise ValueError(f"dtype: expected float32, bfloat16, float16 or float64, got {dtype}")
-        if torch.device(device).type != "cpu":
-            raise ValueError(
-                f"device: expected cpu, where this release's operators run, got {device}"
-            )
-        self._native = _core.BlockPool(num_blocks)
-        self.num_layers = num_layers
-        self.num_kv_heads = num_kv_heads
-        self.head_dim = head_dim
-        self.value_head_dim = value_head_dim
-        self.block_size = block_size
-        self.dtype = dtype
-        # Zeros, so that a padded read of an unused slot is harmless in anybody's kernel.
-        shape = (num_layers, num_blocks, num_kv_heads, block_size)
-        self.key_pages = torch.zeros(*shape, head_dim, dtype=dtype, device=device)
-        self.value_pages = torch.zeros(*shape, value_head_dim, dtype=dtype, device=device)
-        self._layers = list(zip(self.key_pages.unbind(), self.value_pages.unbind(), strict=True))
-
-    @property
-    def device(self) -> torch.device:
-        """Where the pages lie."""
-        return self.key_pages.device
-
-    @property
-    def num_blocks(self) -> int:
-        """Blocks in the pool, free or not."""
-        return self._native.num_blocks
-
-    @property
-    def num_free_blocks(self) -> int:
-        """Blocks that nobody owns."""
-        return self._native.num_free
-
-    def num_owners(self, block: int) -> int:
-        """How many rows of block tables name ``block``; 0 for a free one."""
-        return self._native.owners(integer("block", block))
-
-    def __repr__(self) -> str:
-        return (
-            f"BlockPool({self.num_blocks}, num_layers={self.num_layers}, "
-            f"num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, "
-            f"block_size={self.block_size}, dtype={self.dtype}, "
-            f"value_head_dim={self.value_head_dim}; {self.num_free_blocks} free)"
-        )
 
 
 class PagedKVCache:
@@ -328,6 +222,53 @@ class PagedKVCache:
         """
         self._native.free(integers("rows", rows))
         self._reshape()
+
+    def register_prefix(self, token_ids: Sequence[int] | Tensor, *, row: int = 0) -> int:
+        """Make the full blocks of a row findable by :meth:`match_prefix`, in any cache of the pool.
+
+        The blocks outlive the row. A pool that runs short gives up those that no row holds, the
+        least recently used first, before it is exhausted; a block that is written to is forgotten.
+
+        Args:
+            token_ids: what the row holds, from its first token on; those behind the last full
+                block are ignored.
+            row: of this cache; every layer must have stored the tokens.
+
+        Returns:
+            How many tokens can be found now.
+
+        Raises:
+            ValueError: on more tokens than a layer has stored, or on a row outside
+                ``[0, batch_size)``, and for a block that is registered with other tokens.
+
+        Example:
+            >>> import torch
+            >>> from torch_winnow.kvcache import BlockPool, PagedKVCache
+            >>> pool = BlockPool(8, num_layers=1, num_kv_heads=1, head_dim=2, block_size=4,
+            ...                  dtype=torch.float32)
+            >>> first, second = PagedKVCache(pool, 1), PagedKVCache(pool, 1)
+            >>> first.append(0, torch.ones(1, 1, 10, 2), torch.ones(1, 1, 10, 2))
+            >>> first.register_prefix(range(10))
+            8
+            >>> second.match_prefix([0, 1, 2, 3, 4, 5, 60, 70])
+            4
+        """
+        return self._native.register_prefix(integer("row", row), integers("token_ids", token_ids))
+
+    def match_prefix(self, token_ids: Sequence[int] | Tensor, *, row: int = 0) -> int:
+        """Give an empty row the longest run of registered blocks that ``token_ids`` begins with.
+
+        A model needs a token to go on from: pass ``token_ids[:-1]`` where all might be known.
+
+        Returns:
+            How many tokens the row holds now, in every layer: a multiple of the block size.
+
+        Raises:
+            ValueError: on a row that holds tokens, or outside ``[0, batch_size)``.
+        """
+        matched = self._native.match_prefix(integer("row", row), integers("token_ids", token_ids))
+        self._reshape()
+        return matched
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
         # What copy.copy, copy.deepcopy and pickle ask for.

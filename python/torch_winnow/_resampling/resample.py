@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from torch_winnow._fake import check_same_device
+from torch_winnow._resampling import autograd
 from torch_winnow._resampling.weights import detached_weights, require_tensor, statistics_dtype
 
 _resample = torch.ops.winnow.resample
@@ -147,8 +148,11 @@ def resample(
     is never chosen, and the result is bitwise the same for any number of threads and on any
     instruction set.
 
-    Resampling is a discrete decision: weights are taken as numbers, and no result carries a
-    gradient, ``log_z`` included.
+    Ancestors are a discrete decision and have no gradient. Where ``log_weights`` requires one,
+    ``log_z`` has its own (the normalised weights of the live), and the new weights have that of
+    their choice, log W[a] - stop(log W[a]) (Ścibior and Wood 2021): ``exp(log_z)`` times the new
+    weights then has the gradient of an unbiased estimate, at the price of its noise. Detach
+    ``log_weights`` of the result for the usual, biased gradient through ``log_z`` alone.
 
     Args:
         log_weights: ``(..., K)`` natural-log weights of any magnitude, not necessarily normalised;
@@ -196,7 +200,7 @@ def resample(
         >>> result.log_z.exp()
         tensor(0.2500)
     """
-    log_weights = detached_weights(log_weights)
+    weights, log_weights = log_weights, detached_weights(log_weights)
     if mask is not None:
         require_tensor("mask", mask, "a bool tensor (..., K)")
     if uniforms is not None:
@@ -211,7 +215,7 @@ def resample(
     elif uniforms is None:
         device = log_weights.device
         seed_tensor = torch.randint(2**63 - 1, (), generator=generator, device=device)
-    return Resampling(
+    result = Resampling(
         *_resample(
             log_weights,
             scheme,
@@ -225,6 +229,7 @@ def resample(
             seed_tensor,
         )
     )
+    return autograd.resampled(result, weights, mask) if autograd.wants_gradient(weights) else result
 
 
 @torch.library.register_fake("winnow::resample")

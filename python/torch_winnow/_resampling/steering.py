@@ -135,20 +135,21 @@ def fk_potential(
     return log_potential, PotentialState(_no_nan(statistic), _no_nan(log_product))
 
 
-def _step_key(seed: Tensor, step: int) -> Tensor:
+def _step_key(seed: int | Tensor, step: int) -> int | Tensor:
     """Number ``step`` of splitmix64 (Steele, Lea and Flood 2014) from ``seed``, as int64.
 
-    Multiplications wrap around; a shift of unsigned numbers is one with sign, masked.
+    A tensor's multiplications wrap around by themselves; a shift of unsigned numbers is one with
+    sign, masked.
     """
-    z = seed + _signed((step + 1) * 0x9E3779B97F4A7C15)
-    z = (z ^ (z >> 30 & 2**34 - 1)) * _signed(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> 27 & 2**37 - 1)) * _signed(0x94D049BB133111EB)
+    z = _signed(seed + _signed((step + 1) * 0x9E3779B97F4A7C15))
+    z = _signed((z ^ (z >> 30 & 2**34 - 1)) * _signed(0xBF58476D1CE4E5B9))
+    z = _signed((z ^ (z >> 27 & 2**37 - 1)) * _signed(0x94D049BB133111EB))
     return z ^ (z >> 31 & 2**33 - 1)
 
 
-def _signed(number: int) -> int:
+def _signed(number: int | Tensor) -> int | Tensor:
     """The int64 of the same 64 bits."""
-    return (number + 2**63) % 2**64 - 2**63
+    return number if isinstance(number, Tensor) else (number + 2**63) % 2**64 - 2**63
 
 
 class FKSteering:
@@ -220,11 +221,8 @@ class FKSteering:
         self._log_z: Tensor | None = None
         self._finished = False
 
-    def _step_seed(self) -> Tensor | None:
-        if self.seed is None:
-            return None
-        seed = self.seed if isinstance(self.seed, Tensor) else torch.tensor(self.seed)
-        return _step_key(seed, self._steps)
+    def _step_seed(self) -> int | Tensor | None:
+        return None if self.seed is None else _step_key(self.seed, self._steps)
 
     def step(self, reward: Tensor, *, terminal: bool = False) -> Resampling:
         """Weigh by the rewards, resample where needed, and tell who follows whom.

@@ -10,8 +10,34 @@ from torch import Tensor
 
 from torch_winnow import _library  # noqa: F401  (registers the operators)
 from torch_winnow._fake import check_same_device
+from torch_winnow._unmasking.arguments import integer
 
 _logit_stats = torch.ops.winnow.logit_stats
+
+# As in csrc/unmasking/logit_part.h.
+BLOCK, _HEADER = 1024, 4
+
+
+class VocabularyPart(NamedTuple):
+    """What :func:`merge_logit_stats` needs of one part of a vocabulary.
+
+    ``blocks`` is all that has to travel between processes that agree on the rest.
+
+    Attributes:
+        start, stop: the token ids of the part.
+        blocks: ``(..., words)``, a few bytes per 1024 tokens (all logits for float64 ones).
+        temperature, raw, seed: of the draws and statistics, the same in all parts.
+        has_target, has_previous: whether there were ``target_ids`` and ``previous_logits``.
+    """
+
+    start: int
+    stop: int
+    blocks: Tensor
+    temperature: float
+    raw: bool
+    seed: Tensor | None
+    has_target: bool
+    has_previous: bool
 
 
 class LogitStats(NamedTuple):
@@ -31,6 +57,7 @@ class LogitStats(NamedTuple):
         logsumexp: of the logits that the distribution comes from.
         target_log_prob: log-probability of ``target_ids``, or None without them.
         kl: divergence from ``previous_logits``, or None without them.
+        parts: with ``vocab_start``, what :func:`merge_logit_stats` merges; else None.
     """
 
     token: Tensor
@@ -42,6 +69,12 @@ class LogitStats(NamedTuple):
     logsumexp: Tensor
     target_log_prob: Tensor | None
     kl: Tensor | None
+    parts: tuple[VocabularyPart, ...] | None = None
+
+
+def check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name}: expected a tensor, got {value!r}")
 
 
 def seed_tensor(seed: int | Tensor | None, generator: torch.Generator | None) -> Tensor | None:
@@ -52,11 +85,12 @@ def seed_tensor(seed: int | Tensor | None, generator: torch.Generator | None) ->
         return torch.randint(
             -(2**63), 2**63 - 1, (), dtype=torch.int64, generator=generator, device=generator.device
         )
-    if isinstance(seed, int):
-        if not -(2**63) <= seed < 2**63:
-            raise ValueError(f"seed: expected a 64-bit signed integer, got {seed}")
-        return torch.tensor(seed, dtype=torch.int64)
-    return seed
+    if seed is None or isinstance(seed, Tensor):
+        return seed
+    value = integer("seed", seed)
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"seed: expected a 64-bit signed integer, got {value}")
+    return torch.tensor(value, dtype=torch.int64)
 
 
 def id_tensor(ids: Tensor | Sequence[int] | None, like: Tensor) -> Tensor | None:
@@ -64,9 +98,11 @@ def id_tensor(ids: Tensor | Sequence[int] | None, like: Tensor) -> Tensor | None
         raise ValueError(f"suppress_ids: expected (n,) int64, got {tuple(ids.shape)} {ids.dtype}")
     if ids is None or isinstance(ids, Tensor):
         return ids
-    if not isinstance(ids, Sequence) or not all(isinstance(i, int) for i in ids):
-        raise ValueError(f"suppress_ids: expected integer token ids, got {ids!r}")
-    return torch.tensor(list(ids), dtype=torch.int64, device=like.device)
+    try:
+        values = [integer("suppress_ids", i) for i in ids]
+    except (TypeError, ValueError):
+        raise ValueError(f"suppress_ids: expected integer token ids, got {ids!r}") from None
+    return torch.tensor(values, dtype=torch.int64, device=like.device)
 
 
 def is_raw(statistics: str) -> bool:
@@ -90,6 +126,8 @@ def logit_stats(
     statistics: str = "processed",
     seed: int | Tensor | None = None,
     generator: torch.Generator | None = None,
+    vocab_start: int | None = None,
+    shift: bool = False,
 ) -> LogitStats:
     """Token, confidence, entropy and more of each row of logits, from one read of them.
 
@@ -99,10 +137,13 @@ def logit_stats(
     top-k and top-p. Computed in float32 without a float32 copy of the logits; bitwise the same on
     every instruction set and for any number of threads.
 
-    A draw is exact in the tail: 64-bit uniforms choose a slice of the vocabulary by its mass and a
+    A draw is exact in the tail: 64-bit uniforms choose a block of the vocabulary by its mass and a
     token in it. (With 24-bit Gumbel noise a token 17 nats below the top comes at 0.44 of its rate:
     Zheng et al., arXiv 2409.02908.) It depends on the seed, the row's index over the leading
     dimensions, and the row. Not differentiable: what comes out never requires a gradient.
+
+    Where processes hold parts of the vocabulary, ``vocab_start`` makes each part's statistics ones
+    that :func:`merge_logit_stats` can merge.
 
     Args:
         logits: ``(..., V)`` float32, bfloat16, float16 or float64; strided rows are fine.
@@ -122,6 +163,14 @@ def logit_stats(
         seed: key of the draws, an int or a 0-dim int64 tensor; without it and ``generator`` the
             token is the argmax.
         generator: to take such a seed from; ``torch.compile`` cannot trace one, pass a seed there.
+        vocab_start: says that the logits are those of the tokens from this id on. Statistics are
+            then those of the part by itself; ``token``, ``argmax``, ``suppress_ids`` and
+            ``target_ids`` are ids of the whole vocabulary, and those outside of the part are
+            ignored (``target_log_prob`` is -inf). Not with ``top_k`` or ``top_p``: what they keep
+            of a part depends on the other parts.
+        shift: for models whose logits at a position predict the next one, as Dream's do: what is
+            returned for position i of ``(..., L)`` is that of the logits at i - 1, and at 0 for the
+            first, without a copy of them. ``mask``, ``target_ids`` and the draws are those of i.
 
     Returns:
         :class:`LogitStats`, each ``(...)``. A row whose largest logit is +inf has that token,
@@ -137,6 +186,80 @@ def logit_stats(
         >>> stats.token, stats.entropy
         (tensor([1, 0]), tensor([0.5243, 1.0986]))
     """
+    if vocab_start is not None and not torch.compiler.is_compiling():
+        vocab_start = integer("vocab_start", vocab_start)
+    if mask is not None:
+        check_tensor("mask", mask)
+    operands = logit_operands(
+        logits,
+        temperature=temperature,
+        suppress_ids=suppress_ids,
+        target_ids=target_ids,
+        previous_logits=previous_logits,
+        unconditional_logits=unconditional_logits,
+        cfg_scale=cfg_scale,
+        top_k=top_k,
+        top_p=top_p,
+        statistics=statistics,
+        seed=seed,
+        generator=generator,
+    )
+    *statistic, blocks = _logit_stats(logits.detach(), mask, *operands, vocab_start, shift)
+    has_target, has_previous = target_ids is not None, previous_logits is not None
+    stats = as_stats(statistic, has_target, has_previous)
+    if vocab_start is None:
+        return stats
+    part = VocabularyPart(
+        vocab_start,
+        vocab_start + logits.shape[-1],
+        blocks,
+        temperature,
+        is_raw(statistics),
+        operands.seed,
+        has_target,
+        has_previous,
+    )
+    return stats._replace(parts=(part,))
+
+
+class LogitOperands(NamedTuple):
+    """Options of :func:`logit_stats` as the operators take them, in their order."""
+
+    temperature: float
+    suppress_ids: Tensor | None
+    target_ids: Tensor | None
+    previous_logits: Tensor | None
+    unconditional_logits: Tensor | None
+    cfg_scale: float
+    top_k: int | None
+    top_p: float | None
+    seed: Tensor | None
+    raw: bool
+
+
+def logit_operands(
+    logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    suppress_ids: Tensor | Sequence[int] | None = None,
+    target_ids: Tensor | None = None,
+    previous_logits: Tensor | None = None,
+    unconditional_logits: Tensor | None = None,
+    cfg_scale: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    statistics: str = "processed",
+    seed: int | Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> LogitOperands:
+    check_tensor("logits", logits)
+    for name, value in (
+        ("target_ids", target_ids),
+        ("previous_logits", previous_logits),
+        ("unconditional_logits", unconditional_logits),
+    ):
+        if value is not None:
+            check_tensor(name, value)
     if unconditional_logits is None and cfg_scale != 0.0:
         raise ValueError(
             f"cfg_scale: expected 0 without unconditional_logits to guide with, got {cfg_scale}"
@@ -146,23 +269,24 @@ def logit_stats(
             f"unconditional_logits: expected {tuple(logits.shape)} as in logits, got "
             f"{tuple(unconditional_logits.shape)}"
         )
-    guided = cfg_scale != 0.0
-    token, log_prob, argmax, max_prob, margin, entropy, logsumexp, target_log_prob, kl = (
-        _logit_stats(
-            logits.detach(),
-            mask,
-            temperature,
-            id_tensor(suppress_ids, logits),
-            target_ids,
-            None if previous_logits is None else previous_logits.detach(),
-            unconditional_logits.detach() if guided and unconditional_logits is not None else None,
-            cfg_scale,
-            top_k,
-            top_p,
-            seed_tensor(seed, generator),
-            is_raw(statistics),
-        )
+    guided = cfg_scale != 0.0 and unconditional_logits is not None
+    return LogitOperands(
+        temperature,
+        id_tensor(suppress_ids, logits),
+        target_ids,
+        None if previous_logits is None else previous_logits.detach(),
+        unconditional_logits.detach() if guided and unconditional_logits is not None else None,
+        cfg_scale,
+        None if top_k is None else integer("top_k", top_k),
+        top_p,
+        seed_tensor(seed, generator),
+        is_raw(statistics),
     )
+
+
+def as_stats(statistic: Sequence[Tensor], has_target: bool, has_previous: bool) -> LogitStats:
+    """What the operators return, None for what was not asked for."""
+    token, log_prob, argmax, max_prob, margin, entropy, logsumexp, target, kl = statistic
     return LogitStats(
         token,
         log_prob,
@@ -171,8 +295,8 @@ def logit_stats(
         margin,
         entropy,
         logsumexp,
-        target_log_prob if target_ids is not None else None,
-        kl if previous_logits is not None else None,
+        target if has_target else None,
+        kl if has_previous else None,
     )
 
 
@@ -190,18 +314,38 @@ def _(
     top_p: float | None,
     seed: Tensor | None,
     raw: bool,
+    vocab_start: int | None = None,
+    shift: bool = False,
+    row_keys: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     check_same_device(logits=logits, mask=mask, suppress_ids=suppress_ids, target_ids=target_ids)
     check_same_device(logits=logits, previous_logits=previous_logits, seed=seed)
     check_same_device(logits=logits, unconditional_logits=unconditional_logits)
-    rows = logits.shape[:-1]
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    statistics = empty_statistics(
+        logits, logits.shape[:-1], target_ids is not None, previous_logits is not None
+    )
+    shape: tuple[int, ...] = (0,)
+    if vocab_start is not None:
+        words = part_words(
+            vocab_start,
+            logits.shape[-1],
+            previous_logits is not None,
+            logits.dtype == torch.float64,
+        )
+        shape = (*logits.shape[:-1], words)
+    return *statistics, statistics[1].new_empty(shape)
+
+
+def empty_statistics(
+    like: Tensor, rows: tuple[int, ...], has_target: bool, has_previous: bool
+) -> tuple[Tensor, ...]:
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
 
     def statistic(present: bool = True) -> Tensor:
-        return logits.new_empty(rows if present else (0,), dtype=dtype)
+        return like.new_empty(rows if present else (0,), dtype=dtype)
 
     def ids() -> Tensor:
-        return logits.new_empty(rows, dtype=torch.int64)
+        return like.new_empty(rows, dtype=torch.int64)
 
     return (
         ids(),
@@ -211,6 +355,14 @@ def _(
         statistic(),
         statistic(),
         statistic(),
-        statistic(target_ids is not None),
-        statistic(previous_logits is not None),
+        statistic(has_target),
+        statistic(has_previous),
     )
+
+
+def part_words(start: int, vocab: int, previous: bool, double: bool) -> int:
+    """The length of a row of ``VocabularyPart.blocks``, as in csrc/unmasking/logit_part.h."""
+    head = vocab if double else min(-start % BLOCK, vocab)
+    whole = (vocab - head) // BLOCK
+    edges = vocab - whole * BLOCK
+    return _HEADER + edges + whole * 6 + (edges + whole * 3 if previous else 0)

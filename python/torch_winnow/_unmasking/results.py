@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from torch_winnow._unmasking.arguments import number
 from torch_winnow._unmasking.logit_stats import LogitStats
 
 
@@ -31,7 +32,8 @@ class GenerateResult(NamedTuple):
         tokens: ``(B, L)`` int64. Masks remain only where ``stop`` ended a row early.
         step_map: ``(B, L)`` int64, the step at which each token was written; -1 where it was given
             or is still masked.
-        calls: how often the model was called.
+        calls: how often the model was called: once per step, or less often under
+            :class:`Remasking`, whose steps may change nothing.
         entropies: ``(B, L)`` float32, the entropy of each token's distribution when it was written,
             in nats; 0 elsewhere. Sum it over a span to score the span.
     """
@@ -40,6 +42,28 @@ class GenerateResult(NamedTuple):
     step_map: Tensor
     calls: int
     entropies: Tensor
+
+
+class StepContext(NamedTuple):
+    """What a model may want to know of the step it is called for.
+
+    Attributes:
+        window: ``(B, 2)`` int64, [start, end) of the block that each row is in.
+        changed: ``(B, L)`` bool, the positions whose token is another than at the call before; all
+            at the first call. A row without one gets the logits it got.
+        active: ``(B,)`` bool, rows that are still being decoded; the logits of others are not read.
+        time: ``(B,)`` float64 in [0, 1], how much of the block is noise by the clock of
+            :class:`Remasking` or :class:`FirstHitting`; None under rules without one.
+        mask_id: the mask's token id.
+        block_length: of the block, as asked for; a window may be cut short by the end.
+    """
+
+    window: Tensor
+    changed: Tensor
+    active: Tensor
+    time: Tensor | None
+    mask_id: int
+    block_length: int
 
 
 @dataclass(frozen=True)
@@ -58,3 +82,8 @@ class AnswerEntropy:
 
     positions: Tensor
     gamma: float
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.positions, Tensor):
+            raise ValueError(f"positions: expected a bool tensor, got {self.positions!r}")
+        object.__setattr__(self, "gamma", number("gamma", self.gamma, 0.0))

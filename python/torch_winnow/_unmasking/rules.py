@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from torch_winnow import _library  # noqa: F401  (registers the operators)
 from torch_winnow._fake import check_same_device
+from torch_winnow._unmasking.arguments import choice, count_or_none, integer, number
 
 _select_positions = torch.ops.winnow.select_positions
 
@@ -26,15 +26,10 @@ _ORDER_OF_SCORE = {
 }
 
 
-def _check_number(name: str, value: float, lowest: float = -math.inf) -> None:
-    if not isinstance(value, int | float) or math.isnan(value) or value < lowest:
-        wanted = "a number" if lowest == -math.inf else f"a number >= {lowest:g}"
-        raise ValueError(f"{name}: expected {wanted}, got {value!r}")
-
-
-def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+def adopt(rule: object, **values: object) -> None:
+    """Sets the checked values of a frozen rule."""
+    for name, value in values.items():
+        object.__setattr__(rule, name, value)
 
 
 @dataclass(frozen=True)
@@ -57,10 +52,12 @@ class EntropyThreshold:
     score: ClassVar[str] = "entropy"
 
     def __post_init__(self) -> None:
-        _check_number("threshold", self.threshold)
-        _check_choice("order", self.order, ("any", "left_to_right"))
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise ValueError(f"max_tokens: expected None or at least 1, got {self.max_tokens}")
+        choice("order", self.order, ("any", "left_to_right"))
+        adopt(
+            self,
+            threshold=number("threshold", self.threshold),
+            max_tokens=count_or_none("max_tokens", self.max_tokens),
+        )
 
 
 @dataclass(frozen=True)
@@ -79,7 +76,7 @@ class EntropyBound:
     score: ClassVar[str] = "entropy"
 
     def __post_init__(self) -> None:
-        _check_number("gamma", self.gamma, 0.0)
+        adopt(self, gamma=number("gamma", self.gamma, 0.0))
 
 
 @dataclass(frozen=True)
@@ -96,7 +93,7 @@ class ConfidenceThreshold:
     score: ClassVar[str] = "confidence"
 
     def __post_init__(self) -> None:
-        _check_number("threshold", self.threshold)
+        adopt(self, threshold=number("threshold", self.threshold))
 
 
 @dataclass(frozen=True)
@@ -113,7 +110,7 @@ class ConfidenceFactor:
     score: ClassVar[str] = "confidence"
 
     def __post_init__(self) -> None:
-        _check_number("factor", self.factor)
+        adopt(self, factor=number("factor", self.factor))
 
 
 @dataclass(frozen=True)
@@ -130,14 +127,18 @@ class TopK:
     score: str = "confidence"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.num_tokens, int):
-            counts = self.num_tokens
-            if not isinstance(counts, Sequence) or not all(isinstance(n, int) for n in counts):
-                raise ValueError(f"num_tokens: expected an int or one int per step, got {counts!r}")
-            object.__setattr__(self, "num_tokens", tuple(counts))
-            if not self.num_tokens:
-                raise ValueError("num_tokens: expected at least one step, got an empty schedule")
-        _check_choice("score", self.score, tuple(_ORDER_OF_SCORE))
+        counts = self.num_tokens
+        try:
+            if isinstance(counts, Sequence):
+                adopt(self, num_tokens=tuple(integer("num_tokens", n) for n in counts))
+            else:
+                adopt(self, num_tokens=integer("num_tokens", counts))
+        except ValueError:
+            message = f"num_tokens: expected an int or one int per step, got {counts!r}"
+            raise ValueError(message) from None
+        if self.num_tokens == ():
+            raise ValueError("num_tokens: expected at least one step, got an empty schedule")
+        choice("score", self.score, tuple(_ORDER_OF_SCORE))
 
     def schedule(self) -> tuple[int, ...]:
         """The number of tokens of each step, the last one for all that follow."""
@@ -160,8 +161,8 @@ class PrefixThreshold:
     score: str = "confidence"
 
     def __post_init__(self) -> None:
-        _check_number("threshold", self.threshold)
-        _check_choice("score", self.score, ("confidence", "margin", "entropy"))
+        adopt(self, threshold=number("threshold", self.threshold))
+        choice("score", self.score, ("confidence", "margin", "entropy"))
 
 
 Rule = (
@@ -218,7 +219,7 @@ def select(
 
     With a floor, that alone is how many a :class:`TopK` takes: rows may be at different steps.
     """
-    order, criterion, threshold, limit = _plan(rule, step)
+    order, criterion, threshold, limit = _plan(rule, integer("step", step, 0))
     if criterion == _ANY and at_least is not None:
         limit = 1
     if order == _RANDOM and seed is None:

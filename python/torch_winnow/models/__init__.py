@@ -5,11 +5,13 @@
 - :class:`MaskedDiffusion`: fills in masked tokens in any order.
 """
 
-from torch_winnow.models.cat import CATConfig, CATDecoding, CompressAttendTransformer, Compressor
+from torch_winnow.models.cat import CATConfig, CompressAttendTransformer, Compressor
+from torch_winnow.models.cat_decoding import CATDecoding
 from torch_winnow.models.decoding import Decoding, sample
 from torch_winnow.models.dense import DenseConfig, DenseDecoder, DenseDecoding
 from torch_winnow.models.layers import StackConfig
 from torch_winnow.models.masked_diffusion import MaskedDiffusion, MaskedDiffusionConfig
+from torch_winnow.models.released_cat import load_released_cat
 
 __all__ = [
     "CATConfig",
@@ -23,5 +25,6 @@ __all__ = [
     "MaskedDiffusion",
     "MaskedDiffusionConfig",
     "StackConfig",
+    "load_released_cat",
     "sample",
 ]

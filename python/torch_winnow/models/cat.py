@@ -6,12 +6,13 @@ so far. So N tokens of context cost N/C + C rows of cache instead of N. One set 
 several chunk sizes; which one is chosen at every call, trading speed against quality.
 
 Rows of the decoder. Block n is ``[vector n, separator, tokens of chunk n]``: vector 0 is a learned
-dummy, vector n is the compression of chunk n - 1, so a token never sees its own chunk's vector. The
-separator is one learned row per chunk size (adaptive models; ``separator=False`` is the layout of
-fixed-size ones). In the paper a row's rotary position is its offset in the block: the place of a
-chunk reaches the decoder through the compressor alone, which reads it from a prefix row, and which
-vector is the latest has to be learned. With ``positions="sequence"`` a row's position is its place
-among all rows, and attention knows it from the start; short trainings want that.
+dummy, one per chunk size, and vector n is the compression of chunk n - 1, so a token never sees its
+own chunk's vector. The separator is one learned row per chunk size (adaptive models;
+``separator=False`` is the layout of fixed-size ones). In the paper a row's rotary position is its
+offset in the block: the place of a chunk reaches the decoder through the compressor alone, which
+reads it from a prefix row, and which vector is the latest has to be learned. With
+``positions="sequence"`` a row's position is its place among all rows, and attention knows it from
+the start; short trainings want that.
 
 The chunk's last token needs no row of its own: the next token is the first of a new chunk and is
 predicted from that chunk's vector and separator, and nothing else could see the row. Leaving it out
@@ -22,8 +23,9 @@ The block length is therefore ``C + 1`` with a separator, ``C`` without.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
@@ -31,12 +33,13 @@ from torch import Tensor, nn
 
 from torch_winnow.attention import block_diagonal_attention, cat_attention
 from torch_winnow.kvcache import BlockPool, PagedKVCache
-from torch_winnow.models.decoding import Decoding, check_length, make_pool, sample
+from torch_winnow.models.decoding import check_length, check_lengths, make_pool, sample
 from torch_winnow.models.layers import Stack, StackConfig, check_tokens
 
-__all__ = ["CATConfig", "CATDecoding", "Compressor", "CompressAttendTransformer"]
+if TYPE_CHECKING:
+    from torch_winnow.models.cat_decoding import CATDecoding
 
-_PREFIX = 2  # rows before a chunk in the compressor: the chunk size's marker, the chunk's position
+__all__ = ["CATConfig", "Compressor", "CompressAttendTransformer"]
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,9 @@ class CATConfig:
         separator: whether a learned row per chunk size follows each vector.
         positions: of the decoder's rows, "block" (the offset in the block, the paper's) or
             "sequence" (the place among all rows).
+        projection: how one projection serves chunks below the largest size: "last" takes its last
+            places, so that the tokens just before a chunk's end are read alike at every size;
+            "interpolated" stretches it, as the paper does.
         vocab_size: number of token ids.
         max_tokens: longest sequence.
     """
@@ -61,6 +67,7 @@ class CATConfig:
     chunk_sizes: tuple[int, ...] = (4, 8, 16, 32)
     separator: bool = True
     positions: Literal["block", "sequence"] = "block"
+    projection: Literal["last", "interpolated"] = "last"
     vocab_size: int = 256
     max_tokens: int = 4096
 
@@ -70,6 +77,16 @@ class CATConfig:
             raise ValueError(f"chunk_sizes: expected distinct positive sizes, got {sizes}")
         if self.positions not in ("block", "sequence"):
             raise ValueError(f'positions: expected "block" or "sequence", got {self.positions!r}')
+        if self.projection not in ("last", "interpolated"):
+            raise ValueError(
+                f'projection: expected "last" or "interpolated", got {self.projection!r}'
+            )
+
+    @property
+    def prefix_rows(self) -> int:
+        """Rows before a chunk in the compressor: the chunk size's marker, if there are several
+        sizes, and the chunk's place."""
+        return 2 if len(self.chunk_sizes) > 1 else 1
 
     @property
     def leading_rows(self) -> int:
@@ -102,42 +119,50 @@ class Compressor(nn.Module):
         width = config.compressor.width
         max_chunks = math.ceil(config.max_tokens / min(config.chunk_sizes))
         self.embedding = nn.Embedding(config.vocab_size, width)
-        self.size_rows = nn.Parameter(torch.randn(len(config.chunk_sizes), width))
+        sizes = len(config.chunk_sizes)
+        self.size_rows = nn.Parameter(torch.randn(sizes, width)) if sizes > 1 else None
         # Waves of many lengths, not noise: neighbours start alike, so that recency can be read from
         # them before training has seen every place many times.
         self.position_rows = nn.Parameter(_waves(max_chunks, width))
-        self.stack = Stack(config.compressor, _PREFIX + max(config.chunk_sizes))
-        # One projection, for the largest chunk; a smaller one uses the part of its last places, so
-        # that the bytes just before a chunk's end, which matter most, are read alike at every size.
+        self.stack = Stack(config.compressor, config.prefix_rows + max(config.chunk_sizes))
         self.projection = nn.Linear(
             max(config.chunk_sizes) * width, config.decoder.width, bias=False
         )
         nn.init.normal_(self.projection.weight, std=self.projection.in_features**-0.5)
 
-    def forward(self, chunks: Tensor, first: int = 0) -> Tensor:
+    def forward(self, chunks: Tensor, places: Tensor | None = None) -> Tensor:
         """Vectors ``(B, K, decoder width)`` of tokens ``(B, K, C)``.
 
-        ``first`` is the place of chunk 0 in its sequence.
+        ``places (B, K)`` are those of the chunks in their sequences, by default 0 to K - 1.
         """
         batch, count, size = chunks.shape
-        which = self.config.chunk_sizes.index(size)
-        block, width = _PREFIX + size, self.config.compressor.width
-        places = self.position_rows[first : first + count]
-        prefix = torch.stack((self.size_rows[which].expand_as(places), places), dim=1)
-        rows = torch.cat(
-            (prefix.expand(batch, count, _PREFIX, width), self.embedding(chunks)), dim=2
-        )
+        lead, width = self.config.prefix_rows, self.config.compressor.width
+        block = lead + size
+        place = self.position_rows[:count] if places is None else self.position_rows[places]
+        prefix = place.unsqueeze(-2)
+        if self.size_rows is not None:
+            marker = self.size_rows[self.config.chunk_sizes.index(size)]
+            prefix = torch.stack((marker.expand_as(place), place), dim=-2)
+        rows = torch.cat((prefix.expand(batch, count, lead, width), self.embedding(chunks)), dim=2)
         positions = torch.arange(block, device=chunks.device).repeat(count)
 
         def within_block(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             return block_diagonal_attention(query, key, value, block_size=block)
 
         hidden = self.stack(rows.flatten(1, 2), positions, within_block)
-        hidden = hidden.view(batch, count, block, width)[:, :, _PREFIX:].flatten(2)
-        weight = self.projection.weight
+        return self._project(hidden.view(batch, count, block, width)[:, :, lead:].flatten(2))
+
+    def _project(self, chunks: Tensor) -> Tensor:
+        """One vector per chunk of features ``(B, K, C * width)``."""
+        weight, features = self.projection.weight, chunks.shape[-1]
+        if self.config.projection == "interpolated":
+            if features < weight.shape[1]:
+                size = (weight.shape[0], features)
+                weight = F.interpolate(weight[None, None], size=size, mode="bilinear")[0, 0]
+            return F.linear(chunks, weight)
         # The root gives the vectors of all sizes one magnitude.
-        scale = math.sqrt(weight.shape[1] / hidden.shape[-1])
-        return scale * F.linear(hidden, weight[:, -hidden.shape[-1] :])
+        scale = math.sqrt(weight.shape[1] / features)
+        return scale * F.linear(chunks, weight[:, -features:])
 
 
 class CompressAttendTransformer(nn.Module):
@@ -160,7 +185,7 @@ class CompressAttendTransformer(nn.Module):
         width = config.decoder.width
         self.compressor = Compressor(config)
         self.embedding = nn.Embedding(config.vocab_size, width)
-        self.dummy_vector = nn.Parameter(torch.randn(width))
+        self.dummy_vectors = nn.Parameter(torch.randn(len(config.chunk_sizes), width))
         self.separators = (
             nn.Parameter(torch.randn(len(config.chunk_sizes), width)) if config.separator else None
         )
@@ -181,10 +206,10 @@ class CompressAttendTransformer(nn.Module):
         padding = count * chunk_size - length  # after every row that is read: it changes nothing
         chunks = F.pad(tokens, (0, padding)).view(batch, count, chunk_size)
         lead, block = self.config.leading_rows, self.config.block_rows(chunk_size)
-        vectors = self._vectors(chunks[:, :-1]).unsqueeze(2)[:, :count]
+        vectors = self.vectors(chunks[:, :-1]).unsqueeze(2)[:, :count]
         rows = [vectors, self.embedding(chunks[:, :, :-1])]
         if self.separators is not None:
-            separator = self._separator(chunk_size)
+            separator = self.separator(chunk_size)
             rows.insert(1, separator.expand(batch, count, 1, -1))
         positions = self._positions(torch.arange(count * block, device=tokens.device), block)
 
@@ -207,10 +232,24 @@ class CompressAttendTransformer(nn.Module):
         return make_pool(self.stack, batch_size, rows, spare_blocks=spare_blocks)
 
     @torch.inference_mode()
-    def start(self, prompt: Tensor, pool: BlockPool, *, chunk_size: int) -> CATDecoding:
-        """Reads ``prompt (B, N)`` (N may be 0) and returns the sequences, ready to grow."""
+    def start(
+        self,
+        prompt: Tensor,
+        pool: BlockPool,
+        *,
+        chunk_size: int,
+        lengths: Sequence[int] | Tensor | None = None,
+    ) -> CATDecoding:
+        """Reads ``prompt (B, N)`` (N may be 0) and returns the sequences, ready to grow.
+
+        Of prompt b the first ``lengths[b]`` tokens count, by default all: sequences may stand at
+        different places of their chunks.
+        """
+        from torch_winnow.models.cat_decoding import CATDecoding
+
         prompt = self._check(prompt, chunk_size, "prompt")
-        return CATDecoding(self, prompt, PagedKVCache(pool, prompt.shape[0]), chunk_size)
+        cache = PagedKVCache(pool, prompt.shape[0])
+        return CATDecoding(self, prompt, check_lengths(lengths, prompt), cache, chunk_size)
 
     def generate(
         self,
@@ -218,13 +257,17 @@ class CompressAttendTransformer(nn.Module):
         num_tokens: int,
         *,
         chunk_size: int,
+        lengths: Sequence[int] | Tensor | None = None,
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Continues ``prompt (B, N)`` by ``num_tokens`` tokens: ``(B, num_tokens)`` int64."""
+        """Continues ``prompt (B, N)`` by ``num_tokens`` tokens: ``(B, num_tokens)`` int64.
+
+        ``lengths`` as in :meth:`start`.
+        """
         total = check_length(prompt, num_tokens, self.config.max_tokens)
         pool = self.block_pool(prompt.shape[0], total, chunk_size=chunk_size)
-        decoding = self.start(prompt, pool, chunk_size=chunk_size)
+        decoding = self.start(prompt, pool, chunk_size=chunk_size, lengths=lengths)
         return sample(decoding, num_tokens, temperature=temperature, generator=generator)
 
     def _check(self, tokens: Tensor, chunk_size: int, name: str = "tokens") -> Tensor:
@@ -240,9 +283,10 @@ class CompressAttendTransformer(nn.Module):
             )
         return tokens
 
-    def _vectors(self, chunks: Tensor) -> Tensor:
+    def vectors(self, chunks: Tensor) -> Tensor:
         """The dummy and the vectors of ``chunks (B, K, C)``: ``(B, K + 1, width)``."""
-        dummy = self.dummy_vector.expand(chunks.shape[0], 1, -1)
+        dummy = self.dummy_vectors[self.config.chunk_sizes.index(chunks.shape[2])]
+        dummy = dummy.expand(chunks.shape[0], 1, -1)
         if not chunks.shape[1]:
             return dummy
         vectors = self.compressor(chunks)
@@ -252,69 +296,9 @@ class CompressAttendTransformer(nn.Module):
         """Rotary positions of rows that are numbered through all blocks."""
         return rows if self.config.positions == "sequence" else rows % block
 
-    def _separator(self, chunk_size: int) -> Tensor:
+    def separator(self, chunk_size: int) -> Tensor:
         assert self.separators is not None
         return self.separators[self.config.chunk_sizes.index(chunk_size)]
-
-
-class CATDecoding(Decoding):
-    """Sequences of a CAT: vectors 0..n in the cache, then the rows of the chunk being decoded.
-
-    When a chunk is full, its rows are dropped and its vector takes their place.
-    """
-
-    def __init__(
-        self, model: CompressAttendTransformer, prompt: Tensor, cache: PagedKVCache, chunk_size: int
-    ) -> None:
-        super().__init__(model.stack, cache, prompt.shape[1], model.config.max_tokens)
-        self._model, self._size = model, chunk_size
-        self._lead = model.config.leading_rows
-        batch = prompt.shape[0]
-        full, tail = divmod(prompt.shape[1], chunk_size)
-        chunks, rest = prompt[:, : full * chunk_size], prompt[:, full * chunk_size :]
-        self._chunk = prompt.new_zeros((batch, chunk_size))
-        self._chunk[:, :tail] = rest
-        # Completed chunks are seen through their vectors alone: their tokens need no rows.
-        rows = [model._vectors(chunks.view(batch, full, chunk_size))]
-        if model.separators is not None:
-            rows.append(model._separator(chunk_size).expand(batch, 1, -1))
-        rows.append(model.embedding(rest))
-        block = model.config.block_rows(chunk_size)
-        vectors = torch.arange(full + 1, device=prompt.device) * block
-        others = vectors[-1] + torch.arange(1, self._lead + tail, device=prompt.device)
-        positions = model._positions(torch.cat((vectors, others)), block)
-        hidden = self._stack(torch.cat(rows, dim=1), positions, self._prefill)
-        self.logits = model.head(hidden[:, -1])
-
-    @torch.inference_mode()
-    def step(self, tokens: Tensor) -> Tensor:
-        model = self._model
-        done, offset = divmod(self.length, self._size)
-        self._lengthen()
-        self._chunk[:, offset] = tokens
-        if offset + 1 < self._size:
-            rows = model.embedding(tokens).unsqueeze(1)
-            start = model.config.block_start(done, self._size) + self._lead + offset
-        else:
-            rows = self._turn_chunk()
-            start = model.config.block_start(done + 1, self._size)
-        hidden = self._stack(rows, slice(start, start + rows.shape[1]), self._append)
-        self.logits = model.head(hidden[:, -1])
-        return self.logits
-
-    def _select(self, sequences: Tensor) -> None:
-        super()._select(sequences)
-        self._chunk = self._chunk[sequences]
-
-    def _turn_chunk(self) -> Tensor:
-        """Replaces the finished chunk's rows by the first rows of the next block."""
-        model, done = self._model, self.length // self._size
-        self.cache.truncate_([done] * self.cache.batch_size)
-        rows: Tensor = model.compressor(self._chunk.unsqueeze(1), first=done - 1)
-        if model.separators is None:
-            return rows
-        separator = model._separator(self._size).expand(rows.shape[0], 1, -1)
-        return torch.cat((rows, separator), dim=1)
 
 
 def _waves(count: int, width: int) -> Tensor:

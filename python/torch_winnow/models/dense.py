@@ -7,6 +7,7 @@ through ``scaled_dot_product_attention``, generation through the same pages and 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,7 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torch_winnow.kvcache import BlockPool, PagedKVCache
-from torch_winnow.models.decoding import Decoding, check_length, make_pool, sample
+from torch_winnow.models.decoding import (
+    Decoding,
+    check_length,
+    check_lengths,
+    make_pool,
+    sample,
+)
 from torch_winnow.models.layers import Stack, StackConfig, check_tokens
 
 __all__ = ["DenseConfig", "DenseDecoder", "DenseDecoding"]
@@ -73,23 +80,33 @@ class DenseDecoder(nn.Module):
         return make_pool(self.stack, batch_size, max_tokens + 1, spare_blocks=spare_blocks)
 
     @torch.inference_mode()
-    def start(self, prompt: Tensor, pool: BlockPool) -> DenseDecoding:
-        """Reads ``prompt (B, N)`` (N may be 0) and returns the sequences, ready to grow."""
+    def start(
+        self, prompt: Tensor, pool: BlockPool, *, lengths: Sequence[int] | Tensor | None = None
+    ) -> DenseDecoding:
+        """Reads ``prompt (B, N)`` (N may be 0) and returns the sequences, ready to grow.
+
+        Of prompt b the first ``lengths[b]`` tokens count, by default all.
+        """
         prompt = self._check(prompt, "prompt")
-        return DenseDecoding(self, prompt, PagedKVCache(pool, prompt.shape[0]))
+        cache = PagedKVCache(pool, prompt.shape[0])
+        return DenseDecoding(self, prompt, check_lengths(lengths, prompt), cache)
 
     def generate(
         self,
         prompt: Tensor,
         num_tokens: int,
         *,
+        lengths: Sequence[int] | Tensor | None = None,
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Continues ``prompt (B, N)`` by ``num_tokens`` tokens: ``(B, num_tokens)`` int64."""
+        """Continues ``prompt (B, N)`` by ``num_tokens`` tokens: ``(B, num_tokens)`` int64.
+
+        ``lengths`` as in :meth:`start`.
+        """
         total = check_length(prompt, num_tokens, self.config.max_tokens)
         pool = self.block_pool(prompt.shape[0], total)
-        decoding = self.start(prompt, pool)
+        decoding = self.start(prompt, pool, lengths=lengths)
         return sample(decoding, num_tokens, temperature=temperature, generator=generator)
 
     def rows(self, tokens: Tensor) -> Tensor:
@@ -110,19 +127,19 @@ class DenseDecoder(nn.Module):
 class DenseDecoding(Decoding):
     """Sequences of a :class:`DenseDecoder`: one cache row per token, after the start row."""
 
-    def __init__(self, model: DenseDecoder, prompt: Tensor, cache: PagedKVCache) -> None:
-        super().__init__(model.stack, cache, prompt.shape[1], model.config.max_tokens)
+    def __init__(
+        self, model: DenseDecoder, prompt: Tensor, lengths: Tensor, cache: PagedKVCache
+    ) -> None:
+        super().__init__(model.stack, cache, lengths, model.config.max_tokens)
         self._model = model
         rows = model.rows(prompt)
-        hidden = self._stack(rows, slice(0, rows.shape[1]), self._prefill)
-        self.logits = model.head(hidden[:, -1])
+        self.logits = model.head(self._prefill(rows, torch.arange(rows.shape[1]), lengths + 1))
 
     @torch.inference_mode()
     def step(self, tokens: Tensor) -> Tensor:
         self._lengthen()
         rows = self._model.embedding(tokens).unsqueeze(1)
-        hidden = self._stack(rows, slice(self.length, self.length + 1), self._append)
-        self.logits = self._model.head(hidden[:, -1])
+        self.logits = self._model.head(self._extend(rows, self.lengths[:, None]))
         return self.logits
 
 

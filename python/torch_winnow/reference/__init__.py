@@ -22,29 +22,60 @@ from torch_winnow.reference.resampling import (
     gather_particles_,
     resample,
 )
+from torch_winnow.reference.resampling_genealogy import backward_sample, trace_ancestors
+from torch_winnow.reference.resampling_weights import (
+    conditional_effective_sample_size,
+    log_mean_exp,
+    next_temperature,
+    normalised_weights,
+    weight_entropy,
+)
+from torch_winnow.reference.resampling_without_replacement import (
+    inclusion_probabilities,
+    sample_without_replacement,
+)
+from torch_winnow.reference.soft_embedding import soft_embedding
+from torch_winnow.reference.steering import FKSteering
 from torch_winnow.reference.unmasking import (
     generate,
+    linear_logit_stats,
     logit_stats,
+    merge_logit_stats,
     select_positions,
     unmask_step_,
 )
+from torch_winnow.reference.verification import speculative_verify
 
 __all__ = [
+    "FKSteering",
+    "backward_sample",
     "block_diagonal_attention",
     "block_summaries",
     "cat_attention",
     "chunk_attention",
+    "conditional_effective_sample_size",
     "effective_sample_size",
     "fk_potential",
     "gather_particles",
     "gather_particles_",
     "generate",
+    "inclusion_probabilities",
+    "linear_logit_stats",
+    "log_mean_exp",
     "logit_stats",
     "merge_attention",
+    "merge_logit_stats",
+    "next_temperature",
+    "normalised_weights",
     "paged_attention",
     "resample",
+    "sample_without_replacement",
     "score_blocks",
     "select_blocks",
     "select_positions",
+    "soft_embedding",
+    "speculative_verify",
+    "trace_ancestors",
     "unmask_step_",
+    "weight_entropy",
 ]

@@ -9,19 +9,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_winnow._unmasking.logit_stats import LogitStats
-from torch_winnow._unmasking.results import AnswerEntropy, GenerateResult, StepResult
-from torch_winnow._unmasking.rules import (
-    ConfidenceFactor,
-    ConfidenceThreshold,
-    EntropyBound,
-    EntropyThreshold,
-    PrefixThreshold,
-    Rule,
-    TopK,
+from torch_winnow._unmasking.history_rules import DecodingRule
+from torch_winnow._unmasking.logit_stats import LogitStats, VocabularyPart
+from torch_winnow._unmasking.results import (
+    AnswerEntropy,
+    GenerateResult,
+    StepContext,
+    StepResult,
 )
+from torch_winnow._unmasking.rules import Rule
+from torch_winnow.reference._history import history_of
+from torch_winnow.reference._selection import select_positions
 
-__all__ = ["generate", "logit_stats", "select_positions", "unmask_step_"]
+__all__ = [
+    "generate",
+    "linear_logit_stats",
+    "logit_stats",
+    "merge_logit_stats",
+    "select_positions",
+    "unmask_step_",
+]
 
 INF = float("inf")
 
@@ -56,8 +63,34 @@ def logit_stats(
     statistics: str = "processed",
     seed: int | Tensor | None = None,
     generator: torch.Generator | None = None,
+    vocab_start: int | None = None,
+    shift: bool = False,
 ) -> LogitStats:
     """See :func:`torch_winnow.unmasking.logit_stats`; the noise of a draw is another."""
+    if shift:
+
+        def earlier(x: Tensor) -> Tensor:
+            return torch.cat([x[..., :1, :], x[..., :-1, :]], -2)
+
+        logits = earlier(logits)
+        previous_logits = None if previous_logits is None else earlier(previous_logits)
+        if unconditional_logits is not None:
+            unconditional_logits = earlier(unconditional_logits)
+    if vocab_start is not None:
+        return _part(
+            logits,
+            vocab_start,
+            suppress_ids,
+            target_ids,
+            mask=mask,
+            temperature=temperature,
+            previous_logits=previous_logits,
+            unconditional_logits=unconditional_logits,
+            cfg_scale=cfg_scale,
+            statistics=statistics,
+            seed=seed,
+            generator=generator,
+        )
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     x = logits.to(dtype)
     if unconditional_logits is not None and cfg_scale != 0:
@@ -114,83 +147,89 @@ def logit_stats(
         }
         ids_of["token"] = ids_of["token"].masked_fill(~mask, -1)
         ids_of["argmax"] = ids_of["argmax"].masked_fill(~mask, 0)
-    return LogitStats(**ids_of, **stats)
+    return LogitStats(**ids_of, **stats)  # type: ignore[arg-type]  # parts: None
 
 
-def _prefix(scores: list[float], rule: Rule, step: int, dtype: torch.dtype) -> int:
-    """How many of the scores, in the rule's order, it takes, compared in the scores' dtype."""
-
-    def rounded(x: float) -> float:
-        return float(torch.tensor(x, dtype=dtype))
-
-    sizes = range(1, len(scores) + 1)
-    match rule:
-        case EntropyThreshold():
-            hits = [score < rounded(rule.threshold) for score in scores]
-            limit = len(scores) if rule.max_tokens is None else rule.max_tokens
-            return min([*hits, False].index(False), limit)
-        case EntropyBound():
-            bound = rounded(rule.gamma)
-            return max(
-                (n for n in sizes if rounded(math.fsum(scores[: n - 1])) <= bound), default=0
-            )
-        case ConfidenceThreshold():
-            return [*(s >= rounded(rule.threshold) for s in scores), False].index(False)
-        case ConfidenceFactor():
-            factor = rounded(rule.factor)
-            return max(
-                (n for n in sizes if rounded((n + 1) * (1 - scores[n - 1])) < factor), default=0
-            )
-        case PrefixThreshold():
-            threshold = rounded(rule.threshold)
-            low = rule.score == "entropy"
-            hits = [s < threshold if low else s >= threshold for s in scores]
-            return [*hits, False].index(False)
-        case TopK():
-            schedule = rule.schedule()
-            return max(1, schedule[min(step, len(schedule) - 1)])
+def linear_logit_stats(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None = None, **logit_stats_options: Any
+) -> LogitStats:
+    """See :func:`torch_winnow.unmasking.linear_logit_stats`."""
+    return logit_stats(torch.nn.functional.linear(hidden, weight, bias), **logit_stats_options)
 
 
-def select_positions(
-    score: Tensor, mask: Tensor, rule: Rule, *, window: Tensor | None = None, step: int = 0
-) -> tuple[Tensor, Tensor]:
-    """See :func:`torch_winnow.unmasking.select_positions`."""
-    return _select(score, mask, rule, window, step, at_least=1)
-
-
-def _select(
-    score: Tensor, mask: Tensor, rule: Rule, window: Tensor | None, step: int, at_least: int
-) -> tuple[Tensor, Tensor]:
-    transfer = torch.zeros_like(mask)
-    left_to_right = isinstance(rule, PrefixThreshold) or (
-        isinstance(rule, EntropyThreshold) and rule.order == "left_to_right"
+def _part(
+    logits: Tensor,
+    start: int,
+    suppress_ids: Tensor | Sequence[int] | None,
+    target_ids: Tensor | None,
+    **options: Any,
+) -> LogitStats:
+    """The definition's parts are the logits themselves, those of the step before appended."""
+    stop = start + logits.shape[-1]
+    ids = [] if suppress_ids is None else [int(i) for i in suppress_ids]
+    suppressed = [i - start for i in ids if start <= i < stop]
+    target = None if target_ids is None else target_ids - start
+    stats = logit_stats(logits, suppress_ids=suppressed, target_ids=target, **options)
+    if target is not None and stats.target_log_prob is not None:
+        inside = (target >= 0) & (target < stop - start)
+        measured = ~stats.target_log_prob.isnan() & (stats.max_prob > 0)
+        outside = stats.target_log_prob.masked_fill(measured & ~inside, -INF)
+        stats = stats._replace(target_log_prob=outside)
+    x, unconditional = logits, options["unconditional_logits"]
+    if unconditional is not None and options["cfg_scale"] != 0:
+        guided = unconditional + (options["cfg_scale"] + 1) * (logits - unconditional)
+        x = torch.where(logits == unconditional, logits, guided)
+    held = [x] if options["previous_logits"] is None else [x, options["previous_logits"]]
+    blocks = torch.stack(
+        [row.index_fill(-1, torch.tensor(suppressed).long(), -INF) for row in held]
     )
-    sign = 1 if rule.score == "entropy" else -1
-    dtype = torch.float64 if score.dtype == torch.float64 else torch.float32
-    for b in range(score.shape[0]):
-        start, end = (0, score.shape[1]) if window is None else window[b].tolist()
-        start, end = max(start, 0), min(end, score.shape[1])
-        positions = [i for i in range(start, end) if mask[b, i]]
-        value = {i: float(score[b, i]) for i in positions}
-        lost = [i for i in positions if math.isnan(value[i])]
-        valid = [i for i in positions if not math.isnan(value[i])]
-        if left_to_right:
-            run = [value[i] for i in positions]
-        else:
-            valid.sort(key=lambda i: sign * value[i])
-            run = [value[i] for i in valid]
-        count = _prefix(run, rule, step, dtype)
-        least = min(at_least, len(positions))
-        chosen = (
-            positions[:count]
-            if left_to_right and count >= least
-            else (valid + lost)[: max(count, least)]
-        )
-        transfer[b, chosen] = True
-    return transfer, transfer.sum(1)
+    part = VocabularyPart(
+        start,
+        stop,
+        blocks,
+        options["temperature"],
+        options["statistics"] == "raw",
+        None if options["seed"] is None else torch.as_tensor(options["seed"]),
+        target is not None,
+        len(held) == 2,
+    )
+    skipped = stats.max_prob == 0
+    return stats._replace(
+        token=torch.where(stats.token < 0, stats.token, stats.token + start),
+        argmax=torch.where((stats.argmax < 0) | skipped, stats.argmax, stats.argmax + start),
+        parts=(part,),
+    )
 
 
-def _confidence(stats: LogitStats, rule: Rule) -> Tensor:
+def merge_logit_stats(parts: Sequence[LogitStats]) -> LogitStats:
+    """See :func:`torch_winnow.unmasking.merge_logit_stats`: the parts side by side."""
+    by_start = sorted(parts, key=lambda part: part.parts[0].start if part.parts else 0)
+    pieces = [piece for part in by_start for piece in part.parts or ()]
+    rows = torch.cat([piece.blocks for piece in pieces], -1)
+    first = pieces[0]
+    whole = logit_stats(
+        rows[0],
+        mask=by_start[0].max_prob != 0,
+        temperature=first.temperature,
+        previous_logits=rows[1] if first.has_previous else None,
+        statistics="raw" if first.raw else "processed",
+        seed=first.seed,
+    )
+    if first.has_target:
+        shares = [
+            part.target_log_prob + part.logsumexp - whole.logsumexp
+            for part in by_start
+            if part.target_log_prob is not None
+        ]
+        whole = whole._replace(target_log_prob=torch.stack(shares).amax(0))
+    return whole._replace(
+        token=torch.where(whole.token < 0, whole.token, whole.token + first.start),
+        argmax=torch.where(whole.argmax < 0, whole.argmax, whole.argmax + first.start),
+        parts=tuple(pieces),
+    )
+
+
+def _confidence(stats: LogitStats, rule: DecodingRule) -> Tensor:
     return {
         "entropy": stats.entropy,
         "margin": stats.margin,
@@ -239,64 +278,104 @@ def _write(tokens: Tensor, transfer: Tensor, stats: LogitStats) -> StepResult:
 
 
 def generate(
-    model: Callable[[Tensor], Any],
+    model: Callable[..., Any],
     tokens: Tensor,
     *,
     mask_id: int,
-    rule: Rule,
+    rule: DecodingRule,
     block_length: int | None = None,
+    sliding: bool = False,
     steps: int | None = None,
     stop: AnswerEntropy | None = None,
     seed: int | Tensor | None = None,
     generator: torch.Generator | None = None,
+    context: bool = False,
+    progress: bool = False,
     **logit_stats_options: Any,
 ) -> GenerateResult:
-    """See :func:`torch_winnow.unmasking.generate`: rows one by one.
+    """See :func:`torch_winnow.unmasking.generate`: rows one by one, a call for every step.
 
     Draws follow the same distribution as the operator's, not the same numbers.
     """
     tokens = tokens.clone()
+    batch, length = tokens.shape
     step_map = torch.full(tokens.shape, -1)
     entropies = torch.zeros(tokens.shape)
+    position = torch.arange(length)
     if seed is not None:
         generator = torch.Generator().manual_seed(int(seed))
+    block_length = block_length or max(1, length)
+    given = tokens != mask_id
+    guided = bool(logit_stats_options.get("cfg_scale"))
     calls = 0
-    for b in range(tokens.shape[0]):
+    for b in range(batch):
         row = tokens[b : b + 1]
         answer = torch.zeros_like(row, dtype=torch.bool)
         if stop is not None:
             answer = stop.positions.expand(tokens.shape)[b : b + 1]
+        history = history_of(rule, length, generator)
+        changed = torch.ones_like(row, dtype=torch.bool)
         masks = (row[0] == mask_id).nonzero()[:, 0].tolist()
-        length = block_length or max(1, tokens.shape[1])
-        position = torch.arange(tokens.shape[1])
+        start = masks[0] if masks else 0
         call = step = 0
-        block = -1
-        while bool((row == mask_id).any()):
+        while bool((row == mask_id).any()) or 0 < step < history.steps:
             masked = row == mask_id
-            current = (int(masked[0].nonzero()[0]) - masks[0]) // length
-            block, step = current, step + 1 if current == block else 0
-            start = masks[0] + current * length
-            in_block = masked & (position >= start) & (position < start + length)
-            logits = model(tokens)
-            logits = getattr(logits, "logits", logits)[b : b + 1]
+            window = (position >= start) & (position < start + block_length)
+            in_block = masked & window
+            written = window & ~masked & ~given[b]
+            time = history.begin(int(in_block.sum()), step)
+            asked = tokens
+            if guided:
+                asked = torch.cat([tokens, tokens.masked_fill(given, mask_id)])
+            about = StepContext(
+                torch.tensor([[start, min(start + block_length, length)]]).expand(batch, 2),
+                changed.expand(tokens.shape),
+                torch.ones(batch, dtype=torch.bool),
+                None if time is None else torch.full((batch,), time, dtype=torch.float64),
+                mask_id,
+                block_length,
+            )
+            logits = model(asked, about) if context else model(asked)
+            logits = getattr(logits, "logits", logits)
+            unconditional = logits[batch + b :][:1] if guided else None
+            logits = logits[b : b + 1]
             stats = logit_stats(
                 logits,
-                mask=in_block | (masked & answer),
+                mask=in_block | written | (masked & answer),
                 generator=generator,
+                unconditional_logits=unconditional,
+                previous_logits=history.previous_logits(logits),
+                target_ids=row.clamp(0, logits.shape[-1] - 1),
                 **_without_mask(logit_stats_options, mask_id, logits.shape[-1]),
             )
             left = int(in_block.sum())
             least = 1 if steps is None else math.ceil(left / max(1, steps - step))
-            transfer, _ = _select(_confidence(stats, rule), in_block, rule, None, step, least)
+            transfer, remask = history.choose(
+                _confidence(stats, rule), stats, in_block, written, step, least
+            )
             pending = masked & answer
-            ends = stop is not None and bool(stats.entropy[pending].sum() < stop.gamma)
-            written = _write(row, pending if ends else transfer, stats).transfer
-            step_map[b][written[0]] = call
-            entropies[b][written[0]] = stats.entropy[0, written[0]].float()
-            if not written.any():
-                raise RuntimeError(f"model: no finite logits at step {call} of row {b}")
-            call += 1
+            gamma = -math.inf if stop is None or not answer.any() else stop.gamma
+            ends = bool(stats.entropy[pending].sum() < gamma)
+            if ends:
+                transfer, remask = pending, torch.zeros_like(pending)
+            done = _write(row, transfer, stats).transfer
+            history.end(done, stats)
+            step_map[b][done[0]] = call
+            entropies[b][done[0]] = stats.entropy[0, done[0]].float()
+            row[remask] = mask_id
+            step_map[b][remask[0]] = -1
+            entropies[b][remask[0]] = 0.0
+            changed = done | remask
+            call, step = call + 1, step + 1
+            masks = (row[0] == mask_id).nonzero()[:, 0].tolist()
+            if not (ends or done.any()) and in_block.any() and step >= history.steps:
+                raise RuntimeError(f"model: no finite logits at step {call - 1} of row {b}")
             if ends:
                 break
+            if masks and sliding:
+                start = masks[0]
+            elif step >= history.steps and not (row == mask_id)[0, window].any():
+                step = 0
+                start += 0 if not masks else (masks[0] - start) // block_length * block_length
         calls = max(calls, call)
     return GenerateResult(tokens, step_map, calls, entropies)

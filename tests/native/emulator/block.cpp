@@ -174,6 +174,7 @@ void Block::run_block() {
 void Block::run(const char* kernel, int64_t grid_x, int64_t grid_y, int threads,
                 const std::function<void()>& body) {
   kernel_ = kernel;
+  ++launches;
   body_ = &body;
   count_ = threads;
   if (threads < 1 || threads > kMaxThreads || grid_y > 65535) {

@@ -66,6 +66,7 @@ class Block {
            const std::function<void()>& body);
 
   Order order = Order::kForward;
+  int64_t launches = 0;
 
  private:
   enum class State { kReady, kAtBarrier, kInMeeting, kDone };

@@ -1,0 +1,91 @@
+// winnow::sample_without_replacement and winnow::inclusion_probabilities on the CPU: one population
+// per row, rows spread over threads.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <memory>
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include "common/checks.h"
+#include "common/tensors.h"
+#include "resampling/sample_without_replacement_simd.h"
+
+namespace winnow {
+namespace {
+
+Design design_of(const std::string& name) {
+  if (name == "gumbel_topk") return Design::kGumbelTopK;
+  if (name == "conditional_poisson") return Design::kConditionalPoisson;
+  if (name == "pareto") return Design::kPareto;
+  fail("design: expected gumbel_topk, conditional_poisson or pareto, got '", name, "'");
+}
+
+SampleCall call_of(const Tensor& log_weights, int64_t k, Design design) {
+  check_cpu("log_weights", log_weights);
+  check_floating("log_weights", log_weights);
+  WINNOW_CHECK(log_weights.dim() >= 1, "log_weights: expected (..., K), got a scalar");
+  const int64_t particles = log_weights.size(log_weights.dim() - 1);
+  WINNOW_CHECK(k >= 0 && k <= particles, "k: expected 0 to K = ", particles, ", got ", k);
+  SampleCall call = {};
+  call.type = element_type(log_weights);
+  call.particles = particles;
+  call.k = k;
+  call.design = design;
+  return call;
+}
+
+void run(SampleCall call, const Tensor& log_weights) {
+  const Rows rows = as_rows(log_weights);
+  call.log_weights = rows.tensor.data_ptr();
+  call.stride = rows.stride;
+  const int64_t work = call.design == Design::kConditionalPoisson ? call.k + 16 : 16;
+  const int64_t grain = 1 + 32768 / (work * (call.particles + 1));
+  const auto loop = WINNOW_SIMD(sample_rows);
+  torch::stable::parallel_for(0, rows.count, grain, [&](int64_t begin, int64_t end) {
+    const std::unique_ptr<double[]> memory(
+        new double[static_cast<size_t>(sample_scratch(call)) / sizeof(double)]);
+    loop(call, begin, end, memory.get());
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor> sample_without_replacement(const Tensor& log_weights, int64_t k,
+                                                              std::string design, int64_t seed,
+                                                              std::optional<Tensor> seed_tensor) {
+  SampleCall call = call_of(log_weights, k, design_of(design));
+  call.seed = static_cast<uint64_t>(seed);
+  if (seed_tensor.has_value()) {
+    check_cpu("seed", *seed_tensor);
+    check_dtype("seed", *seed_tensor, ScalarType::Long);
+    check_dim("seed", *seed_tensor, 0, "one number");
+    call.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(seed_tensor->data_ptr()));
+  }
+  Shape sizes = leading_shape(log_weights);
+  sizes.push_back(k);
+  const Tensor indices = empty(sizes, ScalarType::Long, log_weights);
+  const Tensor inclusion = empty(sizes, statistics_dtype(log_weights), log_weights);
+  const Tensor weights = empty(sizes, statistics_dtype(log_weights), log_weights);
+  if (k == 0) return {indices, inclusion, weights};
+  call.indices = static_cast<int64_t*>(indices.data_ptr());
+  call.inclusion = inclusion.data_ptr();
+  call.weights = weights.data_ptr();
+  run(call, log_weights);
+  return {indices, inclusion, weights};
+}
+
+Tensor inclusion_probabilities(const Tensor& log_weights, int64_t k) {
+  SampleCall call = call_of(log_weights, k, Design::kConditionalPoisson);
+  const Tensor inclusion = empty(shape(log_weights), statistics_dtype(log_weights), log_weights);
+  call.inclusion = inclusion.data_ptr();
+  run(call, log_weights);
+  return inclusion;
+}
+
+}  // namespace
+}  // namespace winnow
+
+STABLE_TORCH_LIBRARY_IMPL(winnow, CPU, m) {
+  m.impl("sample_without_replacement", TORCH_BOX(&winnow::sample_without_replacement));
+  m.impl("inclusion_probabilities", TORCH_BOX(&winnow::inclusion_probabilities));
+}

@@ -1,0 +1,149 @@
+"""The memory of paged caches; public in :mod:`torch_winnow.kvcache`."""
+
+from __future__ import annotations
+
+import torch
+
+from torch_winnow import _core
+from torch_winnow._kvcache.arguments import integer
+
+_FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _size(argument: str, value: int) -> int:
+    value = integer(argument, value)
+    if value < 1:
+        raise ValueError(f"{argument}: expected at least 1, got {value}")
+    return value
+
+
+class BlockPool:
+    """Memory for keys and values in blocks of ``block_size`` tokens, for any number of caches.
+
+    A block has as many owners as rows of block tables name it, and returns to the pool with the
+    last. Calls come from one thread at a time (the interpreter lock is enough).
+
+    Args:
+        num_blocks: blocks in the pool. A block holds ``block_size`` tokens for every layer.
+        num_layers: layers of the model; one block table serves them all.
+        num_kv_heads: key/value heads.
+        head_dim: of keys.
+        block_size: tokens in a block.
+        dtype: float32, bfloat16, float16 or float64.
+        device: where the pages lie; this release has the CPU only.
+        value_head_dim: of values; ``head_dim`` by default.
+
+    Attributes:
+        key_pages: ``(num_layers, num_blocks, num_kv_heads, block_size, head_dim)``.
+        value_pages: likewise with ``value_head_dim``.
+
+    Raises:
+        ValueError: on a size below 1 (``num_blocks`` may be 0) or that is no integer, on another
+            dtype or device.
+
+    Example:
+        >>> import torch
+        >>> from torch_winnow.kvcache import BlockPool
+        >>> pool = BlockPool(4, num_layers=2, num_kv_heads=8, head_dim=64, dtype=torch.bfloat16)
+        >>> pool.key_pages.shape, pool.num_free_blocks
+        (torch.Size([2, 4, 8, 64, 64]), 4)
+    """
+
+    def __init__(
+        self,
+        num_blocks: int,
+        *,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        block_size: int = 64,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        value_head_dim: int | None = None,
+    ) -> None:
+        num_blocks = integer("num_blocks", num_blocks)
+        num_layers = _size("num_layers", num_layers)
+        num_kv_heads = _size("num_kv_heads", num_kv_heads)
+        head_dim = _size("head_dim", head_dim)
+        block_size = _size("block_size", block_size)
+        value_head_dim = (
+            head_dim if value_head_dim is None else _size("value_head_dim", value_head_dim)
+        )
+        if dtype not in _FLOATING:
+            raise ValueError(f"dtype: expected float32, bfloat16, float16 or float64, got {dtype}")
+        if torch.device(device).type != "cpu":
+            raise ValueError(
+                f"device: expected cpu, where this release's operators run, got {device}"
+            )
+        self._native = _core.BlockPool(num_blocks)
+        self.num_layers = num_layers
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = head_dim
+        self.value_head_dim = value_head_dim
+        self.block_size = block_size
+        self.dtype = dtype
+        # Zeros, so that a padded read of an unused slot is harmless in anybody's kernel.
+        shape = (num_layers, num_blocks, num_kv_heads, block_size)
+        self.key_pages = torch.zeros(*shape, head_dim, dtype=dtype, device=device)
+        self.value_pages = torch.zeros(*shape, value_head_dim, dtype=dtype, device=device)
+        self._split()
+
+    def _split(self) -> None:
+        self._layers = list(zip(self.key_pages.unbind(), self.value_pages.unbind(), strict=True))
+
+    def grow(self, num_blocks: int) -> None:
+        """Enlarge the pool to ``num_blocks``; every cache on it goes on as before.
+
+        The pages move, so ``key_pages`` and ``value_pages`` must be read anew; while one of them is
+        copied, both its places are held.
+
+        Raises:
+            ValueError: on fewer blocks than there are.
+        """
+        num_blocks = integer("num_blocks", num_blocks)
+        before = self.num_blocks
+        if num_blocks < before:
+            raise ValueError(f"num_blocks: expected at least {before}, got {num_blocks}")
+        # All memory first, so that a want of it changes nothing; it is touched by the copies only.
+        larger = [
+            pages.new_empty(pages.shape[0], num_blocks, *pages.shape[2:])
+            for pages in (self.key_pages, self.value_pages)
+        ]
+        self._native.grow(num_blocks)
+        for name, pages in zip(("key_pages", "value_pages"), larger, strict=True):
+            pages[:, :before] = getattr(self, name)
+            pages[:, before:] = 0
+            setattr(self, name, pages)
+        self._split()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the pages lie."""
+        return self.key_pages.device
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks in the pool, free or not."""
+        return self._native.num_blocks
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Blocks that nobody owns."""
+        return self._native.num_free
+
+    @property
+    def num_evictable_blocks(self) -> int:
+        """Blocks that nothing but :meth:`PagedKVCache.register_prefix` keeps: free when needed."""
+        return self._native.num_evictable
+
+    def num_owners(self, block: int) -> int:
+        """How many rows of block tables name ``block``, one more if it is registered; 0: free."""
+        return self._native.owners(integer("block", block))
+
+    def __repr__(self) -> str:
+        return (
+            f"BlockPool({self.num_blocks}, num_layers={self.num_layers}, "
+            f"num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, "
+            f"block_size={self.block_size}, dtype={self.dtype}, "
+            f"value_head_dim={self.value_head_dim}; {self.num_free_blocks} free)"
+        )

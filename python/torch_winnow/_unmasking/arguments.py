@@ -1,0 +1,49 @@
+"""Checks of plain numbers, for all of unmasking: what came is named, and what is accepted."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from numbers import Real
+from typing import Any
+
+
+def integer(name: str, value: Any, lowest: int | None = None) -> int:
+    """``value`` as an int: any integer type, numpy's too, but no bool."""
+    if type(value) is not int:
+        try:
+            if isinstance(value, bool):
+                raise TypeError
+            value = operator.index(value)
+        except TypeError:
+            raise ValueError(f"{name}: expected an integer, got {value!r}") from None
+    if lowest is not None and value < lowest:
+        raise ValueError(f"{name}: expected at least {lowest}, got {value}")
+    return int(value)
+
+
+def count_or_none(name: str, value: Any) -> int | None:
+    """``value`` as a number of things, at least one, or None."""
+    try:
+        return None if value is None else integer(name, value, 1)
+    except ValueError:
+        raise ValueError(f"{name}: expected None or at least 1, got {value!r}") from None
+
+
+def number(name: str, value: Any, lowest: float = -math.inf, highest: float = math.inf) -> float:
+    """``value`` as a float: any real number, numpy's too, but no bool and no NaN."""
+    wrong = isinstance(value, bool) or not isinstance(value, Real) or math.isnan(value)
+    if wrong or not lowest <= value <= highest:
+        wanted = "a number"
+        if highest < math.inf:
+            wanted = f"a number in [{lowest:g}, {highest:g}]"
+        elif lowest > -math.inf:
+            wanted = f"a number >= {lowest:g}"
+        raise ValueError(f"{name}: expected {wanted}, got {value!r}")
+    return float(value)
+
+
+def choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")

@@ -1,0 +1,484 @@
+"""WinnowCache as a cache: rows, lengths, memory, selection of blocks, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import gc
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    DynamicCache,
+    EncoderDecoderCache,
+    LlamaConfig,
+    MambaConfig,
+    MistralConfig,
+)
+from transformers.masking_utils import sdpa_mask
+from transformers.models.minimax_m3_vl.configuration_minimax_m3_vl import MiniMaxM3VLTextConfig
+from transformers.models.minimax_m3_vl.modeling_minimax_m3_vl import MiniMaxM3VLTextModel
+
+from tiny_transformers import SIZES, make, prompts
+from torch_winnow import reference
+from torch_winnow.integrations import transformers as integration
+from torch_winnow.integrations.transformers import BlockSparse, WinnowCache, attention, dense
+from torch_winnow.kvcache import BlockPool, BlockPoolExhausted
+
+CONFIG = LlamaConfig(**SIZES)
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return make("llama")
+
+
+def forward(model, tokens, cache, mask=None, implementation="winnow"):
+    model.set_attn_implementation(implementation)
+    with torch.no_grad():
+        return model(tokens, attention_mask=mask, past_key_values=cache).logits
+
+
+def near(result, expected):
+    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
+
+
+def states(rows, tokens, dim=8):
+    return torch.randn(rows, 2, tokens, dim), torch.randn(rows, 2, tokens, dim)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_any_history_agrees_with_a_dynamic_cache(data):
+    """Steps of any length, crops, reorders, selections, copies and resets, all layers."""
+    torch.manual_seed(data.draw(st.integers(0, 99)))
+    rows = data.draw(st.integers(1, 3))
+    dynamic = DynamicCache(config=CONFIG)
+    paged = WinnowCache(CONFIG, block_size=data.draw(st.sampled_from([1, 3, 4])))
+    for _ in range(data.draw(st.integers(1, 8))):
+        length = dynamic.get_seq_length()
+        move = data.draw(
+            st.sampled_from(["step", "step", "crop", "take", "repeat", "copy", "reset"])
+        )
+        if move == "step" or length == 0:
+            key, value = states(rows, data.draw(st.integers(1, 9)))
+            for layer in range(2):
+                for cache in (dynamic, paged):
+                    cache.update(key + layer, value - layer, layer)
+        elif move == "crop":
+            count = data.draw(st.integers(0, length - 1))
+            for cache in (dynamic, paged):
+                cache.crop(-count)
+        elif move == "take":
+            chosen = torch.tensor(
+                data.draw(st.lists(st.integers(0, rows - 1), min_size=1, max_size=4))
+            )
+            for cache in (dynamic, paged):
+                if len(chosen) == rows:
+                    cache.reorder_cache(chosen)
+                else:
+                    cache.batch_select_indices(chosen)
+            rows = len(chosen)
+        elif move == "repeat" and rows < 4:
+            for cache in (dynamic, paged):
+                cache.batch_repeat_interleave(2)
+            rows *= 2
+        elif move == "copy":
+            kept, paged = paged, copy.deepcopy(paged)
+            key, value = states(rows, 2)
+            kept.update(key, value, 0)  # the original goes on by itself
+        elif move == "reset":
+            dynamic = DynamicCache(config=CONFIG)
+            paged.reset()
+            rows = data.draw(st.integers(1, 3))
+        assert paged.get_seq_length() == dynamic.get_seq_length()
+        assert paged.get_mask_sizes(3, 0) == dynamic.get_mask_sizes(3, 0)
+        if dynamic.get_seq_length() > 0:
+            assert paged.batch_size == rows
+            for layer in range(2):
+                assert torch.equal(paged.layers[layer].keys + 0, dynamic.layers[layer].keys)
+                assert torch.equal(paged.layers[layer].values + 0, dynamic.layers[layer].values)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_left_padding_in_any_chunks(llama, data):
+    """Rows of any padding, prompts in any pieces, reordered and cropped on the way."""
+    torch.manual_seed(data.draw(st.integers(0, 99)))
+    rows, columns = 3, 12
+    padding = data.draw(st.lists(st.integers(0, 11), min_size=rows, max_size=rows))
+    mask = (torch.arange(columns) >= torch.tensor(padding)[:, None]).long()
+    tokens = torch.randint(1, 64, (rows, columns))
+    dynamic, paged = DynamicCache(config=CONFIG), WinnowCache(CONFIG, block_size=4)
+    at = 0
+    while at < columns:
+        step = slice(at, at + data.draw(st.integers(1, 6)))
+        seen = mask[:, : step.stop]
+        expected = forward(llama, tokens[:, step], dynamic, seen, "sdpa")
+        result = forward(llama, tokens[:, step], paged, seen)
+        near(result[seen[:, at:].bool()], expected[seen[:, at:].bool()])
+        at = min(step.stop, columns)
+        if data.draw(st.booleans()):
+            order = torch.tensor(data.draw(st.permutations(range(rows))))
+            order[0] = order[1]
+            for cache in (dynamic, paged):
+                cache.reorder_cache(order)
+            tokens, mask = tokens[order], mask[order]
+        if at > 2 and data.draw(st.booleans()):
+            for cache in (dynamic, paged):
+                cache.crop(-2)
+            at -= 2
+            break
+    assert paged.get_seq_length() == at
+
+
+def test_a_prompt_is_shared_by_copies(llama):
+    prompt, mask = prompts()
+    cache = WinnowCache(CONFIG, block_size=4)
+    forward(llama, prompt, cache, mask)
+    pool = cache.pages.pool
+    free = pool.num_free_blocks
+    twins = [copy.deepcopy(cache) for _ in range(5)]
+    assert pool.num_free_blocks == free
+    step = torch.full((3, 1), 7)
+    longer = torch.nn.functional.pad(mask, (0, 1), value=1)
+    expected = forward(llama, step, cache, longer)
+    for twin in twins:
+        assert torch.equal(forward(llama, step, twin, longer), expected)
+    del twins, twin, cache, expected
+    gc.collect()
+    assert pool.num_free_blocks == pool.num_blocks
+
+
+def test_the_pool_grows_and_no_block_is_lost(llama):
+    cache = WinnowCache(CONFIG, block_size=4)
+    cache.update(*states(2, 3), 0)
+    small = cache.pages.pool.num_blocks
+    key, value = states(2, 200)
+    for at in range(0, 200, 7):
+        cache.update(key[:, :, at : at + 7], value[:, :, at : at + 7], 0)
+    pool = cache.pages.pool
+    assert pool.num_blocks > small
+    assert pool.num_blocks - pool.num_free_blocks == 2 * 51
+    assert torch.equal((cache.layers[0].keys + 0)[:, :, 3:], key)
+    cache.reset()
+    assert pool.num_free_blocks == pool.num_blocks
+
+
+def test_exhaustion_changes_nothing(llama):
+    cache = WinnowCache(CONFIG, max_cache_len=8, block_size=4)
+    tokens = torch.randint(1, 64, (2, 7))
+    forward(llama, tokens, cache)
+    assert cache.get_max_length() == 8
+    assert cache.pages.pool.num_blocks == 4
+    with pytest.raises(BlockPoolExhausted, match="2 blocks needed, 0 free of 4"):
+        forward(llama, tokens[:, :2], cache)
+    assert cache.get_seq_length() == 7
+    expected = forward(llama, torch.cat([tokens, tokens[:, :1]], 1), None)[:, -1:]
+    near(forward(llama, tokens[:, :1], cache), expected)
+
+    pool = BlockPool(5, num_layers=2, num_kv_heads=2, head_dim=8, block_size=4, dtype=torch.float32)
+    one, two = WinnowCache(CONFIG, pool=pool), WinnowCache(CONFIG, pool=pool)
+    forward(llama, tokens, one)
+    with pytest.raises(BlockPoolExhausted):
+        forward(llama, tokens, two)
+    forward(llama, tokens[:1, :3], two)
+    assert pool.num_free_blocks == 0
+
+
+def test_a_larger_batch_within_the_same_length(llama):
+    """The limit is a row's, so more rows are more blocks."""
+    cache = WinnowCache(CONFIG, max_cache_len=8, block_size=4)
+    forward(llama, torch.randint(1, 64, (1, 6)), cache)
+    cache.batch_repeat_interleave(3)
+    tokens = torch.randint(1, 64, (3, 2))
+    forward(llama, tokens, cache)
+    assert cache.pages.pool.num_blocks == 6
+    cache.reset()
+    forward(llama, torch.randint(1, 64, (5, 8)), cache)
+    assert cache.get_seq_length() == 8
+
+
+@pytest.mark.parametrize("summary", ["minmax", "mean"])
+def test_sparse_steps_attend_the_chosen_blocks(monkeypatch, llama, summary):
+    """The selection is that of summaries made afresh, after forks, crops and growth too."""
+    from torch_winnow.kvcache import block_summaries, paged_attention, score_blocks, select_blocks
+
+    chosen = []
+
+    def record(query, key_pages, value_pages, table, lengths, **options):
+        blocks = options.get("block_indices")
+        if blocks is not None:
+            summaries = block_summaries(key_pages, table, lengths, summary)
+            scores = score_blocks(query, summaries)
+            expected = select_blocks(
+                scores, 3, seq_lens=lengths, block_size=4, sink_blocks=1, recent_blocks=1
+            )
+            assert torch.equal(blocks, expected)
+            chosen.append(blocks)
+        return paged_attention(query, key_pages, value_pages, table, lengths, **options)
+
+    monkeypatch.setattr(attention, "paged_attention", record)
+    cache = WinnowCache(CONFIG, block_size=4, sparse=BlockSparse(k=3, summary=summary))
+    tokens, mask = torch.randint(1, 64, (3, 18)), torch.ones(3, 18, dtype=torch.long)
+    mask[1, :9] = 0
+    forward(llama, tokens, cache, mask)
+    for step in range(12):
+        mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+        forward(llama, torch.randint(1, 64, (3, 1)), cache, mask)
+        if step == 3:
+            cache.reorder_cache(torch.tensor([2, 1, 2]))
+            mask = mask[[2, 1, 2]]
+        if step == 6:
+            cache.crop(-5)
+            mask = mask[:, :-5]
+        if step == 9:
+            cache = copy.deepcopy(cache)
+    assert len(chosen) == 24
+    assert any((blocks[0] != blocks[2]).any() for blocks in chosen)
+
+
+def test_sparse_with_every_block_is_dense(llama):
+    tokens = torch.randint(1, 64, (2, 10))
+    options = {"max_new_tokens": 12, "do_sample": False, "attention_mask": torch.ones_like(tokens)}
+    llama.set_attn_implementation("winnow")
+    results = [
+        llama.generate(
+            tokens, past_key_values=WinnowCache(CONFIG, block_size=4, sparse=sparse), **options
+        )
+        for sparse in (None, BlockSparse(k=6), BlockSparse(k=2))
+    ]
+    assert torch.equal(results[0], results[1])
+    assert not torch.equal(results[0], results[2])
+
+
+# Models with a selection of their own.
+
+
+def minimax():
+    torch.manual_seed(0)
+    config = MiniMaxM3VLTextConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=32,
+        dense_intermediate_size=32,
+        shared_intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        index_n_heads=2,
+        index_head_dim=8,
+        index_block_size=4,
+        index_topk_blocks=2,
+        index_local_blocks=1,
+        layer_types=["full_attention", "minimax_m3_sparse"],
+        mlp_layer_types=["dense", "dense"],
+        max_position_embeddings=128,
+    )
+    model = MiniMaxM3VLTextModel(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    return model
+
+
+@pytest.mark.parametrize("block_size", [4, 2, 8])
+def test_a_model_that_brings_its_blocks(monkeypatch, block_size):
+    calls = []
+    dense_attention = dense.dense_attention
+
+    def count(*args, **kwargs):
+        calls.append(1)
+        return dense_attention(*args, **kwargs)
+
+    monkeypatch.setattr(attention, "dense_attention", count)
+    model = minimax()
+    tokens = torch.randint(1, 64, (2, 30))
+    order = torch.tensor([1, 1])
+    outputs = []
+    for implementation, cache in (
+        ("sdpa", DynamicCache(config=model.config)),
+        ("winnow", WinnowCache(model.config, block_size=block_size)),
+        ("winnow", DynamicCache(config=model.config)),
+    ):
+        calls.clear()
+        model.set_attn_implementation(implementation)
+        with torch.no_grad():
+            parts = [
+                model(tokens[:, at], past_key_values=cache).last_hidden_state
+                for at in (slice(0, 17), slice(17, 22), slice(22, 23), slice(23, 24))
+            ]
+            cache.reorder_cache(order)
+            parts.append(model(tokens[:, 24:25], past_key_values=cache).last_hidden_state)
+            cache.crop(-2)
+            parts.append(model(tokens[:, 25:], past_key_values=cache).last_hidden_state)
+        outputs.append(torch.cat(parts, 1))
+        if isinstance(cache, WinnowCache):
+            # Pages larger than the model's blocks cannot tell them apart.
+            assert len(calls) == (6 if block_size == 8 else 0)
+    near(outputs[1], outputs[0])
+    near(outputs[2], outputs[0])
+    assert cache.layers[1].idx_keys.shape[2] == 28
+
+
+def test_blocks_against_the_definition():
+    """Any selection, for several queries at once."""
+    torch.manual_seed(0)
+    cache = WinnowCache(CONFIG, block_size=4)
+    key, value = cache.update(*states(2, 22), 0)
+    query = torch.randn(2, 4, 3, 8)
+    blocks = torch.rand(2, 2, 3, 6).argsort(-1)[..., :3]
+    blocks[0, 1, 2, 1:] = -1
+    out, _ = attention.winnow_attention(
+        torch.nn.Module(), query, key, value, None, block_indices=blocks, block_size=4
+    )
+    pages = cache.pages.pool._layers[0]
+    for t in range(3):
+        lengths = cache.pages.seq_lens - 2 + t
+        expected = reference.paged_attention(
+            query[:, :, t : t + 1],
+            *pages,
+            cache.pages.block_table,
+            lengths,
+            block_indices=blocks[:, :, t].sort(-1).values.int(),
+        )
+        torch.testing.assert_close(out[:, t], expected[:, :, 0])
+
+
+# What does not work says so.
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match="layer 0 is 'linear_attention'"):
+        WinnowCache(MambaConfig(num_hidden_layers=1))
+    with pytest.raises(ValueError, match="block_size: expected at least 1, got 0"):
+        WinnowCache(CONFIG, block_size=0)
+    with pytest.raises(ValueError, match="max_cache_len: expected an integer, got 2.5"):
+        WinnowCache(CONFIG, max_cache_len=2.5)
+    with pytest.raises(ValueError, match="sparse: expected a BlockSparse or None, got 4"):
+        WinnowCache(CONFIG, sparse=4)
+    with pytest.raises(ValueError, match="config: expected the config of a model, got 'llama'"):
+        WinnowCache("llama")
+    with pytest.raises(ValueError, match="k: expected at least sink_blocks \\+ recent_blocks = 2"):
+        BlockSparse(k=1)
+    with pytest.raises(ValueError, match="recent_blocks: expected at least 1, got 0"):
+        BlockSparse(k=4, recent_blocks=0)
+    pool = BlockPool(4, num_layers=1, num_kv_heads=2, head_dim=8, dtype=torch.float32)
+    with pytest.raises(ValueError, match="pool: expected num_layers=2 as in config"):
+        WinnowCache(CONFIG, pool=pool)
+
+
+def test_steps_that_cannot_be_right(llama):
+    cache = WinnowCache(CONFIG, block_size=4)
+    tokens, mask = prompts()
+    forward(llama, tokens, cache, mask)
+    step = torch.ones(3, 1, dtype=torch.long)
+    with pytest.raises(ValueError, match="attention_mask: shows columns of row 0 that were left"):
+        forward(llama, step, cache)  # would show the padding
+    with pytest.raises(RuntimeError, match="left padding was not stored"):
+        forward(llama, step, cache, torch.nn.functional.pad(mask, (0, 1), value=1), "sdpa")
+    with pytest.raises(
+        ValueError, match="attention_mask: expected 3 rows, as the cache has, got 2"
+    ):
+        forward(llama, step[:2], cache, torch.ones(2, 12))
+    llama.set_attn_implementation("winnow")
+    with pytest.raises(ValueError, match="output_attentions"):
+        llama(tokens, output_attentions=True)
+    with pytest.raises(ValueError, match="key: requires a gradient"):
+        llama(tokens, past_key_values=WinnowCache(CONFIG))
+    cache = WinnowCache(CONFIG, block_size=4)
+    keys, values = cache.update(*states(1, 5), 0)
+    cache.update(*states(1, 1), 0)
+    with pytest.raises(RuntimeError, match="read after the cache changed"):
+        keys.sum()
+    with pytest.raises(RuntimeError, match="call reorder_cache of the cache"):
+        cache.layers[0].reorder_cache(torch.tensor([0]))
+    now = cache.layers[0].keys, cache.layers[0].values
+    with pytest.raises(ValueError, match="block_indices: the size of their blocks is not known"):
+        attention.winnow_attention(
+            torch.nn.Module(), now[0], *now, None, block_indices=torch.zeros(1)
+        )
+
+
+def test_implementations_may_alternate(llama):
+    """Without padding, a cache that one implementation filled serves the other."""
+    tokens = torch.randint(1, 64, (2, 9))
+    expected = forward(llama, tokens, None, implementation="sdpa")
+    cache = WinnowCache(CONFIG, block_size=4)
+    parts = [
+        forward(llama, tokens[:, a:b], cache, implementation=implementation)
+        for a, b, implementation in ((0, 4, "sdpa"), (4, 6, "winnow"), (6, 9, "sdpa"))
+    ]
+    near(torch.cat(parts, 1), expected)
+
+
+def test_padding_that_sdpa_stored(llama):
+    """A prompt under SDPA stores its padding; attention "winnow" then masks it."""
+    tokens, mask = prompts()
+    cache, rival = WinnowCache(CONFIG, block_size=4), DynamicCache(config=CONFIG)
+    for one in (cache, rival):
+        forward(llama, tokens, one, mask, "sdpa")
+    step, longer = torch.ones(3, 2).long(), torch.nn.functional.pad(mask, (0, 2), value=1)
+    near(forward(llama, step, cache, longer), forward(llama, step, rival, longer, "sdpa"))
+
+
+def test_an_old_transformers_is_named():
+    def mask_of_transformers_4(batch_size, cache_position, kv_length): ...
+
+    integration._require(sdpa_mask)
+    with pytest.raises(ImportError, match="needs transformers 5 .tested with 5.18."):
+        integration._require(mask_of_transformers_4)
+
+
+def test_a_tensor_mask_over_padding_that_was_not_stored(llama):
+    tokens, mask = prompts()
+    paged, dynamic = WinnowCache(CONFIG, block_size=4), DynamicCache(config=CONFIG)
+    forward(llama, tokens, paged, mask)
+    forward(llama, tokens, dynamic, mask, "sdpa")
+    step = torch.full((3, 2), 5)
+    seen = torch.ones(2, 13, dtype=torch.bool).tril(11).expand(3, 1, 2, 13).clone()
+    with pytest.raises(ValueError, match="attention_mask: shows columns of row 0"):
+        forward(llama, step, copy.deepcopy(paged), seen)
+    seen &= torch.nn.functional.pad(mask, (0, 2), value=1).bool()[:, None, None]
+    near(forward(llama, step, paged, seen), forward(llama, step, dynamic, seen, "sdpa"))
+
+
+def test_a_decoder_that_attends_an_encoder():
+    config = BartConfig(
+        vocab_size=64,
+        d_model=32,
+        encoder_layers=1,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=None,
+        forced_eos_token_id=None,
+        decoder_start_token_id=2,
+    )
+    torch.manual_seed(0)
+    model = BartForConditionalGeneration(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    tokens, mask = prompts()
+    options = {"attention_mask": mask, "max_new_tokens": 12, "num_beams": 3, "do_sample": False}
+    expected = model.generate(tokens, **options)
+    model.set_attn_implementation("winnow")
+    cache = EncoderDecoderCache(WinnowCache(config, block_size=4), DynamicCache(config=config))
+    assert torch.equal(model.generate(tokens, past_key_values=cache, **options), expected)
+    assert cache.self_attention_cache.get_seq_length() == 12
+
+
+def test_sliding_layers_are_those_of_the_config():
+    cache = WinnowCache(MistralConfig(**SIZES, sliding_window=5))
+    assert cache.is_sliding == [True, True]
+    assert WinnowCache(CONFIG).is_sliding == [False, False]
