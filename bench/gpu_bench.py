@@ -42,45 +42,35 @@ def effective_sample_size() -> Iterator[Case]:
         )
 
 
-def composed_resample(log_weights: torch.Tensor, uniforms: torch.Tensor) -> tuple:
-    """A systematic step below half of the effective sample size, in plain torch."""
+def systematic_step(log_weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Systematic resampling with ESS and log Z, composed of torch operators."""
     particles = log_weights.shape[-1]
-    weights = log_weights.softmax(-1)
-    triggered = weights.square().sum(-1).reciprocal() < particles / 2
-    points = (torch.arange(particles, device=log_weights.device) + uniforms[..., None]) / particles
-    drawn = torch.searchsorted(weights.cumsum(-1), points, right=True).clamp(max=particles - 1)
-    identity = torch.arange(particles, device=log_weights.device).expand_as(drawn)
-    ancestors = torch.where(triggered[..., None], drawn, identity)
-    evidence = log_weights.logsumexp(-1) - math.log(particles)
-    carried = torch.where(triggered[..., None], 0.0, log_weights)
-    return ancestors, carried, torch.where(triggered, evidence, 0.0)
+    share = log_weights.softmax(-1)
+    ess = (share * share).sum(-1).reciprocal()
+    log_z = log_weights.logsumexp(-1) - math.log(particles)
+    u = torch.rand(*log_weights.shape[:-1], 1, device=log_weights.device)
+    points = (torch.arange(particles, device=log_weights.device) + u) / particles
+    ancestors = torch.searchsorted(share.cumsum(-1), points).clamp_(max=particles - 1)
+    return ancestors, ess, log_z
+
+
+def check_systematic(log_weights: torch.Tensor) -> None:
+    result = resampling.resample(log_weights, seed=1)
+    particles = log_weights.shape[-1]
+    shares = particles * log_weights.double().softmax(-1).cumsum(-1)
+    assert (result.offspring.cumsum(-1) - shares).abs().max() < 1 + 1e-6 * particles
 
 
 def resample() -> Iterator[Case]:
-    for rows, particles in ((4096, 4), (256, 4096)):
-        rows = scaled(rows, 16)
-
-        def make(rows=rows, particles=particles) -> tuple:
-            log_weights = 2 * torch.randn(rows, particles, device=DEVICE)
-            return log_weights, torch.rand(rows, device=DEVICE)
-
-        def ours(log_weights, uniforms):
-            return resampling.resample(log_weights, ess_threshold=0.5, uniforms=uniforms)
-
-        def check(log_weights, uniforms, ours=ours) -> None:
-            ancestors, _, evidence = composed_resample(log_weights, uniforms)
-            result = ours(log_weights, uniforms)
-            # Sums that differ in their last bit move a few borders.
-            assert (result.ancestors == ancestors).float().mean() > 0.99
-            torch.testing.assert_close(result.log_z, evidence, rtol=1e-3, atol=1e-3)
-
+    seed = torch.tensor(1, device=DEVICE)
+    for rows, particles in ((4096, 4), (scaled(256, 4), 4096), (1, scaled(1_000_000, 17_000))):
         yield Case(
             f"resample systematic {rows}x{particles} float32",
-            make,
-            ours,
-            {"composed": composed_resample, "composed, compiled": compiled(composed_resample)},
-            rows * particles * 4.0 * 2 + rows * particles * 8.0 * 2,
-            check,
+            lambda rows=rows, particles=particles: (torch.randn(rows, particles, device=DEVICE),),
+            lambda log_weights: resampling.resample(log_weights, seed=seed),
+            {"eager": systematic_step, "compiled": compiled(systematic_step)},
+            rows * particles * 24.0,
+            check_systematic,
         )
 
 

@@ -36,8 +36,8 @@
 //
 // For launchers:
 //   launch(name, kernel, Grid{x, y}, threads, stream, arguments...)
-//   Stream stream(tensor)                     the current stream of the tensor's device, made current
-//   global<T>(tensor)                         the memory that its sizes and strides span
+//   Stream stream(tensor)                     the current stream of the tensor's device, made
+//   current global<T>(tensor)                         the memory that its sizes and strides span
 //   check_device(argument, tensor)
 //   WINNOW_DEVICE_OPERATORS(m) { m.impl(...); }
 #pragma once
