@@ -482,3 +482,16 @@ def test_sliding_layers_are_those_of_the_config():
     cache = WinnowCache(MistralConfig(**SIZES, sliding_window=5))
     assert cache.is_sliding == [True, True]
     assert WinnowCache(CONFIG).is_sliding == [False, False]
+
+
+def test_inference_mode(llama):
+    """A pool that is made in inference mode serves outside of it too, and the other way round."""
+    tokens = torch.randint(1, 64, (2, 9))
+    expected = forward(llama, tokens, None)
+    for first, second in ((True, False), (False, True), (True, True)):
+        cache = WinnowCache(CONFIG, block_size=4)
+        with torch.inference_mode(first):
+            head = forward(llama, tokens[:, :5], cache)
+        with torch.inference_mode(second):
+            tail = forward(llama, tokens[:, 5:], cache)
+        near(torch.cat([head, tail], 1), expected)

@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from torch_winnow.kvcache import block_summaries, paged_attention, score_blocks, select_blocks
+from torch_winnow.kvcache import (
+    BlockPool,
+    PagedKVCache,
+    block_summaries,
+    paged_attention,
+    score_blocks,
+    select_blocks,
+)
 
 TABLE = torch.tensor([[1, 0]], dtype=torch.int32)
 LENGTHS = torch.tensor([6], dtype=torch.int32)
@@ -57,3 +64,22 @@ def test_a_choice_has_no_gradient():
     scores = torch.randn(1, 1, 2, requires_grad=True)
     chosen = select_blocks(scores, 2, seq_lens=LENGTHS, block_size=4)
     assert not chosen.requires_grad
+
+
+@pytest.mark.parametrize("operation", ["append", "write", "copy"])
+def test_autograd_sees_that_pages_were_written(operation):
+    """A backward pass that saved pages must not run on what they hold now."""
+    pool = BlockPool(4, num_layers=1, num_kv_heads=1, head_dim=2, block_size=4, dtype=torch.float32)
+    cache = PagedKVCache(pool, 2)
+    token = torch.ones(2, 1, 1, 2)
+    cache.append(0, token, token)
+    if operation == "copy":
+        cache.permute_([0, 0])
+    weight = torch.ones(2, requires_grad=True)
+    loss = (weight * pool.key_pages).sum()
+    if operation == "write":
+        cache.write(0, token, token, torch.zeros(2, 1, dtype=torch.int64))
+    else:
+        cache.append(0, token, token)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

@@ -20,6 +20,12 @@ _copy_blocks_ = torch.ops.winnow.copy_blocks_
 _COPIES, _RESHAPED = 1, 2  # what CacheTable.append reports
 
 
+def _mark_written(*pages: Tensor) -> None:
+    # Autograd has to see that what it saved for a backward pass has changed.
+    if not pages[0].is_inference():
+        torch.autograd.graph.increment_version(pages)
+
+
 class PagedKVCache:
     """Keys and values of ``batch_size`` sequences, in blocks of a pool.
 
@@ -143,6 +149,7 @@ class PagedKVCache:
                 self._copy()
         key_pages, value_pages = self.pool._layers[layer]
         _paged_write_(key_pages, value_pages, key, value, self._block_table, positions)
+        _mark_written(key_pages, value_pages)
 
     def write(self, layer: int, key: Tensor, value: Tensor, positions: Tensor) -> None:
         """Overwrite tokens of one layer in place.
@@ -180,6 +187,7 @@ class PagedKVCache:
             self._copy()
         key_pages, value_pages = self.pool._layers[layer]
         _paged_write_(key_pages, value_pages, key, value, self._block_table, positions)
+        _mark_written(key_pages, value_pages)
 
     def fork(self, parents: Sequence[int] | Tensor) -> PagedKVCache:
         """A new cache whose row ``r`` continues this one's row ``parents[r]``; rows may repeat.
@@ -283,6 +291,7 @@ class PagedKVCache:
         _copy_blocks_(
             pool.key_pages, pool.value_pages, torch.tensor(sources), torch.tensor(targets)
         )
+        _mark_written(pool.key_pages, pool.value_pages)
 
     def _check(self, key: Tensor, value: Tensor) -> None:
         """Everything that the store could refuse, before anything is changed."""
