@@ -17,13 +17,7 @@ list(APPEND WINNOW_SIMD_SOURCES
 list(APPEND WINNOW_CUDA_SOURCES
   csrc/unmasking/logit_stats.cu
   csrc/unmasking/select_positions.cu
-<<<<<<< HEAD
-  csrc/unmasking/unmask_step.cu
-  csrc/unmasking/soft_embedding.cu
-  csrc/unmasking/speculative_verify.cu
-=======
   csrc/unmasking/soft_embedding.cu
   csrc/unmasking/speculative_verify.cu
   csrc/unmasking/unmask_step.cu
->>>>>>> main
 )
