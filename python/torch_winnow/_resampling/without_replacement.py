@@ -110,7 +110,7 @@ def inclusion_probabilities(log_weights: Tensor, k: SupportsIndex) -> Tensor:
     r"""How likely each particle is to be in a conditional Poisson sample of k.
 
     :math:`\pi_i = w_i e_{k-1}(w_{-i}) / e_k(w)` with elementary symmetric polynomials e, by a
-    recursion of positive terms that neither cancels nor overflows.
+    recursion of positive terms that neither cancels nor overflows. On the CPU only.
 
     Args:
         log_weights: as in :func:`sample_without_replacement`.
