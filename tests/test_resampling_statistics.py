@@ -29,7 +29,7 @@ ops = torch.ops.winnow
 
 @pytest.mark.parametrize("name", STATISTICS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_matches_definition(name, shape, dtype, cpu_capability):
+def test_matches_definition(name, shape, dtype):
     log_weights = (3 * torch.randn(shape)).to(dtype)
     result = STATISTICS[name](log_weights)
     assert result.dtype == torch.float32
@@ -38,7 +38,7 @@ def test_matches_definition(name, shape, dtype, cpu_capability):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_conditional_matches_definition(shape, dtype, cpu_capability):
+def test_conditional_matches_definition(shape, dtype):
     log_weights = (3 * torch.randn(shape)).to(dtype)
     log_increments = (2 * torch.randn(shape)).to(dtype)
     result = conditional_effective_sample_size(log_weights, log_increments)

@@ -57,7 +57,7 @@ def sample_without_replacement(
     - ``"conditional_poisson"`` (Hájek 1964; beam search: Meister, Amini, Vieira and Cotterell
       2021): a set has probability proportional to the product of its weights. :math:`\pi` is
       exact, by a dynamic programme in ``O(K k)`` time and ``O(K + sqrt(K) k)`` memory; the estimate
-      is unbiased. Indices ascend.
+      is unbiased. Indices ascend. On the CPU only.
     - ``"gumbel_topk"`` (Kool, van Hoof and Welling 2019): one particle after another, each in
       proportion to its weight among those that are left. Indices are in the order of the draws.
       ``inclusion_probabilities`` are those given the (k+1)-th largest perturbed log weight, with
@@ -110,7 +110,7 @@ def inclusion_probabilities(log_weights: Tensor, k: SupportsIndex) -> Tensor:
     r"""How likely each particle is to be in a conditional Poisson sample of k.
 
     :math:`\pi_i = w_i e_{k-1}(w_{-i}) / e_k(w)` with elementary symmetric polynomials e, by a
-    recursion of positive terms that neither cancels nor overflows.
+    recursion of positive terms that neither cancels nor overflows. On the CPU only.
 
     Args:
         log_weights: as in :func:`sample_without_replacement`.
