@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from torch_winnow import reference
 from torch_winnow.attention import block_diagonal_attention, cat_attention, chunk_attention
@@ -95,6 +97,36 @@ def test_packed_sequences(gpu, lengths, per_chunk, initial, lookback):
         initial_slots=initial,
         lookback=lookback,
         cu_seqlens=torch.tensor([0, *lengths], device=gpu).cumsum(0),
+    )
+
+
+@settings(
+    max_examples=20,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(data=st.data())
+def test_any_pattern(gpu, data):
+    kv_heads = data.draw(st.integers(1, 2))
+    inputs = leaves(
+        gpu,
+        data.draw(st.integers(1, 2)),
+        kv_heads * data.draw(st.integers(1, 2)),
+        kv_heads,
+        data.draw(st.integers(1, 100)),
+        data.draw(st.integers(1, 40)),
+        data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16])),
+        data.draw(st.integers(0, 90)),
+    )
+    check(
+        chunk_attention,
+        inputs,
+        chunk_size=data.draw(st.integers(1, 80)),
+        slots_per_chunk=data.draw(st.integers(1, 5)),
+        initial_slots=data.draw(st.integers(0, 3)),
+        lookback=data.draw(st.integers(0, 4)),
+        scale=data.draw(st.sampled_from([None, 0.0, 0.3, -0.5])),
     )
 
 
