@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import host_library
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -193,6 +194,16 @@ def test_rows_that_attend_nothing_have_no_gradient(gpu):
         inputs[0].fill_(1.0)
     grads, _ = gradients(block_diagonal_attention, inputs, block_size=2)
     assert grads[2].eq(0).all()
+
+
+@pytest.mark.parametrize(("slots", "expected"), [(0, 1 + 3), (5, 1 + 5)])
+def test_launches(gpu, slots, expected):
+    if gpu.type != "cpu":
+        pytest.skip("counts on the host")
+    inputs = leaves(gpu, 1, 2, 1, 20, 8, slots=slots)
+    before = host_library.launches()
+    gradients(chunk_attention, inputs, chunk_size=4)
+    assert host_library.launches() - before == expected
 
 
 def test_same_bits_in_every_order(on_every_order, gpu):
