@@ -1,6 +1,6 @@
 // Launches the backward of any attention pattern.
-#include "attention/attention_backward_kernel.cuh"
 #include "attention/attention_call.h"
+#include "attention/key_gradients_kernel.cuh"
 
 namespace winnow {
 namespace {

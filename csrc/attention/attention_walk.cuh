@@ -115,16 +115,14 @@ struct Bounds {
 // kWarps warps of 16 query rows. Rows behind the last one are taken for the last one.
 template <typename T, int kDim, int kWarps, int kKeys>
 struct KeyWalk {
-  static constexpr int kRows = kWarps * kWarpRows;
   static constexpr int kThreads = kWarps * kWarp;
-  static constexpr int kTile = kKeys * kLeading<T, kDim>;
 
   const AttentionCall<T>& call;
   Global<const T> slot_key, slot_value, local_key, local_value;
   Bounds slots, locals;
   int slot_tiles, tiles;
 
-  // Of query rows `first` to `last`, at most kRows.
+  // Of query rows `first` to `last`, at most 16 per warp.
   WINNOW_DEVICE KeyWalk(const AttentionCall<T>& call, int64_t batch, int64_t kv_head, int64_t first,
                         int64_t last)
       : call(call),

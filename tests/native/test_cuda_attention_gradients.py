@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import host_library
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from torch_winnow import reference
 from torch_winnow.attention import block_diagonal_attention, cat_attention, chunk_attention
@@ -98,6 +101,36 @@ def test_packed_sequences(gpu, lengths, per_chunk, initial, lookback):
     )
 
 
+@settings(
+    max_examples=20,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(data=st.data())
+def test_any_pattern(gpu, data):
+    kv_heads = data.draw(st.integers(1, 2))
+    inputs = leaves(
+        gpu,
+        data.draw(st.integers(1, 2)),
+        kv_heads * data.draw(st.integers(1, 2)),
+        kv_heads,
+        data.draw(st.integers(1, 100)),
+        data.draw(st.integers(1, 40)),
+        data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16])),
+        data.draw(st.integers(0, 90)),
+    )
+    check(
+        chunk_attention,
+        inputs,
+        chunk_size=data.draw(st.integers(1, 80)),
+        slots_per_chunk=data.draw(st.integers(1, 5)),
+        initial_slots=data.draw(st.integers(0, 3)),
+        lookback=data.draw(st.integers(0, 4)),
+        scale=data.draw(st.sampled_from([None, 0.0, 0.3, -0.5])),
+    )
+
+
 def test_several_splits(gpu):
     """Enough rows that the sums of slots are made in parts."""
     check(cat_attention, leaves(gpu, 1, 1, 1, 1100, 8), block_size=65)
@@ -161,6 +194,16 @@ def test_rows_that_attend_nothing_have_no_gradient(gpu):
         inputs[0].fill_(1.0)
     grads, _ = gradients(block_diagonal_attention, inputs, block_size=2)
     assert grads[2].eq(0).all()
+
+
+@pytest.mark.parametrize(("slots", "expected"), [(0, 1 + 3), (5, 1 + 5)])
+def test_launches(gpu, slots, expected):
+    if gpu.type != "cpu":
+        pytest.skip("counts on the host")
+    inputs = leaves(gpu, 1, 2, 1, 20, 8, slots=slots)
+    before = host_library.launches()
+    gradients(chunk_attention, inputs, chunk_size=4)
+    assert host_library.launches() - before == expected
 
 
 def test_same_bits_in_every_order(on_every_order, gpu):
