@@ -151,10 +151,32 @@ def logit_stats(
 
 
 def linear_logit_stats(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None = None, **logit_stats_options: Any
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
+    temperature: float = 1.0,
+    suppress_ids: Tensor | Sequence[int] | None = None,
+    target_ids: Tensor | None = None,
+    statistics: str = "processed",
+    seed: int | Tensor | None = None,
+    generator: torch.Generator | None = None,
+    shift: bool = False,
+    **unavailable: object,
 ) -> LogitStats:
     """See :func:`torch_winnow.unmasking.linear_logit_stats`."""
-    return logit_stats(torch.nn.functional.linear(hidden, weight, bias), **logit_stats_options)
+    return logit_stats(
+        torch.nn.functional.linear(hidden, weight, bias),
+        mask=mask,
+        temperature=temperature,
+        suppress_ids=suppress_ids,
+        target_ids=target_ids,
+        statistics=statistics,
+        seed=seed,
+        generator=generator,
+        shift=shift,
+    )
 
 
 def _part(
