@@ -45,8 +45,8 @@ def assert_same(result: LogitStats, expected: LogitStats, rtol: float = 3e-5) ->
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_matches_definition(shape, dtype, cpu_capability):
-    logits = (4 * torch.randn(shape)).to(dtype)
+def test_matches_definition(shape, dtype, device):
+    logits = (4 * torch.randn(shape)).to(device, dtype)
     if shape[-1] == 0:
         stats = logit_stats(logits)
         assert stats.token.tolist() == [-1, -1]
