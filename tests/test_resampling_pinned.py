@@ -76,6 +76,24 @@ def test_survives_without_weight(scheme, weightless):
     assert torch.equal(nothing.ancestors, torch.arange(5).expand(3, 5))
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_weightless_survivor_brings_no_weight(scheme):
+    """What lets a pinned particle survive is no weight of its own: the population as a whole stays
+    properly weighted. The definition finds it however light it is, and wherever it lies."""
+    for pinned, least in itertools.product((0, 3, 6), (-INF, -900.0)):
+        log_weights = torch.tensor([0.0, -1.0, 0.0, 0.0, -1.0, 0.0, 0.0], dtype=torch.float64)
+        log_weights[pinned] = least
+        options = {"scheme": scheme, "pinned": pinned}
+        for seed in range(20):
+            result = resample(log_weights, seed=seed, **options)
+            expected = reference.resample(log_weights, seed=seed, **options)
+            assert result.ancestors[pinned] == expected.ancestors[pinned] == pinned
+            torch.testing.assert_close(result.log_weights, expected.log_weights)
+            if scheme == "optimal":
+                total = (result.log_weights - result.log_weights.logsumexp(-1))[pinned]
+                assert total == pytest.approx(least - log_weights.logsumexp(-1).item())
+
+
 def occurrences(pinned, offspring, base):
     """How often each pair of pinned particle and offspring occurs."""
     digits = torch.cat([pinned.unsqueeze(-1), offspring], -1)
