@@ -65,6 +65,8 @@ def check_seed(
     seed: SupportsIndex | Tensor | None, generator: torch.Generator | None
 ) -> int | Tensor | None:
     """The seed as an int or a tensor, checked; None if it is to be drawn."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise ValueError(f"generator: expected a torch.Generator, got {type(generator).__name__}")
     if seed is None:
         return None
     if generator is not None:
@@ -230,6 +232,9 @@ def resample(
         )
     )
     return autograd.resampled(result, weights, mask) if autograd.wants_gradient(weights) else result
+
+
+autograd.without_gradient("resample")
 
 
 @torch.library.register_fake("winnow::resample")

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import operator
 from typing import NamedTuple, SupportsIndex
 
 import torch
 from torch import Tensor
 
 from torch_winnow._fake import check_same_device
+from torch_winnow._resampling import autograd
 from torch_winnow._resampling.resample import check_seed
-from torch_winnow._resampling.weights import detached_weights, statistics_dtype
+from torch_winnow._resampling.weights import detached_weights, statistics_dtype, whole_number
 
 _sample_without_replacement = torch.ops.winnow.sample_without_replacement
 _inclusion_probabilities = torch.ops.winnow.inclusion_probabilities
@@ -31,13 +31,6 @@ class WithoutReplacement(NamedTuple):
     indices: Tensor
     inclusion_probabilities: Tensor
     weights: Tensor
-
-
-def _count(k: SupportsIndex) -> int:
-    try:
-        return operator.index(k)
-    except TypeError:
-        raise ValueError(f"k: expected an int, got {type(k).__name__}") from None
 
 
 def sample_without_replacement(
@@ -102,7 +95,7 @@ def sample_without_replacement(
         key = torch.randint(2**63 - 1, (), generator=generator, device=log_weights.device)
     number, seed_tensor = (0, key) if isinstance(key, Tensor) else (key, None)
     return WithoutReplacement(
-        *_sample_without_replacement(log_weights, _count(k), design, number, seed_tensor)
+        *_sample_without_replacement(log_weights, whole_number("k", k), design, number, seed_tensor)
     )
 
 
@@ -130,8 +123,11 @@ def inclusion_probabilities(log_weights: Tensor, k: SupportsIndex) -> Tensor:
         tensor([0.8000, 0.6000, 0.6000])
     """
     return _inclusion_probabilities(  # type: ignore[no-any-return]
-        detached_weights(log_weights), _count(k)
+        detached_weights(log_weights), whole_number("k", k)
     )
+
+
+autograd.without_gradient("sample_without_replacement", "inclusion_probabilities")
 
 
 @torch.library.register_fake("winnow::sample_without_replacement")
