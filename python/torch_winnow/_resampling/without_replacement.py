@@ -33,6 +33,14 @@ class WithoutReplacement(NamedTuple):
     weights: Tensor
 
 
+def _check_on_cpu(log_weights: Tensor, what: str) -> None:
+    if log_weights.device.type not in ("cpu", "meta"):
+        raise ValueError(
+            f"log_weights: expected a tensor on the CPU for {what}, got one on "
+            f"{log_weights.device}; call .cpu()"
+        )
+
+
 def sample_without_replacement(
     log_weights: Tensor,
     k: SupportsIndex,
@@ -90,6 +98,10 @@ def sample_without_replacement(
     log_weights = detached_weights(log_weights)
     if not isinstance(design, str):
         raise ValueError(f"design: expected a name, got {type(design).__name__}")
+    if design == "conditional_poisson":
+        _check_on_cpu(
+            log_weights, "design='conditional_poisson' (gumbel_topk and pareto run on GPUs)"
+        )
     key = check_seed(seed, generator)
     if key is None:
         key = torch.randint(2**63 - 1, (), generator=generator, device=log_weights.device)
@@ -122,9 +134,9 @@ def inclusion_probabilities(log_weights: Tensor, k: SupportsIndex) -> Tensor:
         >>> inclusion_probabilities(torch.tensor([2.0, 1.0, 1.0]).log(), 2)
         tensor([0.8000, 0.6000, 0.6000])
     """
-    return _inclusion_probabilities(  # type: ignore[no-any-return]
-        detached_weights(log_weights), whole_number("k", k)
-    )
+    log_weights = detached_weights(log_weights)
+    _check_on_cpu(log_weights, "inclusion_probabilities")
+    return _inclusion_probabilities(log_weights, whole_number("k", k))  # type: ignore[no-any-return]
 
 
 autograd.without_gradient("sample_without_replacement", "inclusion_probabilities")
