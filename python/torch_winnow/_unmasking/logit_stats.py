@@ -81,16 +81,15 @@ def seed_tensor(seed: int | Tensor | None, generator: torch.Generator | None) ->
     """The key of the draws as a 0-dim int64 tensor, or None where nothing is drawn."""
     if seed is not None and generator is not None:
         raise ValueError("seed: expected either seed or generator, got both")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise ValueError(f"generator: expected a torch.Generator, got {generator!r}")
     if generator is not None:
         return torch.randint(
             -(2**63), 2**63 - 1, (), dtype=torch.int64, generator=generator, device=generator.device
         )
     if seed is None or isinstance(seed, Tensor):
         return seed
-    value = integer("seed", seed)
-    if not -(2**63) <= value < 2**63:
-        raise ValueError(f"seed: expected a 64-bit signed integer, got {value}")
-    return torch.tensor(value, dtype=torch.int64)
+    return torch.tensor(integer("seed", seed), dtype=torch.int64)
 
 
 def id_tensor(ids: Tensor | Sequence[int] | None, like: Tensor) -> Tensor | None:

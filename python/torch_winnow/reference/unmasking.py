@@ -326,7 +326,7 @@ def generate(
     position = torch.arange(length)
     if seed is not None:
         generator = torch.Generator().manual_seed(int(seed))
-    block_length = block_length or max(1, length)
+    block_length = min(block_length or max(1, length), max(1, length))
     given = tokens != mask_id
     guided = bool(logit_stats_options.get("cfg_scale"))
     calls = 0
