@@ -122,7 +122,7 @@ def klass_step(logits: Tensor, previous: Tensor, masked: Tensor) -> Tensor:
     return chosen
 
 
-# Name of the step: the published code, ours, rounds of the former, whether they may choose otherwise:
+# Name of the step: the published code, ours, rounds of the former, whether choices may differ:
 # they draw, or a nucleus of one token leaves many positions with an entropy of 0.
 STEPS = {
     "LLaDA T=0": (llada, step(TopK(COUNT), temperature=0.0), 5, False),
