@@ -398,37 +398,3 @@ def test_opcheck_and_compile():
         assert_same(compiled(log_weights, seed), expected)
     drawn = torch.compile(resample, fullgraph=True)(log_weights)
     assert (drawn.offspring.sum(-1) == 20).all()
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"log_weights": torch.ones(3).long()}, r"log_weights: expected float32.*int64"),
-        ({"log_weights": torch.tensor(1.0)}, r"log_weights: expected \(\.\.\., K\), got a scalar"),
-        ({"scheme": "best"}, "scheme: expected systematic.*got 'best'"),
-        ({"scheme": "killing", "num_samples": 2}, "num_samples: expected K = 5 with scheme='kill"),
-        ({"num_samples": -1}, "num_samples: expected 0 to 2.40, got -1"),
-        ({"log_weights": torch.ones(2, 0), "num_samples": 2}, "num_samples: expected 0.*got 2"),
-        ({"ess_threshold": 0.0}, r"ess_threshold: expected a share in \(0, 1\], got 0"),
-        ({"ess_threshold": 1.5}, "ess_threshold: .*got 1.5"),
-        ({"ess_threshold": NAN}, "ess_threshold: .*got nan"),
-        ({"ess_threshold": 0.5, "num_samples": 2}, "num_samples: expected K = 5.*got 2"),
-        ({"keep_slots": True, "num_samples": 2}, "num_samples: expected K = 5 with keep_slots"),
-        ({"mask": torch.ones(5)}, "mask: expected bool, got float32"),
-        ({"mask": torch.ones(4, dtype=torch.bool)}, r"mask: expected the shape.*got \(4,\)"),
-        (
-            {"mask": torch.ones(3, 5, dtype=torch.bool), "num_samples": 2},
-            "num_samples: expected K = 5 with mask",
-        ),
-        ({"uniforms": torch.rand(3, 5)}, r"uniforms: expected \(\.\.\.\).*got shape \(3, 5\)"),
-        ({"scheme": "stratified", "uniforms": torch.rand(3)}, r"uniforms: expected \(\.\.\., M\)"),
-        ({"scheme": "residual", "uniforms": torch.rand(3)}, "uniforms: accepted for.*'residual'"),
-        ({"uniforms": torch.ones(3, dtype=torch.int64)}, "uniforms: expected float32 or float64"),
-        ({"seed": torch.tensor([1])}, r"seed: expected an int or a 0-dim .* of shape \(1,\)"),
-        ({"seed": torch.tensor(1.0)}, "seed: expected an int or a 0-dim int64 .*got torch.float32"),
-    ],
-)
-def test_errors_name_the_argument(options, message):
-    options = {"log_weights": torch.zeros(3, 5), **options}
-    with pytest.raises(ValueError, match=message):
-        resample(options.pop("log_weights"), **options)

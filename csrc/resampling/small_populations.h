@@ -7,23 +7,17 @@
 #include <cstdint>
 #include <limits>
 
+#include "resampling/small_schemes.h"
 #include "resampling/spread.h"
 #include "resampling/weigh.h"
 
 namespace winnow {
 namespace {
 
-constexpr int64_t kSmallParticles = 16;
-
-inline bool has_small_path(Scheme scheme) {
-  return scheme == Scheme::kSystematic || scheme == Scheme::kStratified ||
-         scheme == Scheme::kMultinomial || scheme == Scheme::kResidual;
-}
-
 inline bool is_small(const ResampleCall& call) {
   return call.particles > 0 && call.particles <= kSmallParticles &&
-         call.samples == call.particles && has_small_path(call.scheme) && call.mask == nullptr &&
-         call.uniforms == nullptr && call.pinned == nullptr;
+         call.samples == call.particles && call.scheme != Scheme::kOptimal &&
+         call.mask == nullptr && call.uniforms == nullptr && call.pinned == nullptr;
 }
 
 // kWide populations: sums in the order of sum_wide(block_sums), fixed-point weights cumulated.
@@ -34,26 +28,6 @@ inline f64x8 lanes_sum(const f64x8* w) {
   if (kMost == 4) return (w[0] + w[2]) + (w[1] + w[3]);
   return ((pair(0) + pair(4)) + (pair(2) + pair(6))) + ((pair(1) + pair(5)) + (pair(3) + pair(7)));
 }
-
-struct SmallPopulations {
-  // [particle][population]
-  alignas(64) float x[kSmallParticles][kLanes];
-  alignas(64) float w[kSmallParticles][kLanes];
-  alignas(64) int32_t counts[kSmallParticles][kLanes];
-  alignas(64) int32_t chosen[kSmallParticles][kLanes];  // by each draw, -1: not drawn
-  alignas(64) int32_t packed[kSmallParticles][kLanes];  // ancestor + 256 offspring
-  // [population]
-  alignas(64) float top[kLanes];
-  alignas(64) int32_t dead[kLanes];
-  alignas(64) int32_t nan[kLanes];
-  alignas(64) int32_t resampled[kLanes];
-  alignas(64) float ess[kLanes];
-  alignas(64) float log_z[kLanes];
-  alignas(64) double scale[kLanes];
-  // [population][particle]
-  alignas(64) float rows[kLanes * kSmallParticles + kLanes];
-  alignas(64) int32_t packed_rows[kLanes * kSmallParticles];
-};
 
 inline i32x16 load_integers(const int32_t* from) {
   i32x16 v;
@@ -173,92 +147,6 @@ inline bool decide_small(const ResampleCall& call, SmallPopulations* s) {
   return any(resampled);
 }
 
-// a > b for numbers of 64 bits; every instruction set compares signed ones only.
-inline LongPart above(WordPart a, WordPart b) {
-  const WordPart sign = WordPart{} + (uint64_t{1} << 63);
-  return (LongPart)(a ^ sign) > (LongPart)(b ^ sign);
-}
-
-// split() of every lane: k weight = whole total + rest.
-inline LongPart split_part(int64_t k, WordPart weight, WordPart total, WordPart* rest) {
-  const auto number = static_cast<uint64_t>(k);
-  const DoublePart guess =
-      floor_part(to_double(weight) * static_cast<double>(k) / to_double(total));
-  LongPart whole = small_to_long(guess);
-  auto over = (LongPart)(weight * number - (WordPart)whole * total);
-  const LongPart below = over < 0;
-  over += below & (LongPart)total;
-  whole += below;
-  const LongPart beyond = over >= (LongPart)total;
-  over -= beyond & (LongPart)total;
-  whole -= beyond;
-  *rest = (WordPart)over;
-  return whole;
-}
-
-// The schemes of one uniform per slot: each draw counts the ends that it has passed, and each
-// particle the draws that stopped there.
-template <int kMost>
-inline void draw_small(const ResampleCall& call, int64_t row, int h, const u64x8* cumulative,
-                       const u64x8& total, SmallPopulations* s) {
-  const int64_t k = call.particles;
-  const bool stratified = call.scheme == Scheme::kStratified;
-  const bool residual = call.scheme == Scheme::kResidual;
-  int shift = 0;
-  while ((int64_t{1} << shift) < k) ++shift;
-  const u64x8 rows = count_from(static_cast<uint64_t>(row + h * kWide));
-  u64x8 ends[kMost];
-  u64x8 offspring[kMost];
-  u64x8 range = total;
-  u64x8 drawn = wide_word(static_cast<uint64_t>(k));
-  for (int p = 0; p < kParts; ++p) {
-    WordPart before = {};
-    WordPart rests = {};
-    for (int i = 0; i < kMost; ++i) {
-      if (i >= k) break;
-      const WordPart c = cumulative[i].part[p];
-      offspring[i].part[p] = WordPart{};
-      ends[i].part[p] = stratified ? c * static_cast<uint64_t>(k) : c;
-      if (!residual) continue;
-      WordPart rest;
-      offspring[i].part[p] = (WordPart)split_part(k, c - before, total.part[p], &rest);
-      drawn.part[p] -= offspring[i].part[p];
-      ends[i].part[p] = rests += rest >> shift;
-      before = c;
-    }
-    if (residual) range.part[p] = rests;
-  }
-  for (int j = 0; j < kMost; ++j) {
-    if (j >= k) break;
-    const auto element = static_cast<uint64_t>(j);
-    const u64x8 point = multiply_high(philox_wide(call.seed, rows, wide_word(element)), range);
-    for (int p = 0; p < kParts; ++p) {
-      const WordPart at = stratified ? point.part[p] + total.part[p] * element : point.part[p];
-      LongPart index = {};
-      for (int i = 0; i < kMost; ++i) {
-        if (i >= k) break;
-        index += above(ends[i].part[p], at) + 1;
-      }
-      index |= (LongPart)(WordPart{} + element) >= (LongPart)drawn.part[p];  // -1: not drawn
-      for (int i = 0; i < kMost; ++i) {
-        if (i >= k) break;
-        offspring[i].part[p] -= (WordPart)(index == i);
-      }
-      const IntHalf narrow = __builtin_convertvector(index, IntHalf);
-      std::memcpy(s->chosen[j] + h * kWide + p * (kWide / kParts), &narrow, sizeof narrow);
-    }
-  }
-  for (int p = 0; p < kParts; ++p) {
-    WordPart end = {};
-    for (int i = 0; i < kMost; ++i) {
-      if (i >= k) break;
-      end += offspring[i].part[p];
-      const IntHalf narrow = __builtin_convertvector((LongPart)end, IntHalf);
-      std::memcpy(s->counts[i] + h * kWide + p * (kWide / kParts), &narrow, sizeof narrow);
-    }
-  }
-}
-
 // Cumulative counts of populations [8 h, 8 h + 8).
 template <int kMost>
 inline void count_small(const ResampleCall& call, int64_t row, int h, SmallPopulations* s) {
@@ -272,6 +160,9 @@ inline void count_small(const ResampleCall& call, int64_t row, int h, SmallPopul
     const u64x8 q = to_words(load_wide(s->w[i] + h * kWide) * scale);
     for (int p = 0; p < kParts; ++p) total.part[p] += q.part[p];
     cumulative[i] = total;
+  }
+  if (call.scheme == Scheme::kSsp) {
+    return pair_small<kMost>(call, row, h, cumulative, total, s);
   }
   if (call.scheme != Scheme::kSystematic) {
     return draw_small<kMost>(call, row, h, cumulative, total, s);
@@ -304,7 +195,8 @@ template <int kMost, bool kExact>
 inline void ancestors_small(const ResampleCall& call, SmallPopulations* s) {
   const int64_t k = kExact ? kMost : call.particles;
   const bool keep_slots = call.keep_slots;
-  const bool independent = call.scheme == Scheme::kMultinomial && !keep_slots;
+  const bool independent =
+      (call.scheme == Scheme::kMultinomial || call.scheme == Scheme::kKilling) && !keep_slots;
   const i32x16 resampled = load_integers(s->resampled);
   i32x16 offspring[kSmallParticles];
   i32x16 ends[kSmallParticles];  // of the particles that slots are counted against
