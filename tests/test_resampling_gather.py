@@ -241,3 +241,10 @@ def test_errors_in_place():
     with pytest.raises(ValueError, match="elements share memory"):
         gather_particles_(overlapping, torch.tensor([0, 0, 1, 2]))
     assert torch.equal(overlapping[0], torch.arange(3.0))
+
+
+@pytest.mark.parametrize("gather", [gather_particles, gather_particles_])
+def test_dim_is_an_int(gather):
+    for tree in (torch.zeros(3), [torch.zeros(3)]):
+        with pytest.raises(ValueError, match="dim: expected an int, got float"):
+            gather(tree, torch.arange(3), dim=0.0)

@@ -186,3 +186,42 @@ def test_numbers_of_numpy_are_numbers():
     assert torch.equal(ours.stats.token, plain.stats.token)
     assert torch.equal(ours.transfer, plain.transfer)
     assert EntropyThreshold(np.float32(0.5), np.int64(2)) == EntropyThreshold(0.5, 2)
+
+
+@pytest.mark.parametrize("length", [2**62, 2**63 - 1])
+def test_a_block_or_schedule_longer_than_the_row_is_all_of_it(length):
+    tokens = torch.tensor([[0, 5, 5, 5]])
+    for options in ({"block_length": length}, {"steps": length}):
+        result = generate(
+            lambda t: torch.zeros(1, 4, 5), tokens, mask_id=5, rule=TopK(1), **options
+        )
+        assert result.step_map.tolist() == [[-1, 0, 1, 2]]
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        (lambda: generate_with(block_length=2**63), "block_length: expected None or at least 1"),
+        (lambda: generate_with(mask_id=2**70), "mask_id: expected a 64-bit signed integer, got 1"),
+        (lambda: TopK(2**70), "num_tokens: expected an int or one int per step"),
+        (lambda: logit_stats(torch.zeros(1, 3), seed=2**63), "seed: expected a 64-bit signed"),
+        (lambda: logit_stats(torch.zeros(1, 3), generator=5), "generator: expected a torch.Gen"),
+        (lambda: select(score=[[1.0]]), r"score: expected a tensor, got \[\[1.0\]\]"),
+        (lambda: select(mask=[[True]]), r"mask: expected a tensor, got \[\[True\]\]"),
+        (lambda: select(window=[[0, 1]]), r"window: expected a tensor, got \[\[0, 1\]\]"),
+    ],
+)
+def test_errors_name_the_argument(run, message):
+    with pytest.raises(ValueError, match=message):
+        run()
+
+
+def generate_with(mask_id=5, **options):
+    tokens = torch.full((1, 3), 5)
+    generate(lambda t: torch.zeros(1, 3, 5), tokens, mask_id=mask_id, rule=TopK(1), **options)
+
+
+def select(score=None, mask=None, window=None):
+    score = torch.zeros(1, 1) if score is None else score
+    mask = torch.ones(1, 1, dtype=torch.bool) if mask is None else mask
+    select_positions(score, mask, EntropyThreshold(0.2), window=window)

@@ -380,6 +380,11 @@ def test_drawing_presets_decode(model):
         (lambda: presets.llada(remasking="high"), "remasking: expected one of low_confidence"),
         (lambda: presets.dream(gen_length=8, alg="maskgit"), "alg: expected one of origin"),
         (lambda: presets.dream(gen_length=0, alg="entropy"), "gen_length: expected at least 1"),
+        (lambda: presets.dream(gen_length=-5), "gen_length: expected at least 1, got -5"),
+        (lambda: presets.dream(gen_length=5, eps=2), r"eps: expected a number in \[0, 1\], got 2"),
+        (lambda: presets.llada(gen_length=0), "gen_length: expected at least 1, got 0"),
+        (lambda: presets.llada(block_length=0), "block_length: expected at least 1, got 0"),
+        (lambda: presets.llada(steps=0), "steps: expected at least 1, got 0"),
     ],
 )
 def test_presets_check_their_arguments(make, message):

@@ -54,6 +54,7 @@ def problem(dtype=torch.float32, batch=3, length=12, vocab=60):
         {"previous_logits": True},
         {"window": torch.tensor([[0, 5], [-3, 40], [7, 2]]), "suppress_ids": [1, 2]},
         {"mask": torch.arange(12).expand(3, 12) % 3 > 0, "top_k": 5, "statistics": "raw"},
+        {"min_p": 0.1, "top_k": 20, "temperature": 0.6},
         {"top_p": 0.8, "target_ids": torch.zeros(3, 12, dtype=torch.int64), "step": 1},
     ],
     ids=lambda options: "+".join(options) or "plain",
@@ -199,7 +200,7 @@ def test_opcheck_and_compile():
     torch.library.opcheck(
         torch.ops.winnow.unmask_step_.default,
         (tokens.clone(), logits, MASK, tokens > 3, window, 0.7, torch.tensor([1]), tokens, logits,
-         logits, 0.5, 5, 0.9, torch.tensor(3), False, True, 1, 1, 1, 0.5, -1, None),
+         logits, 0.5, 5, 0.9, 0.1, torch.tensor(3), False, True, 1, 1, 1, 0.5, -1, None),
     )  # fmt: skip
 
     def step(tokens, logits):

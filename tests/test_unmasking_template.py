@@ -128,6 +128,38 @@ def test_entropies_add_up_over_spans():
     torch.testing.assert_close(sum(spans), result.entropies.sum())
 
 
+def test_a_random_order_follows_the_seed():
+    torch.manual_seed(0)
+    table = torch.randn(MASK + 1, 20, 20, MASK)
+
+    def model(tokens):  # the logits of a position depend on every token
+        here = torch.arange(20)
+        return torch.stack([table[row, here].sum(0) for row in tokens])
+
+    tokens = torch.randint(0, MASK, (2, 20))
+    options = {"mask_id": MASK, "rule": TopK(3, score="random")}
+
+    def score(**key):
+        return score_span(model, tokens, tokens >= 0, **options, **key).log_prob.tolist()
+
+    assert score(seed=5) == score(seed=torch.tensor(5)) != score(seed=6)
+    assert score(generator=torch.Generator().manual_seed(1)) == score(
+        generator=torch.Generator().manual_seed(1)
+    )
+
+
+def test_a_span_may_have_any_name_and_templates_compare():
+    parts = Template([("self", 2)], mask_id=3)
+    assert parts.fill(self=[1, 2]).tolist() == [1, 2]
+    assert parts == parts
+    assert len({parts, Template([("self", 2)], mask_id=3)}) == 2  # by identity: tensors don't hash
+
+
+def scored(model=lambda tokens: torch.zeros(*tokens.shape, 3), token=0, positions=None, **options):
+    where = torch.ones(3, dtype=torch.bool) if positions is None else positions
+    return score_span(model, torch.full((1, 3), token), where, mask_id=3, **options)
+
+
 @pytest.mark.parametrize(
     ("run", "message"),
     [
@@ -144,6 +176,13 @@ def test_entropies_add_up_over_spans():
             lambda: score_span(chain, torch.zeros(1, 3).long(), torch.ones(2) > 0, mask_id=3),
             r"positions: expected \(1, 3\) or \(3,\) bool, got \(2,\)",
         ),
+        (lambda: Template(None, mask_id=3), "parts: expected a list of token ids and spans, got"),
+        (lambda: scored(positions=[True]), r"positions: expected a tensor, got \[True\]"),
+        (lambda: scored(token=-2), r"tokens: expected ids in \[0, 3\) at positions, got -2"),
+        (lambda: scored(token=7), r"tokens: expected ids in \[0, 3\) at positions, got 7"),
+        (lambda: scored(model=lambda tokens: None), r"model: expected logits \(B, L, V\) or an"),
+        (lambda: scored(cfg_scale=1.0), "cfg_scale: score_span sets or cannot use it"),
+        (lambda: scored(mask=torch.ones(1, 3) > 0), "mask: score_span sets or cannot use it"),
     ],
 )
 def test_errors_name_the_argument(run, message):

@@ -10,7 +10,7 @@ from typing import Any
 
 
 def integer(name: str, value: Any, lowest: int | None = None) -> int:
-    """``value`` as an int: any integer type, numpy's too, but no bool."""
+    """``value`` as an int that int64 holds: any integer type, numpy's too, but no bool."""
     if type(value) is not int:
         try:
             if isinstance(value, bool):
@@ -18,6 +18,8 @@ def integer(name: str, value: Any, lowest: int | None = None) -> int:
             value = operator.index(value)
         except TypeError:
             raise ValueError(f"{name}: expected an integer, got {value!r}") from None
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name}: expected a 64-bit signed integer, got {value}")
     if lowest is not None and value < lowest:
         raise ValueError(f"{name}: expected at least {lowest}, got {value}")
     return int(value)

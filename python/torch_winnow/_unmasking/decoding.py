@@ -23,7 +23,7 @@ from torch_winnow._unmasking.rules import TopK
 from torch_winnow._unmasking.step import check_logits, check_tokens, in_window, with_mask_id
 
 # Odd, so that the steps of one seed never share a key (the golden ratio, as in splitmix64).
-_STEP_KEY = 0x9E3779B97F4A7C15 - 2**64
+STEP_KEY = 0x9E3779B97F4A7C15 - 2**64
 
 
 class DecodingStatus(NamedTuple):
@@ -90,14 +90,17 @@ class Decoding:
         if logit_stats_options.get("vocab_start") is not None:
             raise ValueError("vocab_start: a decode needs the whole vocabulary; merge in the model")
         self.mask_id = integer("mask_id", mask_id)
+        batch, length = tokens.shape
+        longest = max(length, 1)  # what is more would overflow and changes nothing
         self._steps = count_or_none("steps", steps)
         if self._steps is not None and isinstance(rule, DraftVerify | Remasking | FirstHitting):
             raise ValueError(f"steps: expected None with {rule}, which ends by itself, got {steps}")
         if isinstance(rule, KLStability) and logit_stats_options.get("cfg_scale"):
             raise ValueError("cfg_scale: KLStability compares unguided logits, so expected 0")
-        batch, length = tokens.shape
+        if self._steps is not None:
+            self._steps = min(self._steps, longest)
         device = tokens.device
-        self._block = count_or_none("block_length", block_length) or max(length, 1)
+        self._block = min(count_or_none("block_length", block_length) or longest, longest)
         self._sliding = sliding
         if sliding and isinstance(rule, DraftVerify | Remasking | FirstHitting):
             raise ValueError(f"sliding: expected False with {rule}, which needs blocks that stay")
@@ -194,7 +197,7 @@ class Decoding:
         self._next_block(written, stopped)
         self.step += 1
         if self._seed is not None:
-            self._seed = self._seed + _STEP_KEY  # wraps around
+            self._seed = self._seed + STEP_KEY  # wraps around
         self._begin()
 
     def result(self, calls: int) -> GenerateResult:

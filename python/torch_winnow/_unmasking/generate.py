@@ -121,9 +121,7 @@ def _call(
     if given is not None:
         tokens = torch.cat([tokens, tokens.masked_fill(given, decoding.mask_id)])
     output = model(tokens, decoding.context) if context else model(tokens)
-    logits = getattr(output, "logits", output)
-    if not isinstance(logits, Tensor):
-        raise ValueError(f"model: expected logits (B, L, V) or an object with them, got {logits!r}")
+    logits = logits_of(output)
     if given is None:
         return logits, None
     if logits.shape[:1] != tokens.shape[:1]:
@@ -133,6 +131,15 @@ def _call(
         )
     conditional, unconditional = logits.chunk(2)
     return conditional, unconditional
+
+
+def logits_of(output: Any) -> Tensor:
+    """What a model returned, or the ``logits`` of it."""
+    logits = getattr(output, "logits", output)
+    if not isinstance(logits, Tensor):
+        kind = type(logits).__name__
+        raise ValueError(f"model: expected logits (B, L, V) or an object with them, got {kind}")
+    return logits
 
 
 def _bar(progress: bool, masks: int) -> AbstractContextManager[Any]:

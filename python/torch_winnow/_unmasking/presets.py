@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from torch_winnow._unmasking.arguments import choice, integer
+from torch_winnow._unmasking.arguments import choice, integer, number
 from torch_winnow._unmasking.history_rules import DraftVerify, KLStability, Remasking
 from torch_winnow._unmasking.rules import (
     ConfidenceFactor,
@@ -63,6 +63,9 @@ def llada(
         remasking: ``"low_confidence"`` or ``"random"``.
     """
     choice("remasking", remasking, ("low_confidence", "random"))
+    gen_length = integer("gen_length", gen_length, 1)
+    block_length = integer("block_length", block_length, 1)
+    steps = integer("steps", steps, 1)
     if gen_length % block_length:
         raise ValueError(
             f"gen_length: expected a multiple of block_length={block_length}, got {gen_length}"
@@ -101,13 +104,14 @@ def dream(
             each mask by itself with probability 1 - s/t, in the limit of ``eps`` = 0.
     """
     choice("alg", alg, ("origin", "maskgit_plus", "topk_margin", "entropy"))
+    steps, left = integer("steps", steps, 1), integer("gen_length", gen_length, 1)
+    number("eps", eps, 0.0, 1.0)
     options: Options = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
     if alg == "origin":
         return {"rule": Remasking(steps), **options}
     # In float32, as published: the integer parts are those of float32 products.
-    time = torch.linspace(1, eps, integer("steps", steps, 1) + 1)
+    time = torch.linspace(1, eps, steps + 1)
     counts = []
-    left = integer("gen_length", gen_length, 1)
     for i in range(steps):
         share = 1 - time[i + 1] / time[i]
         count = int(torch.tensor(float(left)) * share) if i < steps - 1 else left

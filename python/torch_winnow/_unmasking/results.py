@@ -55,7 +55,7 @@ class StepContext(NamedTuple):
         time: ``(B,)`` float64 in [0, 1], how much of the block is noise by the clock of
             :class:`Remasking` or :class:`FirstHitting`; None under rules without one.
         mask_id: the mask's token id.
-        block_length: of the block, as asked for; a window may be cut short by the end.
+        block_length: as asked for, at most L; a window may be cut short by the end.
     """
 
     window: Tensor

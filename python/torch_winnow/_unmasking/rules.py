@@ -265,6 +265,9 @@ def select_positions(
         (tensor([[ True, False,  True]]), tensor([2]))
     """
     check_rule(rule)
+    for name, value in (("score", score), ("mask", mask), ("window", window)):
+        if not (isinstance(value, Tensor) or (name == "window" and value is None)):
+            raise ValueError(f"{name}: expected a tensor, got {value!r}")
     return select(score, mask, rule, window=window, step=step)
 
 

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from torch_winnow._unmasking.arguments import integer
-from torch_winnow._unmasking.logit_stats import logit_stats
+from torch_winnow._unmasking.decoding import STEP_KEY
+from torch_winnow._unmasking.generate import logits_of
+from torch_winnow._unmasking.logit_stats import check_tensor, logit_stats, seed_tensor
 from torch_winnow._unmasking.rules import Rule, TopK, check_rule, select
 from torch_winnow._unmasking.step import (
     check_logits,
@@ -23,7 +25,7 @@ from torch_winnow._unmasking.step import (
 Ids = Sequence[int] | Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Template:
     """A prompt with named spans to fill in: reasoning-as-infilling, arXiv 2510.19990.
 
@@ -56,6 +58,8 @@ class Template:
         pieces: list[Tensor] = []
         spans: dict[str, tuple[int, int]] = {}
         at = 0
+        if not isinstance(self.parts, Sequence):
+            raise ValueError(f"parts: expected a list of token ids and spans, got {self.parts!r}")
         for part in self.parts:
             if isinstance(part, tuple) and len(part) == 2 and isinstance(part[0], str):
                 name, size = part[0], integer(f"parts: {part[0]}", part[1], 1)
@@ -79,7 +83,7 @@ class Template:
             inside[start:end] = True
         return inside
 
-    def fill(self, **values: Ids) -> Tensor:
+    def fill(self, /, **values: Ids) -> Tensor:
         """``(L,)``, the tokens with the named spans given; the others stay masked.
 
         Decoding it with a ``seed`` draws the rest given these: the reasoning given an answer.
@@ -121,6 +125,17 @@ def _ids(name: str, value: Any) -> Tensor:
         raise ValueError(f"{name}: expected token ids, got {value!r}") from None
 
 
+# The scored tokens are the targets, and one model call serves a step.
+_NOT_OF_SCORES = (
+    "mask",
+    "target_ids",
+    "previous_logits",
+    "unconditional_logits",
+    "cfg_scale",
+    "vocab_start",
+)
+
+
 class SpanScore(NamedTuple):
     """What :func:`score_span` found.
 
@@ -143,6 +158,8 @@ def score_span(
     *,
     mask_id: int,
     rule: Rule | None = None,
+    seed: int | Tensor | None = None,
+    generator: torch.Generator | None = None,
     **logit_stats_options: Any,
 ) -> SpanScore:
     """How likely given tokens are, by the chain rule in the order in which a rule would write them.
@@ -154,10 +171,12 @@ def score_span(
 
     Args:
         model: as in :func:`generate`.
-        tokens: ``(B, L)`` int64 or int32, complete at ``positions``.
+        tokens: ``(B, L)`` int64 or int32, complete at ``positions``: ids that the model has logits
+            of. The mask's own is impossible.
         positions: ``(B, L)`` or ``(L,)`` bool, what to score.
         mask_id: the mask's token id; it gets no probability.
         rule: as in :func:`unmask_step_`; None for ``TopK(1, score="entropy")``, the surest first.
+        seed, generator: key of a random order, as in :func:`generate`; no token is drawn.
         logit_stats_options: as in :func:`logit_stats`.
 
     Returns:
@@ -178,6 +197,10 @@ def score_span(
     check_tokens(tokens)
     check_rule(rule)
     mask_id = integer("mask_id", mask_id)
+    for name in _NOT_OF_SCORES:
+        if name in logit_stats_options:
+            raise ValueError(f"{name}: score_span sets or cannot use it, so expected none")
+    check_tensor("positions", positions)
     shapes = (tuple(tokens.shape), tuple(tokens.shape[1:]))
     if positions.dtype != torch.bool or tuple(positions.shape) not in shapes:
         raise ValueError(
@@ -185,27 +208,38 @@ def score_span(
             f"{tuple(positions.shape)} {positions.dtype}"
         )
     suppress_ids = logit_stats_options.pop("suppress_ids", None)
+    key = seed_tensor(seed, generator)
+    key = None if key is None else key.to(tokens.device)
     masked = positions.to(tokens.device).expand(tokens.shape)
     current = tokens.masked_fill(masked, mask_id)
     log_probs = torch.zeros(tokens.shape, device=tokens.device)
     calls = 0
     while bool(masked.any()):
-        output = model(current.clone())
-        logits = getattr(output, "logits", output)
+        logits = logits_of(model(current.clone()))
         check_logits(logits, tokens)
+        _check_ids(tokens, masked, logits.shape[-1])
         stats = logit_stats(
             logits,
             mask=masked,
-            target_ids=tokens.to(torch.int64).clamp(0, logits.shape[-1] - 1),
+            target_ids=torch.where(masked, tokens, 0).to(torch.int64),
             suppress_ids=with_mask_id(mask_id, suppress_ids, logits),
             **logit_stats_options,
         )
         score = score_of(stats, rule)
-        seed = order_seed(rule, None, tokens)
-        transfer, _ = select(score, masked, rule, step=calls, seed=seed)
+        order = order_seed(rule, key, tokens)
+        transfer, _ = select(score, masked, rule, step=calls, seed=order)
+        key = None if key is None else key + STEP_KEY  # wraps around
         assert stats.target_log_prob is not None
         log_probs = torch.where(transfer, stats.target_log_prob.to(log_probs.dtype), log_probs)
         current = torch.where(transfer, tokens, current)
         masked = masked & ~transfer
         calls += 1
     return SpanScore(log_probs.sum(1), log_probs, calls)
+
+
+def _check_ids(tokens: Tensor, masked: Tensor, vocab: int) -> None:
+    outside = masked & ((tokens < 0) | (tokens >= vocab))
+    if outside.any():
+        raise ValueError(
+            f"tokens: expected ids in [0, {vocab}) at positions, got {int(tokens[outside][0])}"
+        )
