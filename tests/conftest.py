@@ -15,6 +15,7 @@ import torch_winnow
 from torch_winnow import _library
 
 sys.path.insert(0, str(Path(__file__).parent / "native"))
+import definitions  # noqa: E402
 import host_library  # noqa: E402
 
 try:
@@ -27,6 +28,8 @@ except ImportError:  # a bare GPU machine: its property tests are skipped, the o
     sys.modules["hypothesis.strategies"] = absent.strategies
 
 HAS_GPU = torch.cuda.is_available() and torch_winnow.build_info().cuda_library
+if HAS_GPU:
+    definitions.use_the_cpu()
 FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 
 # Against a float64 oracle on the same (rounded) inputs: the error of the result's own rounding.

@@ -9,7 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import definitions
 import pytest
+import torch
+
+from torch_winnow import reference
+from torch_winnow.unmasking import EntropyThreshold
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "bench" / "gpu_check.py"
@@ -97,3 +102,30 @@ def test_every_family_is_sanitized(gpu_check):
         if path.stem == "test_cuda_graphs":  # under a sanitizer a graph's kernels are seen too late
             continue
         assert any(word in name for name in names for word in wanted), path.name
+
+
+def test_definitions_are_evaluated_on_the_cpu():
+    """As on a GPU, where copies are made: results, what is written in place, and gradients."""
+    moved = []
+
+    def move(x):
+        moved.append(x)
+        return x.clone()
+
+    query, key, value = torch.randn(3, 1, 2, 9, 4, requires_grad=True)
+    attend = definitions.on_the_cpu(reference.cat_attention, move)
+    expected = reference.cat_attention(query, key, value, block_size=3)
+    result = attend(query, key, value, block_size=3)
+    assert torch.equal(result, expected)
+    assert [id(x) for x in moved] == [id(x) for x in (query, key, value)]
+    (grad,) = torch.autograd.grad(result.square().sum(), key)
+    assert torch.equal(grad, torch.autograd.grad(expected.square().sum(), key)[0])
+
+    tokens, logits = torch.full((2, 5), 9), torch.randn(2, 5, 9)
+    step = definitions.on_the_cpu(reference.unmask_step_, move)
+    options = {"mask_id": 9, "rule": EntropyThreshold(2.0)}
+    written = tokens.clone()
+    result = step(written, logits, **options)
+    expected = reference.unmask_step_(tokens, logits, **options)
+    assert torch.equal(written, tokens)
+    assert torch.equal(result.transfer, expected.transfer)
