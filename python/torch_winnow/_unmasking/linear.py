@@ -26,7 +26,7 @@ _merge_logit_stats = torch.ops.winnow.merge_logit_stats
 
 # The share of the logits that is held at once; the copy of gathered rows takes hidden_size /
 # vocabulary more.
-_SHARE = 0.015
+_SHARE = 0.017
 
 
 def linear_logit_stats(
@@ -46,7 +46,7 @@ def linear_logit_stats(
 ) -> LogitStats:
     """:func:`logit_stats` of ``hidden @ weight.T + bias``, a tile of the vocabulary at a time.
 
-    The logits are never held together: a tile of 1.5% of the vocabulary (at least 1024 tokens) is
+    The logits are never held together: a tile of 1.7% of the vocabulary (at least 1024 tokens) is
     multiplied, measured and forgotten, and the tiles' statistics are merged as by
     :func:`merge_logit_stats`. What comes out is what :func:`logit_stats` makes of the same logits;
     those of a matrix product of another shape may differ in their last bits. A draw is the same
