@@ -51,7 +51,19 @@ CALLS = {
         SCORES, SCORES.bool().to("meta"), 0, 0, 0.5, 1, None, None, None
     ),
     "unmasking target_ids": lambda: ops.logit_stats(
-        SCORES, None, 1.0, None, INDICES[:, 0].to("meta"), None, None, 0.0, None, None, None, True
+        SCORES,
+        None,
+        1.0,
+        None,
+        INDICES[:, 0].to("meta"),
+        None,
+        None,
+        0.0,
+        None,
+        None,
+        None,
+        None,
+        True,
     ),
     "verification draft_logits": lambda: ops.speculative_verify(
         INDICES, X[0].to("meta"), X[0], 0.0, None, None, None
