@@ -84,8 +84,8 @@ STABLE_TORCH_LIBRARY(winnow, m) {
       "unmask_step_(Tensor(a!) tokens, Tensor logits, int mask_id, Tensor? mask, Tensor? window, "
       "float temperature, Tensor? suppress_ids, Tensor? target_ids, Tensor? previous_logits, "
       "Tensor? unconditional_logits, float cfg_scale, int? top_k, float? top_p, float? min_p, "
-      "Tensor? seed, bool raw, bool shift, int score, int order, int criterion, float threshold, int limit, "
-      "Tensor? order_seed) -> "
+      "Tensor? seed, bool raw, bool shift, int score, int order, int criterion, float threshold, "
+      "int limit, Tensor? order_seed) -> "
       "(Tensor transfer, Tensor count, Tensor token, Tensor log_prob, Tensor argmax, "
       "Tensor max_prob, Tensor margin, Tensor entropy, Tensor logsumexp, Tensor target_log_prob, "
       "Tensor kl)");

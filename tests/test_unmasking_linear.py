@@ -94,7 +94,7 @@ def test_never_holds_the_logits(share):
     rows = 64 if mask is None else int(mask.sum())
     arguments = (hidden, weight, None, mask, 1.0, None, None, torch.tensor(1), False, False)
     with Largest(hidden, weight) as held:  # inside of the operator, which the mode would see as one
-        linear._tiled(*arguments)
+        linear._selected(*arguments)
     assert 0 < held.peak < 0.05 * rows * 60_000 * 4
 
 

@@ -1,4 +1,5 @@
-// From the sums of a row's slices to its statistics, its token and its divergence, a block per row.
+// From the sums of a row's blocks to its statistics, its token and its divergence, a thread block
+// per row.
 #pragma once
 
 #include "unmasking/logit_truncation_kernel.cuh"
@@ -37,7 +38,8 @@ struct RowOptions {
   double draw_temperature;
   bool draws;
   bool truncates;
-  bool raw;  // statistics come before truncation
+  bool raw;      // statistics come before truncation
+  bool is_part;  // of a vocabulary
   Seed seed;
   Global<const int64_t> target;  // or null
 };
@@ -49,37 +51,59 @@ WINNOW_DEVICE double open_uniform(uint32_t low, uint32_t high) {
   return u < 0.99999999999999988898 ? u : 0.99999999999999988898;
 }
 
-// A slice's first arrival: slices compete in proportion to their mass.
+// A block's first arrival: blocks compete in proportion to their mass.
 struct Clock {
   double log_time;
-  int64_t slice;
-  double uniform;  // for the draw inside the slice
+  int64_t block;
+  double uniform;  // for the draw inside the block
 };
 
 WINNOW_DEVICE Clock earlier(const Clock& a, const Clock& b) {
-  if (a.slice < 0 || b.slice < 0) return a.slice < 0 ? b : a;
+  if (a.block < 0 || b.block < 0) return a.block < 0 ? b : a;
   if (a.log_time != b.log_time) return a.log_time < b.log_time ? a : b;
-  return a.slice < b.slice ? a : b;
+  return a.block < b.block ? a : b;
 }
 
-// The token of `slice` at which the cumulated weight exceeds uniform times the whole.
+// The race of blocks first to end - 1, of which block 0 is at `place` of the whole vocabulary's
+// grid. A block of log_mass -infinity has no part in it. Every thread gets the winner; -1 without
+// one.
+template <typename LogMass>
+WINNOW_DEVICE Clock race_blocks(const Seed& seed, int64_t key, int64_t place, int64_t first,
+                                int64_t end, const LogMass& log_mass, Shared<Clock> scratch) {
+  Clock clock = {0.0, -1, 0.0};
+  for (int64_t b = first + thread_index(); b < end; b += kThreads) {
+    const double mass = log_mass(b);
+    if (!(mass > -std::numeric_limits<double>::infinity())) continue;
+    const Philox4 words = philox(seed.get(), static_cast<uint64_t>(key),
+                                 static_cast<uint64_t>((place + b) * kLogitBlock));
+    const double arrival = -log1p(-open_uniform(words.x[0], words.x[1]));
+    clock = earlier(clock, {log(arrival) - mass, b, open_uniform(words.x[2], words.x[3])});
+  }
+  return block_reduce<kThreads>(clock, scratch, earlier);
+}
+
+// The token of a block, by its index in the row, at which the cumulated weight exceeds uniform
+// times the whole.
 template <typename T, typename Real>
-WINNOW_DEVICE int64_t draw_in_slice(const LogitView<T, Real>& view, int64_t row, int64_t slice,
+WINNOW_DEVICE int64_t draw_in_block(const LogitView<T, Real>& view, int64_t row, int64_t block,
                                     double reference, double temperature, double uniform,
                                     const Truncation& kept, Shared<uint32_t> bits,
                                     Shared<double> scratch, Shared<int64_t> index_scratch) {
+  constexpr int kShare = kLogitBlock / kThreads;
   const Real top = static_cast<Real>(reference);
   const Real scale = exponent_scale<Real>(temperature);
+  const int64_t slice = block / kSliceBlocks;
   mark_suppressed(view, slice, bits);
-  const int64_t first = slice * kSlice + thread_index() * kPerThread;
+  const int64_t first = block * kLogitBlock - view.offset() + thread_index() * kShare;
   const auto weight = [&](int64_t i) {
-    if (i >= view.vocab || is_suppressed(view, bits, i - slice * kSlice)) return 0.0;
+    if (i < 0 || i >= view.vocab) return 0.0;
+    if (is_suppressed(view, bits, i + view.offset() - slice * kSlice)) return 0.0;
     const Real x = plain_logit(view, row, i);
     if (!keeps(kept, x, i)) return 0.0;
     return static_cast<double>(exp2_of(x == top ? Real(0) : (x - top) * scale));
   };
   double mine = 0.0;
-  for (int e = 0; e < kPerThread; ++e) mine += weight(first + e);
+  for (int e = 0; e < kShare; ++e) mine += weight(first + e);
   double all = 0.0;
   const double before = block_scan<kThreads>(mine, scratch, &all);
   const double target = uniform * all;
@@ -90,7 +114,7 @@ WINNOW_DEVICE int64_t draw_in_slice(const LogitView<T, Real>& view, int64_t row,
   int64_t token = -1;
   if (thread_index() == owner) {
     double left = target - before;
-    for (int e = 0; e < kPerThread; ++e) {
+    for (int e = 0; e < kShare; ++e) {
       const double w = weight(first + e);
       if (!(w > 0.0)) continue;
       token = first + e;
@@ -102,9 +126,40 @@ WINNOW_DEVICE int64_t draw_in_slice(const LogitView<T, Real>& view, int64_t row,
                                 [](int64_t a, int64_t b) { return a > b ? a : b; });
 }
 
+// Whether a row has a distribution; if not, what it gets instead is written.
+template <typename Real>
+WINNOW_DEVICE bool is_described(const TopTwo& top, const RowOutputs<Real>& out, int64_t row) {
+  const double infinity = std::numeric_limits<double>::infinity();
+  if (top.nan == 0 && top.first < infinity && top.first > -infinity) return true;
+  if (thread_index() == 0) {
+    const int64_t id = top.nan == 0 && top.first == infinity ? top.argmax : -1;
+    out.fill(row, id, id, std::numeric_limits<Real>::quiet_NaN());
+    if (top.nan == 0) out.logsumexp[row] = static_cast<Real>(top.first);
+  }
+  return false;
+}
+
+// What follows from the distribution alone, `second` being the second largest logit in it.
+template <typename Real>
+WINNOW_DEVICE void describe(const Distribution& measured, double second, double temperature,
+                            const RowOutputs<Real>& out, int64_t row) {
+  const double top = measured.top.first;
+  const double log_mass = log(measured.mass);
+  out.argmax[row] = measured.top.argmax;
+  out.max_prob[row] = static_cast<Real>(1.0 / measured.mass);
+  out.margin[row] = static_cast<Real>((1.0 - exp((second - top) / temperature)) / measured.mass);
+  out.entropy[row] = static_cast<Real>(log_mass - measured.moment / measured.mass);
+  out.logsumexp[row] = static_cast<Real>(top / temperature + log_mass);
+}
+
+// A block's share of a draw, relative to the row's largest logit.
+WINNOW_DEVICE double log_drawn(const SliceSums& block, double top, double temperature) {
+  return log(block.sums.drawn) + (block.top.first - top) / temperature;
+}
+
 template <typename T, typename Real>
 WINNOW_KERNEL(kThreads)
-finish_rows(LogitView<T, Real> view, RowOptions options, Global<const SliceSums> slices,
+finish_rows(LogitView<T, Real> view, RowOptions options, Global<const SliceSums> blocks,
             Global<const Truncation> truncations, Global<const Sums> kept_sums,
             RowOutputs<Real> out) {
   WINNOW_SHARED(uint32_t, bits, kThreads);
@@ -119,21 +174,13 @@ finish_rows(LogitView<T, Real> view, RowOptions options, Global<const SliceSums>
     if (writes) out.fill(row, -1, 0, Real(0));
     return;
   }
-  const int64_t count = ceil_div<int64_t>(view.vocab, kSlice);
-  const auto mine = slices + row * count;
+  const int64_t count = view.blocks();
+  const auto mine = blocks + row * count;
   Distribution measured = merge_row(mine, count, options.temperature, Shared<TopTwo>(top_scratch),
                                     Shared<Sums>(sum_scratch));
+  if (!is_described(measured.top, out, row)) return;
   const double top = measured.top.first;
   const double infinity = std::numeric_limits<double>::infinity();
-  const Real nan = std::numeric_limits<Real>::quiet_NaN();
-  if (measured.top.nan != 0 || top == infinity || top == -infinity) {
-    if (writes) {
-      const bool infinite = measured.top.nan == 0 && top == infinity;
-      out.fill(row, infinite ? measured.top.argmax : -1, infinite ? measured.top.argmax : -1, nan);
-      if (measured.top.nan == 0) out.logsumexp[row] = static_cast<Real>(top);
-    }
-    return;
-  }
   Truncation drawn_from = keep_all();
   Truncation described = keep_all();
   if (options.truncates) {
@@ -141,9 +188,9 @@ finish_rows(LogitView<T, Real> view, RowOptions options, Global<const SliceSums>
     if (!options.raw) {
       described = drawn_from;
       Sums sums = {0.0, 0.0, 0.0};
-      for (int64_t s = thread_index(); s < count; s += kThreads) {
-        const Sums slice = kept_sums[row * count + s];
-        sums = add_sums(sums, slice);
+      for (int64_t b = thread_index(); b < count; b += kThreads) {
+        const Sums kept = kept_sums[row * count + b];
+        sums = add_sums(sums, kept);
       }
       sums = block_reduce<kThreads>(sums, Shared<Sums>(sum_scratch), add_sums);
       measured.mass = sums.mass;
@@ -151,38 +198,33 @@ finish_rows(LogitView<T, Real> view, RowOptions options, Global<const SliceSums>
     }
   }
 
-  int64_t token = measured.top.argmax;
+  int64_t token = measured.top.argmax - view.start;  // in the row
   if (options.draws) {
-    Clock clock = {0.0, -1, 0.0};
-    for (int64_t s = thread_index(); s < count; s += kThreads) {
-      const SliceSums slice = mine[s];
-      double log_mass = log(slice.sums.drawn) + (slice.top.first - top) / options.draw_temperature;
+    const auto log_mass = [&](int64_t b) {
       if (options.truncates) {
-        const Sums kept = kept_sums[row * count + s];
-        log_mass = log(kept.drawn);
+        const Sums kept = kept_sums[row * count + b];
+        return log(kept.drawn);
       }
-      if (!(log_mass > -infinity)) continue;
-      const Philox4 words = philox(options.seed.get(), static_cast<uint64_t>(view.key(row)),
-                                   static_cast<uint64_t>(s * kSlice));
-      const double arrival = -log1p(-open_uniform(words.x[0], words.x[1]));
-      clock = earlier(clock, {log(arrival) - log_mass, s, open_uniform(words.x[2], words.x[3])});
-    }
-    clock = block_reduce<kThreads>(clock, Shared<Clock>(clock_scratch), earlier);
+      const SliceSums block = mine[b];
+      return log_drawn(block, top, options.draw_temperature);
+    };
+    const Clock clock = race_blocks(options.seed, view.key(row), view.start / kLogitBlock, 0, count,
+                                    log_mass, Shared<Clock>(clock_scratch));
     double reference = top;
     if (!options.truncates) {
-      const SliceSums slice = mine[clock.slice];
-      reference = slice.top.first;
+      const SliceSums block = mine[clock.block];
+      reference = block.top.first;
     }
-    token = draw_in_slice(view, row, clock.slice, reference, options.draw_temperature,
+    token = draw_in_block(view, row, clock.block, reference, options.draw_temperature,
                           clock.uniform, drawn_from, Shared<uint32_t>(bits),
                           Shared<double>(scan_scratch), Shared<int64_t>(index_scratch));
   }
   if (!writes) return;
 
-  const double log_mass = log(measured.mass);
   const auto log_prob = [&](int64_t index) {
     const double x = logit_at(view, row, index);
-    return keeps(described, x, index) ? (x - top) / options.temperature - log_mass : -infinity;
+    return keeps(described, x, index) ? (x - top) / options.temperature - log(measured.mass)
+                                      : -infinity;
   };
   // The second largest is dropped with everything below the threshold; where it equals the largest
   // and the threshold, the first of the two may be the only one kept.
@@ -191,41 +233,34 @@ finish_rows(LogitView<T, Real> view, RowOptions options, Global<const SliceSums>
                                        described.last_tie <= measured.top.argmax)) {
     second = -infinity;
   }
-  out.token[row] = token;
-  out.argmax[row] = measured.top.argmax;
+  describe(measured, second, options.temperature, out, row);
+  out.token[row] = view.start + token;
   out.log_prob[row] = static_cast<Real>(log_prob(token));
-  out.max_prob[row] = static_cast<Real>(1.0 / measured.mass);
-  out.margin[row] =
-      static_cast<Real>((1.0 - exp((second - top) / options.temperature)) / measured.mass);
-  out.entropy[row] = static_cast<Real>(log_mass - measured.moment / measured.mass);
-  out.logsumexp[row] = static_cast<Real>(top / options.temperature + log_mass);
   if (options.target) {
-    const int64_t target = options.target[row];
-    out.target_log_prob[row] =
-        target >= 0 && target < view.vocab ? static_cast<Real>(log_prob(target)) : nan;
+    const int64_t id = options.target[row];
+    const int64_t target = id - view.start;
+    Real value = std::numeric_limits<Real>::quiet_NaN();
+    if (target >= 0 && target < view.vocab) {
+      value = static_cast<Real>(log_prob(target));
+    } else if (options.is_part && id >= 0) {
+      value = static_cast<Real>(-infinity);
+    }
+    out.target_log_prob[row] = value;
   }
 }
 
-// Per slice, sum of exp(t) (t - u) over what is kept, t and u being (x - reference) / temperature
-// of the row and of the same row of `previous`; infinite where the previous row has no mass.
+// Per block, sum of exp(t) (t - u) over what is kept, t and u being (x - reference) / temperature
+// of the row's block and of the same block of `previous`, each with its own largest logit; infinite
+// where the previous one has no mass. `stride` as in scan_blocks.
 template <typename T, typename Real>
 WINNOW_KERNEL(kThreads)
-cross_slices(LogitView<T, Real> view, LogitView<T, Real> previous, double temperature,
-             Global<const SliceSums> slices, Global<const SliceSums> previous_slices,
-             Global<const Truncation> truncations, Global<double> cross) {
+cross_blocks(LogitView<T, Real> view, LogitView<T, Real> previous, double temperature,
+             Global<const SliceSums> blocks, Global<const SliceSums> previous_blocks,
+             Global<const Truncation> truncations, Global<double> cross, int64_t stride) {
   WINNOW_SHARED(uint32_t, bits, kThreads);
-  WINNOW_SHARED(TopTwo, top_scratch, kThreads / kWarp);
-  WINNOW_SHARED(Sums, sum_scratch, kThreads / kWarp);
   const int64_t row = block_index();
   const int64_t slice = block_index_y();
   if (skips(view, row)) return;
-  const int64_t count = ceil_div<int64_t>(view.vocab, kSlice);
-  const auto merge = [&](Global<const SliceSums> of) {
-    return merge_row(of + row * count, count, temperature, Shared<TopTwo>(top_scratch),
-                     Shared<Sums>(sum_scratch));
-  };
-  const double top = merge(slices).top.first;
-  const double previous_top = merge(previous_slices).top.first;
   Truncation kept = keep_all();
   if (truncations) kept = truncations[row];
 
@@ -235,44 +270,66 @@ cross_slices(LogitView<T, Real> view, LogitView<T, Real> previous, double temper
   Real y[kPerThread];
   load_slice(view, row, slice, Shared<uint32_t>(bits), x);
   load_slice(previous, row, slice, Shared<uint32_t>(bits), y);
-  const Real scale = exponent_scale<Real>(temperature);
+  const int64_t block = slice * kSliceBlocks + warp_index();
+  if (block >= view.blocks()) return;  // the whole warp
+  const SliceSums own = blocks[row * stride + block];
+  const SliceSums before = previous_blocks[row * stride + block];
+  const double infinity = std::numeric_limits<double>::infinity();
   double sum = 0.0;
+  if (!(own.sums.mass > 0.0)) {
+    sum = 0.0;
+  } else if (before.top.first == -infinity) {
+    sum = infinity;
+  } else {
+    const Real scale = exponent_scale<Real>(temperature);
+    const int64_t first = slice * kSlice - view.offset();
 #pragma unroll
-  for (int e = 0; e < kPerThread; ++e) {
-    if (!keeps(kept, x[e], slice * kSlice + within_slice<N>(e))) continue;
-    const Real t = (x[e] - static_cast<Real>(top)) * scale;
-    const Real weight = exp2_of(t);
-    if (!(weight > Real(0))) continue;
-    const Real u = (y[e] - static_cast<Real>(previous_top)) * scale;
-    sum += static_cast<double>(weight) * (static_cast<double>(t) - static_cast<double>(u)) * kLn2;
+    for (int e = 0; e < kPerThread; ++e) {
+      if (!keeps(kept, x[e], first + within_slice<N>(e))) continue;
+      const Real t = (x[e] - static_cast<Real>(own.top.first)) * scale;
+      const Real weight = exp2_of(t);
+      if (!(weight > Real(0))) continue;
+      const Real u = (y[e] - static_cast<Real>(before.top.first)) * scale;
+      sum += static_cast<double>(weight) * (static_cast<double>(t) - static_cast<double>(u)) * kLn2;
+    }
+    sum = warp_reduce(sum, [](double a, double b) { return a + b; });
   }
-  const Sums all = block_reduce<kThreads>(Sums{sum, 0.0, 0.0}, Shared<Sums>(sum_scratch), add_sums);
-  if (thread_index() == 0) cross[row * count + slice] = all.mass;
+  if (lane_index() == 0) cross[row * stride + block] = static_cast<Real>(sum);
 }
 
-// KL(current || previous) from the cross terms and the two normalisers.
+// KL(current || previous) from the blocks' sums and cross terms.
 template <typename T, typename Real>
 WINNOW_KERNEL(kThreads)
-diverge_rows(LogitView<T, Real> view, double temperature, Global<const SliceSums> slices,
-             Global<const SliceSums> previous_slices, Global<const Sums> kept_sums,
+diverge_rows(LogitView<T, Real> view, double temperature, Global<const SliceSums> blocks,
+             Global<const SliceSums> previous_blocks, Global<const Sums> kept_sums,
              Global<const double> cross, Global<Real> kl) {
   WINNOW_SHARED(TopTwo, top_scratch, kThreads / kWarp);
   WINNOW_SHARED(Sums, sum_scratch, kThreads / kWarp);
   const int64_t row = block_index();
   if (skips(view, row)) return;
-  const int64_t count = ceil_div<int64_t>(view.vocab, kSlice);
+  const int64_t count = view.blocks();
   const auto merge = [&](Global<const SliceSums> of) {
     return merge_row(of + row * count, count, temperature, Shared<TopTwo>(top_scratch),
                      Shared<Sums>(sum_scratch));
   };
-  const Distribution current = merge(slices);
-  const Distribution previous = merge(previous_slices);
-  Sums sums = {0.0, 0.0, 0.0};  // mass: of what is kept; moment: the cross terms
-  for (int64_t s = thread_index(); s < count; s += kThreads) {
-    sums.moment += cross[row * count + s];
-    if (!kept_sums) continue;
-    const Sums kept = kept_sums[row * count + s];
-    sums.mass += kept.mass;
+  const Distribution current = merge(blocks);
+  const Distribution previous = merge(previous_blocks);
+  Sums sums = {0.0, 0.0, 0.0};  // mass: of what is kept; moment: what is summed over it
+  for (int64_t b = thread_index(); b < count; b += kThreads) {
+    const SliceSums own = blocks[row * count + b];
+    const double shift = own.top.first - current.top.first;
+    const double weight = exp(shift / temperature);
+    double mass = weight * own.sums.mass;
+    if (kept_sums) {
+      const Sums kept = kept_sums[row * count + b];
+      mass = kept.mass;
+    }
+    if (!(mass > 0.0)) continue;
+    const SliceSums before = previous_blocks[row * count + b];
+    const double apart = shift - (before.top.first - previous.top.first);
+    const double term = cross[row * count + b];
+    sums.mass += mass;
+    sums.moment += weight * term + apart / temperature * mass;
   }
   sums = block_reduce<kThreads>(sums, Shared<Sums>(sum_scratch), add_sums);
   const double infinity = std::numeric_limits<double>::infinity();
@@ -280,8 +337,7 @@ diverge_rows(LogitView<T, Real> view, double temperature, Global<const SliceSums
                       current.top.first > -infinity && previous.top.nan == 0 &&
                       previous.top.first < infinity;
   if (thread_index() != 0) return;
-  const double mass = kept_sums ? sums.mass : current.mass;
-  const double divergence = sums.moment / mass - log(mass) + log(previous.mass);
+  const double divergence = sums.moment / sums.mass - log(sums.mass) + log(previous.mass);
   const Real nan = std::numeric_limits<Real>::quiet_NaN();
   if (!proper) {
     kl[row] = nan;

@@ -20,12 +20,16 @@ logit_stats_cuda(const Tensor& logits, const std::optional<Tensor>& mask, double
       {logits, mask, temperature, suppress_ids, target_ids, previous_logits, unconditional_logits,
        cfg_scale, top_k, top_p, min_p, seed, raw, vocab_start, shift, row_keys},
       check_device);
-  WINNOW_CHECK(!vocab_start, "vocab_start: expected None on the GPU, got ",
-               vocab_start.value_or(0));
   const Stream stream(logits);
   const LogitOutputs out(logits, target_ids.has_value(), previous_logits.has_value());
-  measure_rows(call, MaskedTokens{}, seed, logits, out, stream);
-  const Tensor part = empty({0}, statistics_dtype(logits), logits);
+  Shape part_shape = {0};
+  if (vocab_start) {
+    part_shape = leading_shape(logits);
+    part_shape.push_back(layout_of(call, logits.scalar_type() == ScalarType::Double).words());
+  }
+  const Tensor part = empty(part_shape, statistics_dtype(logits), logits);
+  measure_rows(call, MaskedTokens{}, seed, logits, out, stream,
+               vocab_start ? std::optional<Tensor>(part) : std::nullopt);
   return std::tuple_cat(out.tensors(), std::make_tuple(part));
 }
 

@@ -1,19 +1,25 @@
-// The kernels of winnow::logit_stats. A block holds a slice of a row in registers: one read of the
-// logits gives its maximum and then the sums relative to it. Slices merge exactly; a second kernel,
-// a block per row, merges them and draws the token. Rows that the mask leaves out are never read.
+// The kernels of winnow::logit_stats. A thread block holds a slice of a row in registers, each warp
+// a block of the vocabulary's grid: one read of the logits gives its maximum and then the sums
+// relative to it, with no barrier. Blocks merge exactly; a second kernel, a thread block per row,
+// merges them and draws the token. Rows that the mask leaves out are never read. The blocks and the
+// keys of their clocks are those of the CPU, so that a seed draws the same token there, up to
+// rounding.
 #pragma once
 
 #include <cmath>
 
 #include "common/device.h"
 #include "common/philox.h"
+#include "unmasking/logit_rows.h"
 
 namespace winnow {
 namespace {
 
 constexpr int kThreads = 256;
 constexpr int kPerThread = 32;
-constexpr int kSlice = kThreads * kPerThread;  // as on the CPU, so that draws agree up to rounding
+constexpr int kSlice = kThreads * kPerThread;
+constexpr int kSliceBlocks = kThreads / kWarp;  // blocks of the grid in a slice
+static_assert(kSlice == kSliceBlocks * kLogitBlock, "a block for each warp");
 
 WINNOW_DEVICE float exp2_of(float x) {
   return fast_exp2(x);
@@ -71,6 +77,7 @@ struct LogitView {
   int64_t given_count;       // of suppressed
   int64_t suppressed_count;  // one more where a mask token is suppressed too
   int64_t vocab;
+  int64_t start;               // id of the first logit in the whole vocabulary
   int64_t shifted;             // length of sequences whose logits come one early; 0: none
   Global<const bool> mask;     // or null
   Global<const int64_t> keys;  // of the draws, or null
@@ -84,10 +91,16 @@ struct LogitView {
     const int64_t own = keys[row];
     return own;
   }
-  WINNOW_DEVICE int64_t suppressed_id(int64_t s) const {
-    if (s >= given_count) return tokens.mask_id;
+  // Index within the row, or outside of it.
+  WINNOW_DEVICE int64_t suppressed_at(int64_t s) const {
+    if (s >= given_count) return tokens.mask_id - start;
     const int64_t id = suppressed[s];
-    return id;
+    return id - start;
+  }
+  // Slices lie on the grid: the row's first logit is at this place of the first one.
+  WINNOW_DEVICE int64_t offset() const { return start % kLogitBlock; }
+  WINNOW_DEVICE int64_t blocks() const {
+    return vocab == 0 ? 0 : ceil_div<int64_t>(offset() + vocab, kLogitBlock);
   }
 };
 
@@ -120,7 +133,7 @@ WINNOW_DEVICE Real plain_logit(const LogitView<T, Real>& view, int64_t row, int6
 template <typename T, typename Real>
 WINNOW_DEVICE Real logit_at(const LogitView<T, Real>& view, int64_t row, int64_t i) {
   for (int64_t s = 0; s < view.suppressed_count; ++s) {
-    if (view.suppressed_id(s) == i) return -std::numeric_limits<Real>::infinity();
+    if (view.suppressed_at(s) == i) return -std::numeric_limits<Real>::infinity();
   }
   return plain_logit(view, row, i);
 }
@@ -136,8 +149,8 @@ WINNOW_DEVICE void mark_suppressed(const LogitView<T, Real>& view, int64_t slice
   static_assert(kSlice == kThreads * 32, "a word for each thread");
   block_sync();
   for (int64_t s = thread_index(); s < view.suppressed_count; s += kThreads) {
-    const int64_t id = view.suppressed_id(s) - slice * kSlice;
-    if (id >= 0 && id < kSlice) atomic_or(bits + id / 32, 1u << id % 32);
+    const int64_t at = view.suppressed_at(s) + view.offset() - slice * kSlice;
+    if (at >= 0 && at < kSlice) atomic_or(bits + at / 32, 1u << at % 32);
   }
   block_sync();
 }
@@ -150,10 +163,12 @@ WINNOW_DEVICE bool is_suppressed(const LogitView<T, Real>& view, Shared<uint32_t
   return (word >> within % 32 & 1u) != 0;
 }
 
-// Element e of a thread's share of a slice: vectors of N elements, kThreads vectors apart.
+// Element e of a thread's share of a slice: of its warp's block, vectors of N elements, a warp
+// apart.
 template <int N>
 WINNOW_DEVICE int64_t within_slice(int e) {
-  return static_cast<int64_t>(e / N * kThreads + thread_index()) * N + e % N;
+  return warp_index() * kLogitBlock + static_cast<int64_t>(e / N * kWarp + lane_index()) * N +
+         e % N;
 }
 
 // The thread's share of a slice; -infinity where it is suppressed or beyond the row.
@@ -161,14 +176,14 @@ template <typename T, typename Real>
 WINNOW_DEVICE void load_slice(const LogitView<T, Real>& view, int64_t row, int64_t slice,
                               Shared<uint32_t> bits, Real* x) {
   constexpr int N = 16 / sizeof(T);
-  const int64_t end = view.vocab - slice * kSlice;
+  const int64_t first = slice * kSlice - view.offset();  // index of the slice's first place
   const int64_t source = view.source(row);
-  const auto logits = view.logits + source * view.stride + slice * kSlice;
-  const auto base = view.unconditional + source * view.unconditional_stride + slice * kSlice;
+  const auto logits = view.logits + source * view.stride;
+  const auto base = view.unconditional + source * view.unconditional_stride;
 #pragma unroll
   for (int v = 0; v < kPerThread / N; ++v) {
-    const int64_t at = within_slice<N>(v * N);
-    if (view.vectors && at + N <= end) {
+    const int64_t at = first + within_slice<N>(v * N);
+    if (view.vectors && at >= 0 && at + N <= view.vocab) {
       const Vector<T, N> loaded = load_vector<N>(logits + at);
 #pragma unroll
       for (int e = 0; e < N; ++e) x[v * N + e] = static_cast<Real>(loaded.element[e]);
@@ -182,8 +197,9 @@ WINNOW_DEVICE void load_slice(const LogitView<T, Real>& view, int64_t row, int64
     } else {
 #pragma unroll
       for (int e = 0; e < N; ++e) {
-        x[v * N + e] = at + e < end ? plain_logit(view, row, slice * kSlice + at + e)
-                                    : -std::numeric_limits<Real>::infinity();
+        const bool inside = at + e >= 0 && at + e < view.vocab;
+        x[v * N + e] =
+            inside ? plain_logit(view, row, at + e) : -std::numeric_limits<Real>::infinity();
       }
     }
   }
@@ -230,7 +246,7 @@ WINNOW_DEVICE Sums add_sums(const Sums& a, const Sums& b) {
   return {a.mass + b.mass, a.moment + b.moment, a.drawn + b.drawn};
 }
 
-// What is kept of a slice; the sums are relative to top.first.
+// What is kept of a slice or of a block; the sums are relative to top.first.
 struct SliceSums {
   TopTwo top;
   Sums sums;
@@ -248,13 +264,13 @@ WINNOW_DEVICE Real exponent_scale(double temperature) {
   return static_cast<Real>(scale < smallest ? smallest : scale < largest ? scale : largest);
 }
 
+// The sums of every block; `stride` apart for the next row. argmax is an id of the whole
+// vocabulary.
 template <typename T, typename Real>
 WINNOW_KERNEL(kThreads)
-scan_slices(LogitView<T, Real> view, double temperature, double draw_temperature,
-            Global<SliceSums> slices) {
+scan_blocks(LogitView<T, Real> view, double temperature, double draw_temperature,
+            Global<SliceSums> blocks, int64_t stride) {
   WINNOW_SHARED(uint32_t, bits, kThreads);
-  WINNOW_SHARED(TopTwo, top_scratch, kThreads / kWarp);
-  WINNOW_SHARED(Sums, sum_scratch, kThreads / kWarp);
   const int64_t row = block_index();
   const int64_t slice = block_index_y();
   if (skips(view, row)) return;
@@ -279,8 +295,9 @@ scan_slices(LogitView<T, Real> view, double temperature, double draw_temperature
       second = x[e];
     }
   }
-  TopTwo top = {first, second, at < 0 ? -1 : slice * kSlice + within_slice<N>(at), nan};
-  top = block_reduce<kThreads>(top, Shared<TopTwo>(top_scratch), merge_tops);
+  const int64_t slice_id = view.start - view.offset() + slice * kSlice;
+  TopTwo top = {first, second, at < 0 ? -1 : slice_id + within_slice<N>(at), nan};
+  top = warp_reduce(top, merge_tops);
 
   Real mass = Real(0);
   Real moment = Real(0);
@@ -301,10 +318,13 @@ scan_slices(LogitView<T, Real> view, double temperature, double draw_temperature
     }
     if (draw_temperature == temperature) drawn = mass;
   }
-  Sums sums = {mass, moment * kLn2, drawn};
-  sums = block_reduce<kThreads>(sums, Shared<Sums>(sum_scratch), add_sums);
-  if (thread_index() == 0) {
-    slices[row * ceil_div<int64_t>(view.vocab, kSlice) + slice] = SliceSums{top, sums};
+  Sums sums = warp_reduce(Sums{mass, moment, drawn}, add_sums);
+  // Rounded as they travel between parts of a vocabulary: merged or whole, the bits are the same.
+  sums = {static_cast<Real>(sums.mass), static_cast<Real>(sums.moment) * kLn2,
+          static_cast<Real>(sums.drawn)};
+  const int64_t block = slice * kSliceBlocks + warp_index();
+  if (lane_index() == 0 && block < view.blocks()) {
+    blocks[row * stride + block] = SliceSums{top, sums};
   }
 }
 

@@ -184,15 +184,15 @@ class Truncator {
 };
 
 // Finds what top_k (0: all), then top_p (1: all) and `reach` below the largest logit (-infinity:
-// all) keep of each row, and the sums over it, slice by slice, relative to the row's largest logit.
+// all) keep of each row, and the sums over it, block by block, relative to the row's largest logit.
 template <typename T, typename Real>
 WINNOW_KERNEL(kThreads)
 truncate_rows(LogitView<T, Real> view, double temperature, double draw_temperature, int64_t top_k,
-              double top_p, double reach, Global<const SliceSums> slices,
+              double top_p, double reach, Global<const SliceSums> blocks,
               Global<Truncation> truncations, Global<Sums> kept_sums) {
   WINNOW_SHARED(uint32_t, bits, kThreads);
   WINNOW_SHARED(uint64_t, measure, kDigits);
-  WINNOW_SHARED(uint32_t, count, kDigits);
+  WINNOW_SHARED(uint32_t, equals, kDigits);
   WINNOW_SHARED(uint64_t, found, 3);
   WINNOW_SHARED(uint64_t, mass_scratch, kThreads / kWarp);
   WINNOW_SHARED(uint32_t, count_scratch, kThreads / kWarp);
@@ -200,8 +200,8 @@ truncate_rows(LogitView<T, Real> view, double temperature, double draw_temperatu
   WINNOW_SHARED(Sums, sum_scratch, kThreads / kWarp);
   const int64_t row = block_index();
   if (skips(view, row)) return;
-  const int64_t slice_count = ceil_div<int64_t>(view.vocab, kSlice);
-  const Distribution full = merge_row(slices + row * slice_count, slice_count, temperature,
+  const int64_t count = view.blocks();
+  const Distribution full = merge_row(blocks + row * count, count, temperature,
                                       Shared<TopTwo>(top_scratch), Shared<Sums>(sum_scratch));
   const double infinity = std::numeric_limits<double>::infinity();
   // The same for all threads: such a row has no distribution.
@@ -209,7 +209,7 @@ truncate_rows(LogitView<T, Real> view, double temperature, double draw_temperatu
 
   const Real reference = static_cast<Real>(full.top.first);
   const Real scale = exponent_scale<Real>(draw_temperature);
-  const Histogram histogram = {Shared<uint64_t>(measure), Shared<uint32_t>(count),
+  const Histogram histogram = {Shared<uint64_t>(measure), Shared<uint32_t>(equals),
                                Shared<uint64_t>(found)};
   const Truncator<T, Real> truncator(view, row, reference, scale, Shared<uint32_t>(bits),
                                      histogram);
@@ -248,7 +248,7 @@ truncate_rows(LogitView<T, Real> view, double temperature, double draw_temperatu
   if (thread_index() == 0) truncations[row] = kept;
 
   constexpr int N = 16 / sizeof(T);
-  for (int64_t slice = 0; slice < slice_count; ++slice) {
+  for (int64_t slice = 0; slice * kSlice < view.vocab; ++slice) {
     mark_suppressed(view, slice, Shared<uint32_t>(bits));
     Real x[kPerThread];
     load_slice(view, row, slice, Shared<uint32_t>(bits), x);
@@ -262,9 +262,9 @@ truncate_rows(LogitView<T, Real> view, double temperature, double draw_temperatu
       mass += weight;
       if (weight > Real(0)) moment = fma(t, weight, moment);
     }
-    const Sums sums = block_reduce<kThreads>(Sums{mass, moment * kLn2, mass},
-                                             Shared<Sums>(sum_scratch), add_sums);
-    if (thread_index() == 0) kept_sums[row * slice_count + slice] = sums;
+    const Sums sums = warp_reduce(Sums{mass, moment * kLn2, mass}, add_sums);
+    const int64_t block = slice * kSliceBlocks + warp_index();
+    if (lane_index() == 0 && block < count) kept_sums[row * count + block] = sums;
   }
 }
 

@@ -33,7 +33,7 @@ struct KeptToken {
 
 template <typename T, typename Real, typename E>
 WINNOW_KERNEL(kThreads)
-mix_rows(LogitView<T, Real> view, Mixture<E> mixture, Global<const SliceSums> slices,
+mix_rows(LogitView<T, Real> view, Mixture<E> mixture, Global<const SliceSums> blocks,
          Global<const Truncation> truncations, Global<const Sums> kept_sums) {
   WINNOW_SHARED(uint32_t, bits, kThreads);
   WINNOW_SHARED(TopTwo, top_scratch, kThreads / kWarp);
@@ -52,8 +52,8 @@ mix_rows(LogitView<T, Real> view, Mixture<E> mixture, Global<const SliceSums> sl
     for (int c = 0; c < kColumns; ++c) put(c, Real(0));
     return;
   }
-  const int64_t count = ceil_div<int64_t>(view.vocab, kSlice);
-  const Distribution full = merge_row(slices + row * count, count, mixture.temperature,
+  const int64_t count = view.blocks();
+  const Distribution full = merge_row(blocks + row * count, count, mixture.temperature,
                                       Shared<TopTwo>(top_scratch), Shared<Sums>(sum_scratch));
   const double infinity = std::numeric_limits<double>::infinity();
   if (full.top.nan != 0 || full.top.first == infinity || full.top.first == -infinity) {
@@ -78,7 +78,7 @@ mix_rows(LogitView<T, Real> view, Mixture<E> mixture, Global<const SliceSums> sl
   const Real scale = exponent_scale<Real>(mixture.temperature);
   constexpr int N = 16 / sizeof(T);
   Real sum[kColumns] = {};
-  for (int64_t slice = 0; slice < count && share > 0.0; ++slice) {
+  for (int64_t slice = 0; slice * kSlice < view.vocab && share > 0.0; ++slice) {
     Real x[kPerThread];
     load_slice(view, row, slice, Shared<uint32_t>(bits), x);
     int mine = 0;
@@ -161,12 +161,13 @@ Tensor soft_embedding_cuda(const Tensor& logits, const Tensor& embedding,
                "top_p: expected a vocabulary of at most ", kMostVocab, " tokens on the GPU, got ",
                rows.length);
   const int64_t slices = ceil_div<int64_t>(rows.length, kSlice);
+  const int64_t blocks = logit_blocks(0, rows.length);
   const auto workspace = [&](int64_t count, size_t bytes) {
     return empty({count, static_cast<int64_t>(bytes / sizeof(double))}, ScalarType::Double, logits);
   };
-  const Tensor sums = workspace(rows.count * slices, sizeof(SliceSums));
+  const Tensor sums = workspace(rows.count * blocks, sizeof(SliceSums));
   const Tensor truncations = workspace(truncates ? rows.count : 0, sizeof(Truncation));
-  const Tensor kept = workspace(truncates ? rows.count * slices : 0, sizeof(Sums));
+  const Tensor kept = workspace(truncates ? rows.count * blocks : 0, sizeof(Sums));
   dispatch_floating(logits, [&](auto of_logits) {
     using T = decltype(of_logits);
     using Real = std::conditional_t<std::is_same_v<T, double>, double, float>;
@@ -177,16 +178,16 @@ Tensor soft_embedding_cuda(const Tensor& logits, const Tensor& embedding,
                    (rows.count <= 1 || rows.stride * sizeof(T) % 16 == 0);
     view.vocab = rows.length;
     if (dense_mask) view.mask = global<const bool>(*dense_mask);
-    const auto slice_sums = global<SliceSums>(sums);
-    launch("soft_embedding", scan_slices<T, Real>, Grid{rows.count, slices}, kThreads, stream, view,
-           divisor, divisor, slice_sums);
+    const auto block_sums = global<SliceSums>(sums);
+    launch("soft_embedding", scan_blocks<T, Real>, Grid{rows.count, slices}, kThreads, stream, view,
+           divisor, divisor, block_sums, blocks);
     Global<Truncation> truncation = {};
     Global<Sums> kept_sums = {};
     if (truncates) {
       truncation = global<Truncation>(truncations);
       kept_sums = global<Sums>(kept);
       launch("soft_embedding", truncate_rows<T, Real>, Grid{rows.count}, kThreads, stream, view,
-             divisor, divisor, limit, share, -std::numeric_limits<double>::infinity(), slice_sums,
+             divisor, divisor, limit, share, -std::numeric_limits<double>::infinity(), block_sums,
              truncation, kept_sums);
     }
     dispatch_floating(embedding, [&](auto of_embedding) {
@@ -202,7 +203,7 @@ Tensor soft_embedding_cuda(const Tensor& logits, const Tensor& embedding,
                                     global<E>(out)};
         launch("soft_embedding", mix_rows<T, Real, E>,
                Grid{rows.count, ceil_div<int64_t>(embedding.size(1), kThreads * kColumns)},
-               kThreads, stream, view, mixture, slice_sums, truncation, kept_sums);
+               kThreads, stream, view, mixture, block_sums, truncation, kept_sums);
       }
     });
   });

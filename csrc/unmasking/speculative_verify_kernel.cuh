@@ -330,7 +330,7 @@ finish_verification(Models<T, Real> models, Steps steps, Global<const SliceSums>
       };
       for (int64_t s = thread_index(); s < slices; s += kThreads) enter(s, masses[b * slices + s]);
       clock = block_reduce<kThreads>(clock, Shared<Clock>(clock_scratch), earlier);
-      if (clock.slice < 0) {
+      if (clock.block < 0) {
         // The two distributions are equal but for rounding, which rejected the draft: any token of
         // the target will do.
         residual.draft = -1;
@@ -339,7 +339,7 @@ finish_verification(Models<T, Real> models, Steps steps, Global<const SliceSums>
           enter(s, residual.slice_mass(s, Shared<uint32_t>(bits), Shared<double>(mass_scratch)));
         }
       }
-      token = residual.draw(clock.slice, clock.uniform, Shared<double>(mass_scratch),
+      token = residual.draw(clock.block, clock.uniform, Shared<double>(mass_scratch),
                             Shared<int64_t>(index_scratch));
     }
     put(known++, token,
