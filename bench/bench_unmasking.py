@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from torch_winnow import reference
+from torch_winnow._unmasking.rules import Rule
 from torch_winnow.unmasking import (
     ConfidenceThreshold,
     EntropyBound,
-    Rule,
     TopK,
     logit_stats,
+    select_positions,
     unmask_step_,
 )
 
@@ -70,6 +71,29 @@ def dream_margin(logits: Tensor, masked: Tensor) -> Tensor:
     return best(scatter_rows(ordered[:, 0] - ordered[:, 1], masked), masked)
 
 
+def dream_nucleus(logits: Tensor, masked: Tensor) -> Tensor:
+    kept = logits[masked]
+    ordered, order = kept.sort(-1, descending=True)
+    beyond = ordered.softmax(-1).cumsum(-1) > 0.95
+    beyond[:, 1:] = beyond[:, :-1].clone()
+    beyond[:, 0] = False
+    dropped = torch.zeros_like(beyond).scatter(1, order, beyond)
+    p = kept.masked_fill(dropped, torch.finfo(kept.dtype).min).softmax(-1)
+    p.max(-1)
+    negative_entropy = (p * (p + 1e-10).log()).sum(-1)
+    return best(scatter_rows(negative_entropy, masked), masked)
+
+
+def klass(logits: Tensor, previous: Tensor, masked: Tensor) -> Tensor:
+    token = logits.argmax(-1)
+    p = logits.softmax(-1)
+    confidence = p.gather(-1, token[..., None])[..., 0]
+    before = previous.softmax(-1)
+    kl = (p * ((p + 1e-12).log() - (before + 1e-12).log())).sum(-1)
+    ready = (kl < 0.01) & (confidence > 0.9) & masked
+    return ready if ready.any() else best(confidence, masked, COUNT)
+
+
 def diffusers_bound(logits: Tensor, masked: Tensor) -> Tensor:
     p = logits.float().softmax(-1)
     torch.multinomial(p.view(-1, p.shape[-1]), 1)
@@ -87,14 +111,33 @@ def step(rule: Rule, **options: object) -> Callable[[Tensor, Tensor], Tensor]:
     return run
 
 
-# Name of the step: the published code, ours, rounds of the former, whether it draws.
+def klass_step(logits: Tensor, previous: Tensor, masked: Tensor) -> Tensor:
+    """As ``generate`` does it for KLStability, with stability at the step before taken as given."""
+    tokens = torch.where(masked, MASK_ID, 0)
+    stats = logit_stats(logits, mask=masked, temperature=0.0, previous_logits=previous)
+    ready = (stats.kl < 0.01) & (stats.max_prob > 0.9) & masked
+    most, _ = select_positions(stats.max_prob, masked, TopK(COUNT, score="confidence"))
+    chosen = torch.where(ready.any(1, keepdim=True), ready, most)
+    tokens[chosen] = stats.token[chosen]
+    return chosen
+
+
+# Name of the step: the published code, ours, rounds of the former, whether choices may differ:
+# they draw, or a nucleus of one token leaves many positions with an entropy of 0.
 STEPS = {
     "LLaDA T=0": (llada, step(TopK(COUNT), temperature=0.0), 5, False),
     "LLaDA T=1": (llada_gumbel, step(TopK(COUNT), statistics="raw", seed=1), 2, True),
     "Fast-dLLM": (fast_dllm, step(ConfidenceThreshold(0.9), temperature=0.0), 3, False),
     "Dream entropy": (dream_entropy, step(TopK(COUNT, score="entropy")), 3, False),
+    "Dream entropy, top-p 0.95": (
+        dream_nucleus,
+        step(TopK(COUNT, score="entropy"), top_p=0.95),
+        1,
+        True,
+    ),
     "Dream margin": (dream_margin, step(TopK(COUNT, score="margin")), 1, False),
     "diffusers entropy bound": (diffusers_bound, step(EntropyBound(20.0), seed=1), 2, True),
+    "KLASS": (klass, klass_step, 1, False),
 }
 
 
@@ -112,17 +155,20 @@ def make_logits(dtype: torch.dtype) -> Tensor:
 @pytest.mark.parametrize("impl", ["winnow", "published"])
 @pytest.mark.parametrize("name", STEPS)
 def test_step(measure, name, impl, dtype, share):
-    published, ours, rounds, draws = STEPS[name]
+    published, ours, rounds, differs = STEPS[name]
     logits = make_logits(dtype)
     masked = torch.rand(1, LENGTH) < share
-    if impl == "winnow" and not draws and dtype == torch.float32:
-        assert torch.equal(ours(logits, masked), published(logits, masked))
+    inputs = (logits, masked)
+    if name == "KLASS":
+        inputs = (logits, logits + 0.1 * torch.randn_like(logits), masked)
+    if impl == "winnow" and not differs and dtype == torch.float32:
+        assert torch.equal(ours(*inputs), published(*inputs))
     measure(
         f"unmasking step, {name}, 1x{LENGTH}x{VOCAB} {str(dtype)[6:]}, {share:.0%} masked",
         impl,
         ours if impl == "winnow" else published,
-        inputs=[(logits, masked)],
-        moved_bytes=logits.nbytes * share,
+        inputs=[inputs],
+        moved_bytes=(len(inputs) - 1) * logits.nbytes * share,
         rounds=9 if impl == "winnow" else rounds,
     )
 

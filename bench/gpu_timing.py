@@ -70,6 +70,14 @@ def seconds(
 def _captured(function: Callable[..., Any], inputs: Sequence[tuple]) -> torch.cuda.CUDAGraph | None:
     """The whole rotation as one graph, so that launches cost what they cost a decoder; None where
     the function cannot be captured (a rival that synchronises)."""
+    # Found out beforehand: a capture that fails leaves torch's generator unusable.
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        function(*inputs[0])
+    except RuntimeError:
+        return None
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph):

@@ -64,8 +64,8 @@ STABLE_TORCH_LIBRARY(winnow, m) {
   m.def(
       "logit_stats(Tensor logits, Tensor? mask, float temperature, Tensor? suppress_ids, "
       "Tensor? target_ids, Tensor? previous_logits, Tensor? unconditional_logits, float cfg_scale, "
-      "int? top_k, float? top_p, Tensor? seed, bool raw, SymInt? vocab_start=None, "
-      "bool shift=False, Tensor? row_keys=None) -> "
+      "int? top_k, float? top_p, float? min_p, Tensor? seed, bool raw, "
+      "SymInt? vocab_start=None, bool shift=False, Tensor? row_keys=None) -> "
       "(Tensor token, Tensor log_prob, Tensor argmax, Tensor max_prob, Tensor margin, "
       "Tensor entropy, Tensor logsumexp, Tensor target_log_prob, Tensor kl, Tensor part)");
   m.def(
@@ -83,8 +83,8 @@ STABLE_TORCH_LIBRARY(winnow, m) {
   m.def(
       "unmask_step_(Tensor(a!) tokens, Tensor logits, int mask_id, Tensor? mask, Tensor? window, "
       "float temperature, Tensor? suppress_ids, Tensor? target_ids, Tensor? previous_logits, "
-      "Tensor? unconditional_logits, float cfg_scale, int? top_k, float? top_p, Tensor? seed, "
-      "bool raw, bool shift, int score, int order, int criterion, float threshold, int limit, "
+      "Tensor? unconditional_logits, float cfg_scale, int? top_k, float? top_p, float? min_p, "
+      "Tensor? seed, bool raw, bool shift, int score, int order, int criterion, float threshold, int limit, "
       "Tensor? order_seed) -> "
       "(Tensor transfer, Tensor count, Tensor token, Tensor log_prob, Tensor argmax, "
       "Tensor max_prob, Tensor margin, Tensor entropy, Tensor logsumexp, Tensor target_log_prob, "

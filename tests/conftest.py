@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -15,6 +17,16 @@ from torch_winnow import _library
 sys.path.insert(0, str(Path(__file__).parent / "native"))
 import host_library  # noqa: E402
 
+try:
+    import hypothesis  # noqa: F401
+except ImportError:  # a bare GPU machine: its property tests are skipped, the others run
+    absent = mock.MagicMock()
+    absent.given.return_value = pytest.mark.skip(reason="needs hypothesis")
+    absent.settings.return_value = lambda test: test
+    sys.modules["hypothesis"] = absent
+    sys.modules["hypothesis.strategies"] = absent.strategies
+
+HAS_GPU = torch.cuda.is_available() and torch_winnow.build_info().cuda_library
 FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 
 # Against a float64 oracle on the same (rounded) inputs: the error of the result's own rounding.
@@ -31,13 +43,31 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param
 
 
+@contextlib.contextmanager
+def running_on(capability: str) -> Iterator[None]:
+    before = _library.cpu_capability()
+    _library.set_cpu_capability(capability)
+    yield
+    _library.set_cpu_capability(before)
+
+
 @pytest.fixture(params=_library.available_cpu_capabilities())
 def cpu_capability(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the test once per instruction set that this machine has."""
-    before = _library.cpu_capability()
-    _library.set_cpu_capability(request.param)
-    yield request.param
-    _library.set_cpu_capability(before)
+    with running_on(request.param):
+        yield request.param
+
+
+@pytest.fixture(
+    params=[*_library.available_cpu_capabilities(), "cuda" if HAS_GPU else "cuda-on-host"]
+)
+def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """Runs the test on the CPU, once per instruction set, and with the CUDA kernels (see gpu)."""
+    if request.param.startswith("cuda"):
+        yield request.getfixturevalue("gpu")
+        return
+    with running_on(request.param):
+        yield torch.device("cpu")
 
 
 @pytest.fixture
@@ -75,7 +105,7 @@ def on_thread_counts() -> Iterator[Callable[[Callable[[], object]], list[object]
 @pytest.fixture
 def gpu() -> Iterator[torch.device]:
     """Where the CUDA kernels run: on a GPU, or else on CPU tensors, executed thread by thread."""
-    if torch.cuda.is_available() and torch_winnow.build_info().cuda_library:
+    if HAS_GPU:
         yield torch.device("cuda")
         return
     if reason := host_library.why_not():

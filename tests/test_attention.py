@@ -19,14 +19,12 @@ INF = float("inf")
 NAN = float("nan")
 
 
-def tensors(batch, heads, rows, dim, dtype=torch.float32, slots=None, kv_heads=None):
+def tensors(batch, heads, rows, dim, dtype=torch.float32, slots=None, kv_heads=None, device="cpu"):
     """query, key, value, and slot_key, slot_value where a number of slots is given."""
     kv_heads = heads if kv_heads is None else kv_heads
-    made = [torch.randn(batch, heads, rows, dim).to(dtype)]
-    made += [torch.randn(batch, kv_heads, rows, dim).to(dtype) for _ in range(2)]
-    if slots is not None:
-        made += [torch.randn(batch, kv_heads, slots, dim).to(dtype) for _ in range(2)]
-    return made
+    sizes = [(heads, rows), (kv_heads, rows), (kv_heads, rows)]
+    sizes += [] if slots is None else [(kv_heads, slots)] * 2
+    return [torch.randn(batch, *size, dim).to(device, dtype) for size in sizes]
 
 
 def check(function, definition, inputs, **options):
@@ -50,21 +48,22 @@ SHAPES = [  # batch, query heads, kv heads, rows, dim, chunk
     (1, 1, 1, 150, 128, 65),
     (1, 1, 1, 40, 256, 9),
     (1, 2, 1, 260, 8, 1000),
+    (1, 1, 1, 40, 200, 1000),
 ]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_cat_matches_definition(shape, dtype, cpu_capability):
+def test_cat_matches_definition(shape, dtype, device):
     batch, heads, kv_heads, rows, dim, block = shape
-    inputs = tensors(batch, heads, rows, dim, dtype, kv_heads=kv_heads)
+    inputs = tensors(batch, heads, rows, dim, dtype, kv_heads=kv_heads, device=device)
     check(cat_attention, reference.cat_attention, inputs, block_size=block)
 
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_block_diagonal_matches_definition(shape, causal, dtype, cpu_capability):
+def test_block_diagonal_matches_definition(shape, causal, dtype, device):
     batch, heads, kv_heads, rows, dim, block = shape
-    inputs = tensors(batch, heads, rows, dim, dtype, kv_heads=kv_heads)
+    inputs = tensors(batch, heads, rows, dim, dtype, kv_heads=kv_heads, device=device)
     check(
         block_diagonal_attention,
         reference.block_diagonal_attention,
@@ -79,11 +78,9 @@ def test_block_diagonal_matches_definition(shape, causal, dtype, cpu_capability)
     [(0, 1, 0, 0), (200, 1, 1, 0), (70, 3, 0, 1), (9, 2, 4, 100)],
 )
 @pytest.mark.parametrize("shape", SHAPES[1:6], ids=str)
-def test_chunk_matches_definition(
-    shape, slots, per_chunk, initial, lookback, dtype, cpu_capability
-):
+def test_chunk_matches_definition(shape, slots, per_chunk, initial, lookback, dtype, device):
     batch, heads, kv_heads, rows, dim, chunk = shape
-    inputs = tensors(batch, heads, rows, dim, dtype, slots, kv_heads)
+    inputs = tensors(batch, heads, rows, dim, dtype, slots, kv_heads, device)
     check(
         chunk_attention,
         reference.chunk_attention,

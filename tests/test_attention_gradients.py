@@ -19,8 +19,8 @@ TOLERANCE = {
 }
 
 
-def leaves(*shapes, dtype=torch.float32):
-    return [torch.randn(shape).to(dtype).requires_grad_() for shape in shapes]
+def leaves(*shapes, dtype=torch.float32, device="cpu"):
+    return [torch.randn(shape).to(device, dtype).requires_grad_() for shape in shapes]
 
 
 def check_gradients(function, definition, inputs, **options):
@@ -46,15 +46,18 @@ SHAPES = [  # batch, query heads, kv heads, rows, dim, chunk
     (2, 4, 2, 65, 17, 17),
     (1, 3, 1, 300, 16, 5),
     (1, 2, 2, 150, 64, 33),
+    (1, 1, 1, 70, 80, 9),
+    (1, 1, 1, 40, 128, 33),
     (1, 1, 1, 40, 256, 9),
     (1, 1, 1, 1100, 8, 65),  # several splits
 ]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_cat(shape, dtype, cpu_capability):
+def test_cat(shape, dtype, device):
     batch, heads, kv_heads, rows, dim, block = shape
-    inputs = leaves((batch, heads, rows, dim), *[(batch, kv_heads, rows, dim)] * 2, dtype=dtype)
+    sizes = [(batch, heads, rows, dim), *[(batch, kv_heads, rows, dim)] * 2]
+    inputs = leaves(*sizes, dtype=dtype, device=device)
     check_gradients(cat_attention, reference.cat_attention, inputs, block_size=block)
 
 

@@ -12,6 +12,7 @@ from torch_winnow.attention import (
     chunk_attention,
     merge_attention,
 )
+from torch_winnow.unmasking import logit_stats
 
 X = torch.zeros(1, 2, 4, 8)
 META = X.to("meta")
@@ -50,9 +51,7 @@ CALLS = {
     "unmasking mask": lambda: ops.select_positions(
         SCORES, SCORES.bool().to("meta"), 0, 0, 0.5, 1, None, None, None
     ),
-    "unmasking target_ids": lambda: ops.logit_stats(
-        SCORES, None, 1.0, None, INDICES[:, 0].to("meta"), None, None, 0.0, None, None, None, True
-    ),
+    "unmasking target_ids": lambda: logit_stats(SCORES, target_ids=INDICES[:, 0].to("meta")),
     "verification draft_logits": lambda: ops.speculative_verify(
         INDICES, X[0].to("meta"), X[0], 0.0, None, None, None
     ),

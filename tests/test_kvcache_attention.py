@@ -23,6 +23,7 @@ def make(
     dtype=torch.float32,
     spare=3,
     order=None,
+    device="cpu",
 ):
     """query, key_pages, value_pages, block_table, seq_lens; blocks scattered over the pool."""
     value_dim = dim if value_dim is None else value_dim
@@ -35,11 +36,11 @@ def make(
         table[row, :count] = places[used : used + count]
         used += count
     return (
-        torch.randn(len(lengths), heads[0], queries, dim).to(dtype),
-        torch.randn(blocks, heads[1], block_size, dim).to(dtype),
-        torch.randn(blocks, heads[1], block_size, value_dim).to(dtype),
-        table,
-        torch.tensor(lengths, dtype=torch.int32),
+        torch.randn(len(lengths), heads[0], queries, dim).to(device, dtype),
+        torch.randn(blocks, heads[1], block_size, dim).to(device, dtype),
+        torch.randn(blocks, heads[1], block_size, value_dim).to(device, dtype),
+        table.to(device),
+        torch.tensor(lengths, dtype=torch.int32, device=device),
     )
 
 
@@ -79,8 +80,8 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_matches_definition(shape, dtype, cpu_capability):
-    check(make(**SHAPES[shape], dtype=dtype))
+def test_matches_definition(shape, dtype, device):
+    check(make(**SHAPES[shape], dtype=dtype, device=device))
 
 
 @pytest.mark.parametrize("shape", ["decode", "prefill", "odd dimensions", "empty rows"])

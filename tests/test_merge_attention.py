@@ -16,9 +16,9 @@ NAN = float("nan")
 @pytest.mark.parametrize("parts", [1, 2, 5])
 @pytest.mark.parametrize("shape", [(1, 1), (2, 3, 7, 16), (5, 65), (3, 0, 4), (2, 3, 0)], ids=str)
 @pytest.mark.parametrize("stacked", [False, True])
-def test_matches_definition(parts, shape, stacked, dtype, cpu_capability):
-    outs = torch.randn(parts, *shape).to(dtype)
-    lses = 5 * torch.randn(parts, *shape[:-1])
+def test_matches_definition(parts, shape, stacked, dtype, device):
+    outs = torch.randn(parts, *shape).to(device, dtype)
+    lses = 5 * torch.randn(parts, *shape[:-1]).to(device)
     lses[torch.rand_like(lses) < 0.3] = -INF
     out, lse = merge_attention(outs, lses) if stacked else merge_attention(list(outs), list(lses))
     assert out.dtype == dtype

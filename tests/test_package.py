@@ -152,3 +152,12 @@ def test_importing_costs_little_beyond_torch():
         "print(*sorted({m.split('.')[0] for m in set(sys.modules) - before}))"
     )
     assert set(result.stdout.split()) <= {"torch_winnow", "torch", "ctypes", "_ctypes", "numpy"}
+
+
+def test_the_definitions_are_imported_on_demand():
+    result = python(
+        "import sys, torch_winnow as w; before = 'torch_winnow.reference' in sys.modules;"
+        "print(before, w.reference.resample.__module__); w.nothing"
+    )
+    assert result.stdout.split() == ["False", "torch_winnow.reference.resampling"]
+    assert "module 'torch_winnow' has no attribute 'nothing'" in result.stderr

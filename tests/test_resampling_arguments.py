@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from torch_winnow import reference
-from torch_winnow.resampling import resample
+from torch_winnow.resampling import resample, sample_without_replacement
 
 
 @pytest.mark.filterwarnings("error")
@@ -39,6 +39,38 @@ def test_seeds():
     for seed in (0, torch.tensor(0)):
         with pytest.raises(ValueError, match="seed: expected either a seed or a generator"):
             resample(log_weights, seed=seed, generator=torch.Generator())
+
+
+def test_generator_is_one_of_torch():
+    weights = torch.zeros(3)
+    for call in (resample, lambda x, **o: sample_without_replacement(x, 2, **o)):
+        with pytest.raises(ValueError, match="generator: expected a torch.Generator, got int"):
+            call(weights, generator=3)
+        with pytest.raises(
+            ValueError, match="generator: expected a torch.Generator, got Generator"
+        ):
+            call(weights, generator=numpy.random.default_rng())
+
+
+@pytest.mark.filterwarnings("error")
+def test_opcheck_of_weights_that_require_grad():
+    """The operators take weights as numbers; gradients are the functions' business."""
+    x = torch.randn(3, 20, requires_grad=True)
+    ops = torch.ops.winnow
+    for name, arguments in (
+        ("effective_sample_size", ()),
+        ("weight_entropy", ()),
+        ("log_mean_exp", ()),
+        ("conditional_effective_sample_size", (x,)),
+        ("resample", ("residual", None, 0.9, False, None, None, None, 0, None)),
+        ("sample_without_replacement", (3, "pareto", 0, None)),
+        ("inclusion_probabilities", (3,)),
+        ("next_temperature", (torch.zeros(3), 0.5, 1.0, None)),
+    ):
+        torch.library.opcheck(getattr(ops, name).default, (x, *arguments))
+        results = getattr(ops, name)(x, *arguments)
+        for result in results if isinstance(results, (list, tuple)) else (results,):
+            assert not result.requires_grad
 
 
 def test_arguments_are_tensors():

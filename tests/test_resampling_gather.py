@@ -34,7 +34,7 @@ def check_both(state, ancestors, dim=None):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_matches_definition(dtype):
+def test_matches_definition(dtype, device):
     for shape, populations, dim in [
         ((5,), (), None),
         ((5, 3), (), None),
@@ -49,10 +49,9 @@ def test_matches_definition(dtype):
         ((0, 5), (0,), None),
         ((5, 0), (), None),
     ]:
-        for _ in range(3):
-            check_both(numbers(shape, dtype), torch.randint(5, (*populations, 5)), dim)
-        check_both(numbers(shape, dtype), torch.randint(5, (*populations, 9)), dim)
-        check_both(numbers(shape, dtype), torch.randint(5, (*populations, 0)), dim)
+        for samples in (5, 5, 5, 9, 0):
+            ancestors = torch.randint(5, (*populations, samples), device=device)
+            check_both(numbers(shape, dtype).to(device), ancestors, dim)
 
 
 def test_strided_states():
@@ -242,3 +241,10 @@ def test_errors_in_place():
     with pytest.raises(ValueError, match="elements share memory"):
         gather_particles_(overlapping, torch.tensor([0, 0, 1, 2]))
     assert torch.equal(overlapping[0], torch.arange(3.0))
+
+
+@pytest.mark.parametrize("gather", [gather_particles, gather_particles_])
+def test_dim_is_an_int(gather):
+    for tree in (torch.zeros(3), [torch.zeros(3)]):
+        with pytest.raises(ValueError, match="dim: expected an int, got float"):
+            gather(tree, torch.arange(3), dim=0.0)

@@ -160,6 +160,21 @@ def test_backward_edges():
         backward_sample(torch.zeros(3), lambda i, j: torch.zeros(3), seed=0)
     with pytest.raises(ValueError, match=r"successors: expected int64 .*got torch.float32"):
         backward_sample(torch.zeros(3), flat, torch.zeros(3))
+    with pytest.raises(ValueError, match=r"successors: expected int64 .*got .* of shape \(\)"):
+        backward_sample(torch.zeros(3), flat, torch.tensor(0))
+    with pytest.raises(ValueError, match=r"log_weights: expected \(\.\.\., K\), got a scalar"):
+        backward_sample(torch.tensor(0.0), flat)
+    with pytest.raises(ValueError, match=r"log_weights: expected at least one particle"):
+        backward_sample(torch.zeros(0), flat, torch.zeros(2, dtype=torch.int64))
+    assert backward_sample(torch.zeros(2, 0), flat).shape == (2, 0)
+    for options, message in (
+        ({"log_bound": "high"}, "log_bound: expected a number or None, got 'high'"),
+        ({"log_bound": float("nan")}, "log_bound: expected a number or None, got nan"),
+        ({"log_bound": 0.0, "max_tries": -1}, "max_tries: expected at least 0, got -1"),
+        ({"log_bound": 0.0, "max_tries": 1.5}, "max_tries: expected an int, got float"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            backward_sample(torch.zeros(3), flat, **options)
 
 
 def test_smoothing_a_hidden_markov_model():

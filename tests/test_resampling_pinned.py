@@ -76,6 +76,24 @@ def test_survives_without_weight(scheme, weightless):
     assert torch.equal(nothing.ancestors, torch.arange(5).expand(3, 5))
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_weightless_survivor_brings_no_weight(scheme):
+    """What lets a pinned particle survive is no weight of its own: the population as a whole stays
+    properly weighted. The definition finds it however light it is, and wherever it lies."""
+    for pinned, least in itertools.product((0, 3, 6), (-INF, -900.0)):
+        log_weights = torch.tensor([0.0, -1.0, 0.0, 0.0, -1.0, 0.0, 0.0], dtype=torch.float64)
+        log_weights[pinned] = least
+        options = {"scheme": scheme, "pinned": pinned}
+        for seed in range(20):
+            result = resample(log_weights, seed=seed, **options)
+            expected = reference.resample(log_weights, seed=seed, **options)
+            assert result.ancestors[pinned] == expected.ancestors[pinned] == pinned
+            torch.testing.assert_close(result.log_weights, expected.log_weights)
+            if scheme == "optimal":
+                total = (result.log_weights - result.log_weights.logsumexp(-1))[pinned]
+                assert total == pytest.approx(least - log_weights.logsumexp(-1).item())
+
+
 def occurrences(pinned, offspring, base):
     """How often each pair of pinned particle and offspring occurs."""
     digits = torch.cat([pinned.unsqueeze(-1), offspring], -1)
@@ -150,7 +168,8 @@ def posterior():
 
 
 @pytest.mark.parametrize("scheme", [scheme for scheme in SCHEMES if scheme != "optimal"])
-def test_conditional_smc_leaves_the_posterior_invariant(scheme):
+@pytest.mark.parametrize("keep_slots", [False, True])
+def test_conditional_smc_leaves_the_posterior_invariant(scheme, keep_slots):
     """From exact draws of the path, one step of the conditional filter with three particles gives
     draws of the same law. Eight frequencies of 200000 chains; 5 sigma."""
     chains, particles = 200_000, 3
@@ -162,14 +181,19 @@ def test_conditional_smc_leaves_the_posterior_invariant(scheme):
     x[rows, pinned] = reference_path[:, 0]
     history = x.unsqueeze(-1)
     for t in (0, 1, 2):
-        # The order of the particles is arbitrary; schemes that look at it see a random one.
+        # The order of the particles is arbitrary; schemes that look at it see a random one: any,
+        # where slots are kept, else a rotation is enough.
         turn = (torch.arange(particles) + torch.randint(particles, (chains, 1))) % particles
+        if keep_slots:
+            turn = torch.rand(chains, particles).argsort(-1)
         history = history.gather(1, turn.unsqueeze(-1).expand_as(history))
         pinned = (turn == pinned.unsqueeze(1)).int().argmax(-1)
         log_weights = SEEN[t][history[..., -1]].log()
         if t == 2:
             break
-        ancestors = resample(log_weights, scheme=scheme, pinned=pinned, seed=t).ancestors
+        ancestors = resample(
+            log_weights, scheme=scheme, pinned=pinned, keep_slots=keep_slots, seed=t
+        ).ancestors
         history = history.gather(1, ancestors.unsqueeze(-1).expand_as(history))
         x = torch.multinomial(MOVE[history[..., -1].flatten()], 1).view(chains, particles)
         x[rows, pinned] = reference_path[:, t + 1]

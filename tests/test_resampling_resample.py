@@ -33,9 +33,9 @@ SHAPES = [(1,), (15,), (3, 16), (2, 2, 17), (2, 130), (700,), (0, 4), (2, 0)]
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("keep_slots", [False, True])
-def test_matches_definition(scheme, keep_slots, dtype, cpu_capability):
+def test_matches_definition(scheme, keep_slots, dtype, device):
     for shape in SHAPES:
-        log_weights = (3 * torch.randn(shape)).to(dtype)
+        log_weights = (3 * torch.randn(shape)).to(device, dtype)
         options = {"scheme": scheme, "keep_slots": keep_slots, "seed": 11}
         result = resample(log_weights, **options)
         assert result.log_weights.dtype == result.log_z.dtype == result.ess.dtype == torch.float32

@@ -373,6 +373,8 @@ def test_errors():
             FKSteering().step(reward)
         with pytest.raises(ValueError, match="reward: expected a floating tensor .*, got "):
             fk_potential(reward, None, kind="sum", lmbda=1.0)
+    with pytest.raises(ValueError, match="state: expected a PotentialState or None, got tuple"):
+        fk_potential(torch.zeros(2), (torch.zeros(2), torch.zeros(2)), kind="sum", lmbda=1.0)
     with pytest.raises(ValueError, match=r"reward: expected \(\.\.\., K\), got a scalar"):
         FKSteering().step(torch.tensor(1.0))
     with pytest.raises(ValueError, match="reward: expected a floating tensor, got torch.int64"):

@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from torch_winnow import reference
 from torch_winnow.resampling import inclusion_probabilities, sample_without_replacement
@@ -235,3 +236,18 @@ def test_opcheck_of_inclusion_probabilities():
 def test_errors_name_the_argument(arguments, options, message):
     with pytest.raises(ValueError, match=message):
         sample_without_replacement(*arguments, **options)
+
+
+def test_what_runs_on_the_cpu_alone_says_so():
+    with FakeTensorMode():
+        log_weights = torch.zeros(2, 5, device="cuda")
+        with pytest.raises(
+            ValueError, match="log_weights: expected .* on the CPU for design='cond.*"
+        ):
+            sample_without_replacement(log_weights, 2, seed=0)
+        with pytest.raises(
+            ValueError, match="log_weights: expected .* on the CPU for inclusion_pr.*"
+        ):
+            inclusion_probabilities(log_weights, 2)
+        drawn = sample_without_replacement(log_weights, 2, design="pareto", seed=0)
+        assert drawn.indices.device.type == "cuda"

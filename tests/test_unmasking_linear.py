@@ -133,6 +133,7 @@ def test_nothing_to_measure():
         ({"suppress_ids": [5]}, r"suppress_ids: expected ids in \[0, 5\), got 5"),
         ({"top_k": 3}, "top_k: expected None, because"),
         ({"top_p": 0.5}, "top_p: expected None, because"),
+        ({"min_p": 0.5}, "min_p: expected None, because"),
         ({"previous_logits": torch.zeros(2, 5)}, "previous_logits: needs the logits themselves"),
         ({"cfg_scale": 1.0}, "cfg_scale: needs the logits themselves"),
         ({"shift": True, "hidden": torch.randn(4)}, r"hidden: expected \(\.\.\., L, E\) with"),

@@ -45,8 +45,8 @@ def assert_same(result: LogitStats, expected: LogitStats, rtol: float = 3e-5) ->
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_matches_definition(shape, dtype, cpu_capability):
-    logits = (4 * torch.randn(shape)).to(dtype)
+def test_matches_definition(shape, dtype, device):
+    logits = (4 * torch.randn(shape)).to(device, dtype)
     if shape[-1] == 0:
         stats = logit_stats(logits)
         assert stats.token.tolist() == [-1, -1]
@@ -74,6 +74,12 @@ def test_matches_definition(shape, dtype, cpu_capability):
         {"top_p": 1.0},
         {"top_k": 300, "top_p": 0.8, "target_ids": torch.tensor([0, 7, 1500])},
         {"top_p": 0.5, "statistics": "raw", "temperature": 0.3},
+        {"min_p": 0.2, "temperature": 0.7, "target_ids": torch.tensor([0, 7, 1500])},
+        {"min_p": 1.0},
+        {"min_p": 0.0},
+        {"min_p": 1e-3, "top_k": 30, "top_p": 0.95, "previous_logits": True},
+        {"min_p": 0.05, "temperature": 0.0, "suppress_ids": [3]},
+        {"min_p": 0.3, "statistics": "raw", "temperature": 2.0},
         {"previous_logits": True},
         {"previous_logits": True, "top_k": 5, "suppress_ids": torch.tensor([3])},
         {"unconditional_logits": True, "cfg_scale": 1.5},
@@ -102,11 +108,12 @@ def test_options_match_definition(options, wide):
     temperature=st.sampled_from([0.0, 0.05, 1.0, 7.0]),
     top_k=st.sampled_from([None, 1, 3]),
     top_p=st.sampled_from([None, 0.3, 0.99]),
+    min_p=st.sampled_from([None, 1e-9, 0.1, 1.0]),
     wide=st.sampled_from([torch.float32, torch.float64]),
 )
-def test_any_values(values, temperature, top_k, top_p, wide):
+def test_any_values(values, temperature, top_k, top_p, min_p, wide):
     logits = torch.tensor(values, dtype=wide)
-    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     stats = logit_stats(logits, **options)
     expected = oracle(logits, **options)
     assert stats.token == expected.token
@@ -189,6 +196,27 @@ def test_shifts_and_ties():
     assert logit_stats(uniform, top_k=7).entropy.item() == pytest.approx(math.log(7))
 
 
+@pytest.mark.parametrize("wide", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_min_p_keeps_the_boundary(wide, temperature):
+    """At least min_p of the largest probability: exactly so much is kept, ties all."""
+    p = torch.tensor([0.25, 0.5, 0.125, 0.0625, 0.0625, 0.0])
+    logits = (temperature * p.log()).to(wide)
+    least = math.exp((logits[3] - logits[1]).double().item() / temperature)
+    for min_p, kept in ((0.125 if wide == torch.float32 else least, 5), (1.0, 1), (0.9, 1)):
+        stats = logit_stats(logits.expand(50, 6), min_p=min_p, temperature=temperature, seed=1)
+        share = p[:kept] if kept > 1 else p[1:2]
+        expected = torch.special.entr(share / share.sum()).sum().item()
+        assert stats.entropy[0].item() == pytest.approx(expected, abs=1e-2, rel=1e-2)
+        assert stats.token.unique().numel() == kept
+    above = logit_stats(logits, min_p=least * 1.01, temperature=temperature)
+    assert above.entropy.item() == logit_stats(logits, top_k=3, temperature=temperature).entropy
+    assert logit_stats(torch.zeros(9000), min_p=1.0).entropy.item() == pytest.approx(math.log(9000))
+    # What is kept depends on the largest alone, not on what top-k and top-p leave.
+    both = logit_stats(logits, min_p=0.2, top_p=0.3, temperature=temperature)
+    assert both.max_prob.item() == 1.0
+
+
 def test_kl_edges():
     current = torch.randn(2, 9000)
     assert logit_stats(current, previous_logits=current).kl.tolist() == [0, 0]
@@ -240,6 +268,7 @@ def test_bitwise_equal_everywhere(on_every_capability, on_thread_counts, dtype):
         {"temperature": 0.5},
         {"top_k": 20},
         {"top_p": 0.6, "temperature": 1.3},
+        {"min_p": 0.02, "temperature": 1.3},
         {"temperature": 0.6, "statistics": "raw"},
     ],
     ids=str,
@@ -252,7 +281,8 @@ def test_draws_follow_the_distribution(options, wide):
     logits = (2 * torch.randn(vocab)).to(wide)
     token = logit_stats(logits.expand(draws, vocab), seed=11, **options).token
     temperature = options.get("temperature", 1.0)
-    kept = truncated(logits.double(), temperature, options.get("top_k"), options.get("top_p"))
+    truncation = [options.get(name) for name in ("top_k", "top_p", "min_p")]
+    kept = truncated(logits.double(), temperature, *truncation)
     p = (kept / temperature).softmax(-1)
     counts = torch.bincount(token, minlength=vocab).double()
     assert counts[p == 0].sum() == 0
@@ -298,12 +328,12 @@ def test_opcheck_and_compile():
     ids = torch.zeros(2, 3, dtype=torch.int64)
     torch.library.opcheck(
         torch.ops.winnow.logit_stats.default,
-        (logits, ids == 0, 0.7, torch.tensor([1]), ids, logits, logits, 0.5, 5, 0.9,
+        (logits, ids == 0, 0.7, torch.tensor([1]), ids, logits, logits, 0.5, 5, 0.9, 0.1,
          torch.tensor(3), False),
     )  # fmt: skip
     torch.library.opcheck(
         torch.ops.winnow.logit_stats.default,
-        (logits, None, 1.0, None, None, None, None, 0.0, None, None, None, True),
+        (logits, None, 1.0, None, None, None, None, 0.0, None, None, None, None, True),
     )
     compiled = torch.compile(logit_stats, fullgraph=True)
     assert_same(compiled(logits, top_k=3), logit_stats(logits, top_k=3), rtol=0)
@@ -329,6 +359,8 @@ def test_opcheck_and_compile():
         ({"top_k": 0}, "top_k: expected at least 1, got 0"),
         ({"top_p": 0.0}, r"top_p: expected a number in \(0, 1\], got 0"),
         ({"top_p": 1.5}, r"top_p: expected a number in \(0, 1\], got 1.5"),
+        ({"min_p": -0.1}, r"min_p: expected a number in \[0, 1\], got -0.1"),
+        ({"min_p": NAN}, r"min_p: expected a number in \[0, 1\], got nan"),
         ({"statistics": "both"}, "statistics: expected 'processed' or 'raw', got 'both'"),
         ({"seed": 2**63}, "seed: expected a 64-bit signed integer"),
         ({"seed": torch.zeros(2, dtype=torch.int64)}, "seed: expected one number"),

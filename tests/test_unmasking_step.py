@@ -51,21 +51,28 @@ def problem(dtype=torch.float32, batch=3, length=12, vocab=60):
     [
         {},
         {"temperature": 0.0, "shift": True},
+        {"previous_logits": True},
         {"window": torch.tensor([[0, 5], [-3, 40], [7, 2]]), "suppress_ids": [1, 2]},
         {"mask": torch.arange(12).expand(3, 12) % 3 > 0, "top_k": 5, "statistics": "raw"},
+        {"min_p": 0.1, "top_k": 20, "temperature": 0.6},
         {"top_p": 0.8, "target_ids": torch.zeros(3, 12, dtype=torch.int64), "step": 1},
     ],
     ids=lambda options: "+".join(options) or "plain",
 )
-def test_matches_definition(rule, options, dtype):
-    tokens, logits = problem(dtype)
+def test_matches_definition(rule, options, dtype, device):
+    tokens, logits = (x.to(device) for x in problem(dtype))
+    options = {
+        name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in options.items()
+    }
+    if "previous_logits" in options:
+        options["previous_logits"] = logits.flip(-1)
     written, expected = tokens.clone(), tokens.clone()
     ours = unmask_step_(written, logits, mask_id=MASK, rule=rule, **options)
     theirs = reference.unmask_step_(expected, logits, mask_id=MASK, rule=rule, **options)
     assert torch.equal(ours.transfer, theirs.transfer)
     assert torch.equal(ours.count, theirs.count)
     assert torch.equal(written, expected)
-    for name in ("entropy", "max_prob", "margin", "target_log_prob"):
+    for name in ("entropy", "max_prob", "margin", "target_log_prob", "kl"):
         if (value := getattr(theirs.stats, name)) is not None:
             torch.testing.assert_close(getattr(ours.stats, name), value, rtol=3e-5, atol=3e-6)
 
@@ -193,7 +200,7 @@ def test_opcheck_and_compile():
     torch.library.opcheck(
         torch.ops.winnow.unmask_step_.default,
         (tokens.clone(), logits, MASK, tokens > 3, window, 0.7, torch.tensor([1]), tokens, logits,
-         logits, 0.5, 5, 0.9, torch.tensor(3), False, True, 1, 1, 1, 0.5, -1, None),
+         logits, 0.5, 5, 0.9, 0.1, torch.tensor(3), False, True, 1, 1, 1, 0.5, -1, None),
     )  # fmt: skip
 
     def step(tokens, logits):

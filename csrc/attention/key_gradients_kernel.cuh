@@ -54,6 +54,22 @@ WINNOW_DEVICE void store_key_gradient(const BackwardCall<T>& backward, bool slot
                         results + (kv_head * call.pattern.rows + key) * call.dim);
 }
 
+template <typename T, int kKeys>
+WINNOW_DEVICE Fragment<T, kKeys> either(bool first, const Fragment<T, kKeys>& a,
+                                        const Fragment<T, kKeys>& b) {
+  Fragment<T, kKeys> chosen;
+#pragma unroll
+  for (int n = 0; n < kKeys / 8; ++n) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const Accumulator<T> x = a.block[n].element[e];
+      const Accumulator<T> y = b.block[n].element[e];
+      chosen.block[n].element[e] = first ? x : y;
+    }
+  }
+  return chosen;
+}
+
 // Grid: tiles of keys by heads, splits by targets.
 template <typename T, int kDim>
 WINNOW_KERNEL((BackwardShape<T, kDim>::kThreads))
@@ -64,6 +80,7 @@ key_gradients(BackwardCall<T> backward, bool slots, int splits) {
   constexpr int kKeys = Shape::kKeys;
   constexpr int kThreads = Shape::kThreads;
   constexpr bool kBoth = Shape::kTargets == 1;
+  constexpr int kSums = kBoth ? 2 : 1;
   const AttentionCall<T>& call = backward.forward;
   const auto keys = dynamic_shared<T>(0, Shape::kRowsTile);
   const auto values = dynamic_shared<T>(sizeof(T) * Shape::kRowsTile, Shape::kRowsTile);
@@ -76,7 +93,6 @@ key_gradients(BackwardCall<T> backward, bool slots, int splits) {
   const int64_t kv_head = block_index() % heads;
   const int64_t split = block_index_y() / Shape::kTargets;
   const bool wants_key = kBoth || block_index_y() % Shape::kTargets == 0;
-  const bool wants_value = kBoth || !wants_key;
   const int64_t first = block_index() / heads * Shape::kRows;
   const int64_t last =
       smaller(first + Shape::kRows, slots ? call.pattern.slots : call.pattern.rows) - 1;
@@ -120,7 +136,7 @@ key_gradients(BackwardCall<T> backward, bool slots, int splits) {
 
   const int own_rows = warp_index() * kWarpRows * kLeading<T, kDim>;
   const Acc scale = call.scale * Acc(kLog2E);
-  Fragment<T, kDim> sums[kBoth ? 2 : 1];  // of the key's and the value's gradient
+  Fragment<T, kDim> sums[kSums];  // of the key's and the value's gradient, or of one of them
   for (auto& sum : sums) sum.clear();
   for (int t = 0; t < walk.tiles; ++t) {
     const Shared<T> queries = tiles + t % 2 * 2 * Shape::kKeysTile;
@@ -169,15 +185,20 @@ key_gradients(BackwardCall<T> backward, bool slots, int splits) {
           [&](int n, int e) { return whole || sees(e / 2, n * 8 + lane_index() % 4 * 2 + e % 2); },
           &weights, &grads);
     }
+    // Calls fn(weights, tile of rows, sums) for each gradient of this block.
+    const auto for_each_sum = [&](const auto& fn) {
+      if constexpr (kBoth) {
+        fn(grads, queries, &sums[0]);
+        fn(weights, grad_outs, &sums[1]);
+      } else {
+        fn(either<T, kKeys>(wants_key, grads, weights), wants_key ? queries : grad_outs, &sums[0]);
+      }
+    };
     if (nonfinite) {
       if (sees_any) {
-        if (wants_key) {
-          weigh_nonfinite<T, kDim, kKeys>(grads, queries, call.steps, sees, &sums[0]);
-        }
-        if (wants_value) {
-          weigh_nonfinite<T, kDim, kKeys>(weights, grad_outs, call.steps, sees,
-                                          &sums[kBoth ? 1 : 0]);
-        }
+        for_each_sum([&](const auto& factors, Shared<T> rows, Fragment<T, kDim>* sum) {
+          weigh_nonfinite<T, kDim, kKeys>(factors, rows, call.steps, sees, sum);
+        });
       }
       block_sync();
       clear_nonfinite<T, kDim, kThreads>(queries, kKeys, call.steps);
@@ -185,23 +206,21 @@ key_gradients(BackwardCall<T> backward, bool slots, int splits) {
       block_sync();
     }
     if (sees_any) {
-      if (wants_key) {
-        Product::weigh(grads, queries, call.steps, sight.blocks, staged, &sums[0]);
-      }
-      if (wants_value) {
-        Product::weigh(weights, grad_outs, call.steps, sight.blocks, staged, &sums[kBoth ? 1 : 0]);
-      }
+      for_each_sum([&](const auto& factors, Shared<T> rows, Fragment<T, kDim>* sum) {
+        Product::weigh(factors, rows, call.steps, sight.blocks, staged, sum);
+      });
     }
     block_sync();
   }
   copy_wait<0>();
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int64_t key = own_key + 8 * i;
+  for (int half = 0; half < 2; ++half) {
+    const int64_t key = own_key + 8 * half;
     if (key > last) continue;
-    if (wants_key) store_key_gradient(backward, slots, split, kv_head, 0, key, i, sums[0]);
-    if (wants_value) {
-      store_key_gradient(backward, slots, split, kv_head, 1, key, i, sums[kBoth ? 1 : 0]);
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) {
+      const bool of_key = kBoth ? i == 0 : wants_key;
+      store_key_gradient(backward, slots, split, kv_head, of_key ? 0 : 1, key, half, sums[i]);
     }
   }
 }

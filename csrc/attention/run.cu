@@ -56,11 +56,12 @@ void check_operand_device(const char* argument, const Tensor& tensor) {
 
 Tensor read_sequences(const Tensor& cu_seqlens, const Pattern& options) {
   const int64_t count = cu_seqlens.size(0);
+  const Stream stream(cu_seqlens);
   Tensor table = empty({2, count}, ScalarType::Long, cu_seqlens);
   const auto row_begin = global<int64_t>(table);
   const auto run = [&](auto index) {
     using Index = decltype(index);
-    launch("sequence_table", sequence_table<Index>, {1}, kWarp, Stream(cu_seqlens),
+    launch("sequence_table", sequence_table<Index>, {1}, kWarp, stream,
            global<const Index>(cu_seqlens), cu_seqlens.stride(0), count, options.rows,
            options.slots, options.chunk_size, smaller(options.initial_slots, options.slots),
            smaller(options.slots_per_chunk, options.slots), row_begin, row_begin + count);

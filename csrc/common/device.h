@@ -37,7 +37,8 @@
 // For launchers:
 //   launch(name, kernel, Grid{x, y}, threads, stream, arguments...)
 //   Stream stream(tensor)                     the current stream of the tensor's device, made
-//   current global<T>(tensor)                         the memory that its sizes and strides span
+//                                             current; every operator has one before its pointers
+//   global<T>(tensor)                         the memory that its sizes and strides span
 //   check_device(argument, tensor)
 //   WINNOW_DEVICE_OPERATORS(m) { m.impl(...); }
 #pragma once
@@ -66,6 +67,13 @@ struct Grid {
   int64_t y = 1;
   int64_t shared_bytes = 0;
 };
+
+// What a GPU launches. It would take the number of blocks modulo 2^32.
+inline void check_grid(const char* name, const Grid& grid) {
+  WINNOW_CHECK(grid.x < (int64_t{1} << 31) && grid.y < (int64_t{1} << 16), name,
+               ": expected a problem of fewer than 2^31 by 65536 thread blocks, got ", grid.x,
+               " by ", grid.y);
+}
 
 }  // namespace winnow
 

@@ -221,25 +221,39 @@ inline void check_device(const char* argument, const Tensor& tensor) {
                ": expected a CUDA tensor like the other arguments, got one on another device");
 }
 
+// The device of the operator that runs on this thread, or -1.
+inline thread_local int32_t running_device = -1;
+
 // torch's runtime and ours are two copies; both are told, and torch's is restored.
 class Stream {
  public:
-  explicit Stream(const Tensor& tensor) : guard_(tensor.get_device_index()) {
+  explicit Stream(const Tensor& tensor)
+      : guard_(tensor.get_device_index()), before_(running_device) {
     const int32_t device = tensor.get_device_index();
     check_cuda_call("cudaSetDevice", cudaSetDevice(device));
     void* stream = nullptr;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
     stream_ = static_cast<cudaStream_t>(stream);
+    running_device = device;
   }
+  Stream(const Stream&) = delete;
+  Stream& operator=(const Stream&) = delete;
+  ~Stream() { running_device = before_; }
   cudaStream_t get() const { return stream_; }
 
  private:
   torch::stable::accelerator::DeviceGuard guard_;
+  int32_t before_;
   cudaStream_t stream_ = nullptr;
 };
 
+// A kernel that follows a pointer into another device's memory takes the whole context down.
 template <typename T>
 T* global(const Tensor& tensor) {
+  const int32_t device = tensor.get_device_index();
+  WINNOW_CHECK(running_device < 0 || device == running_device,
+               "expected every tensor on cuda:", running_device, ", got one of shape ",
+               shape_of(tensor), " on ", device < 0 ? "the CPU" : "cuda:" + std::to_string(device));
   return static_cast<T*>(tensor.data_ptr());
 }
 
@@ -255,14 +269,15 @@ struct Seed {
 inline Seed seed_of(const Tensor& seed) {
   check_dtype("seed", seed, ScalarType::Long);
   check_dim("seed", seed, 0, "one number");
-  const auto* pointer = static_cast<const int64_t*>(seed.data_ptr());
-  return seed.is_cpu() ? Seed{nullptr, *pointer} : Seed{pointer, 0};
+  if (seed.is_cpu()) return {nullptr, *static_cast<const int64_t*>(seed.data_ptr())};
+  return {global<const int64_t>(seed), 0};
 }
 
 template <typename... Parameters, typename... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), Grid grid, int threads,
             const Stream& stream, const Arguments&... arguments) {
   if (grid.x == 0 || grid.y == 0) return;
+  check_grid(name, grid);
   const auto bytes = static_cast<int>(grid.shared_bytes);
   if (bytes > 48 * 1024) {
     check_cuda_call(name, cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),

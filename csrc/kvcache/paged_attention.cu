@@ -170,9 +170,9 @@ std::tuple<Tensor, Tensor> paged_attention_cuda(const Tensor& query, const Tenso
                  "block_indices: expected (B, K) or (B, Hkv, K) with B=", batch,
                  " and Hkv=", key_heads, ", got ", shape_of(*block_indices));
   }
-  const KeyBias bias = key_bias_of(key_bias, key_pages, query);
 
   const Stream stream(query);
+  const KeyBias bias = key_bias_of(key_bias, key_pages, query);
   Tensor out = empty({batch, heads, queries, value_dim}, query.scalar_type(), query);
   Tensor lse = empty({batch, heads, queries}, statistics_dtype(query), query);
   if (lse.numel() == 0) return {out, lse};

@@ -25,6 +25,7 @@ struct LogitRequest {
   double cfg_scale;
   const std::optional<int64_t>& top_k;
   const std::optional<double>& top_p;
+  const std::optional<double>& min_p;
   const std::optional<Tensor>& seed;
   bool raw;
   const std::optional<int64_t>& vocab_start;
@@ -39,8 +40,11 @@ struct LogitOptions {
   bool raw;                 // statistics come before truncation
   int64_t top_k;            // 0: all
   double top_p;             // 1: all
+  double min_p;             // 0: all
 
-  bool truncates() const { return top_k > 0 || top_p < 1.0; }
+  bool truncates() const { return top_k > 0 || top_p < 1.0 || min_p > 0.0; }
+  // How far below the largest logit min_p cuts: not at all, -infinity.
+  double reach() const { return draw_temperature * std::log(min_p); }
 };
 
 inline LogitOptions logit_options(double temperature, bool seeded, bool raw) {
@@ -114,6 +118,8 @@ LogitArguments check_logit_arguments(const LogitRequest& call, const OnDevice& c
                call.top_k.value_or(1));
   WINNOW_CHECK(!call.top_p || (*call.top_p > 0.0 && *call.top_p <= 1.0),
                "top_p: expected a number in (0, 1], got ", call.top_p.value_or(1.0));
+  WINNOW_CHECK(!call.min_p || (*call.min_p >= 0.0 && *call.min_p <= 1.0),
+               "min_p: expected a number in [0, 1], got ", call.min_p.value_or(0.0));
 
   LogitArguments checked = {};
   checked.rows = as_rows(logits);
@@ -123,10 +129,13 @@ LogitArguments check_logit_arguments(const LogitRequest& call, const OnDevice& c
     checked.shifted = logits.size(logits.dim() - 2);
   }
   if (call.vocab_start) {
-    WINNOW_CHECK(
-        !call.top_k && (!call.top_p || *call.top_p == 1.0), call.top_k ? "top_k" : "top_p",
-        ": expected None with vocab_start, because which logits of a part are kept depends "
-        "on the other parts");
+    const char* truncating = call.top_k                         ? "top_k"
+                             : call.top_p && *call.top_p != 1.0 ? "top_p"
+                             : call.min_p && *call.min_p != 0.0 ? "min_p"
+                                                                : nullptr;
+    WINNOW_CHECK(truncating == nullptr, truncating,
+                 ": expected None with vocab_start, because which logits of a part are kept "
+                 "depends on the other parts");
     WINNOW_CHECK(*call.vocab_start >= 0, "vocab_start: expected at least 0, got ",
                  *call.vocab_start);
     WINNOW_CHECK(checked.rows.length <= kMostPart, "logits: expected a part of at most ", kMostPart,
@@ -153,6 +162,7 @@ LogitArguments check_logit_arguments(const LogitRequest& call, const OnDevice& c
   if (!options.raw || options.draws) {
     options.top_k = call.top_k && *call.top_k < checked.rows.length ? *call.top_k : 0;
     options.top_p = call.top_p.value_or(1.0);
+    options.min_p = call.min_p.value_or(0.0);
   }
   return checked;
 }

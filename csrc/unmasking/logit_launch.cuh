@@ -71,7 +71,7 @@ void launch_rows(const LogitArguments& call, const RowOptions& options, const Ma
   if (truncates) {
     launch("logit_stats", truncate_rows<T, Real>, every_row, kThreads, stream, view,
            options.temperature, options.draw_temperature, call.options.top_k, call.options.top_p,
-           slice_sums, global<Truncation>(truncations), kept_sums);
+           call.options.reach(), slice_sums, global<Truncation>(truncations), kept_sums);
   }
   launch("logit_stats", finish_rows<T, Real>, every_row, kThreads, stream, view, options,
          slice_sums, global<Truncation>(truncations), kept_sums, out);

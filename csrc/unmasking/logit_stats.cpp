@@ -16,13 +16,14 @@ logit_stats(const Tensor& logits, const std::optional<Tensor>& mask, double temp
             const std::optional<Tensor>& suppress_ids, const std::optional<Tensor>& target_ids,
             const std::optional<Tensor>& previous_logits,
             const std::optional<Tensor>& unconditional_logits, double cfg_scale,
-            std::optional<int64_t> top_k, std::optional<double> top_p,
+            std::optional<int64_t> top_k, std::optional<double> top_p, std::optional<double> min_p,
             const std::optional<Tensor>& seed, bool raw, std::optional<int64_t> vocab_start,
             bool shift, const std::optional<Tensor>& row_keys) {
   LogitProblem problem;
-  prepare({logits, mask, temperature, suppress_ids, target_ids, previous_logits,
-           unconditional_logits, cfg_scale, top_k, top_p, seed, raw, vocab_start, shift, row_keys},
-          problem);
+  prepare(
+      {logits, mask, temperature, suppress_ids, target_ids, previous_logits, unconditional_logits,
+       cfg_scale, top_k, top_p, min_p, seed, raw, vocab_start, shift, row_keys},
+      problem);
   Shape part_shape = {0};
   if (vocab_start) {
     part_shape = leading_shape(logits);

@@ -13,11 +13,12 @@ logit_stats_cuda(const Tensor& logits, const std::optional<Tensor>& mask, double
                  const std::optional<Tensor>& previous_logits,
                  const std::optional<Tensor>& unconditional_logits, double cfg_scale,
                  std::optional<int64_t> top_k, std::optional<double> top_p,
-                 const std::optional<Tensor>& seed, bool raw, std::optional<int64_t> vocab_start,
-                 bool shift, const std::optional<Tensor>& row_keys) {
+                 std::optional<double> min_p, const std::optional<Tensor>& seed, bool raw,
+                 std::optional<int64_t> vocab_start, bool shift,
+                 const std::optional<Tensor>& row_keys) {
   const LogitArguments call = check_logit_arguments(
       {logits, mask, temperature, suppress_ids, target_ids, previous_logits, unconditional_logits,
-       cfg_scale, top_k, top_p, seed, raw, vocab_start, shift, row_keys},
+       cfg_scale, top_k, top_p, min_p, seed, raw, vocab_start, shift, row_keys},
       check_device);
   WINNOW_CHECK(!vocab_start, "vocab_start: expected None on the GPU, got ",
                vocab_start.value_or(0));

@@ -43,7 +43,7 @@ Summary summarise(const std::vector<double>& x, double temperature) {
   return row;
 }
 
-// Suppresses what top-k and top-p leave out.
+// Suppresses what top-k, top-p and min-p leave out.
 void truncate(std::vector<double>& x, double top, const LogitOptions& options) {
   std::vector<size_t> order(x.size());
   std::iota(order.begin(), order.end(), size_t{0});
@@ -61,6 +61,7 @@ void truncate(std::vector<double>& x, double top, const LogitOptions& options) {
     for (; nucleus < kept && before < options.top_p * total; ++nucleus) before += weight(nucleus);
     kept = nucleus;
   }
+  while (x[order[kept - 1]] < top + options.reach()) --kept;
   for (size_t rank = kept; rank < order.size(); ++rank) x[order[rank]] = -kInfinity;
 }
 

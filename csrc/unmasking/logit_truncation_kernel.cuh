@@ -1,7 +1,7 @@
-// Top-k and top-p on the GPU, a block per row: the smallest kept logit is found digit by digit of
-// its bit pattern, from counts (top-k) or masses (top-p) of the elements that share the digits so
-// far. Masses are summed in fixed point, so that no order of additions shows. One read of the row
-// per digit, from the cache for all but the longest rows.
+// Top-k, top-p and min-p on the GPU, a block per row: the smallest kept logit is found digit by
+// digit of its bit pattern, from counts (top-k) or masses (top-p) of the elements that share the
+// digits so far. Masses are summed in fixed point, so that no order of additions shows. One read of
+// the row per digit, from the cache for all but the longest rows.
 #pragma once
 
 #include "unmasking/logit_stats_kernel.cuh"
@@ -183,13 +183,13 @@ class Truncator {
   const Histogram& histogram_;
 };
 
-// Finds what top_k (0: all) and then top_p (1: all) keep of each row, and the sums over it, slice
-// by slice, relative to the row's largest logit.
+// Finds what top_k (0: all), then top_p (1: all) and `reach` below the largest logit (-infinity:
+// all) keep of each row, and the sums over it, slice by slice, relative to the row's largest logit.
 template <typename T, typename Real>
 WINNOW_KERNEL(kThreads)
 truncate_rows(LogitView<T, Real> view, double temperature, double draw_temperature, int64_t top_k,
-              double top_p, Global<const SliceSums> slices, Global<Truncation> truncations,
-              Global<Sums> kept_sums) {
+              double top_p, double reach, Global<const SliceSums> slices,
+              Global<Truncation> truncations, Global<Sums> kept_sums) {
   WINNOW_SHARED(uint32_t, bits, kThreads);
   WINNOW_SHARED(uint64_t, measure, kDigits);
   WINNOW_SHARED(uint32_t, count, kDigits);
@@ -243,6 +243,8 @@ truncate_rows(LogitView<T, Real> view, double temperature, double draw_temperatu
       kept = {threshold, last};
     }
   }
+  const double least = static_cast<Real>(full.top.first + reach);
+  if (least > kept.threshold) kept = {least, view.vocab - 1};
   if (thread_index() == 0) truncations[row] = kept;
 
   constexpr int N = 16 / sizeof(T);

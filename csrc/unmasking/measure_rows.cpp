@@ -82,6 +82,28 @@ int64_t draw_token(const LogitProblem& problem, int64_t source, const LogitBlock
   return token;
 }
 
+// What top-k, top-p and min-p keep of a row whose largest logit is `top`.
+Truncation find_kept(const LogitProblem& problem, int64_t source, const LogitBlockSums* sums,
+                     double top, Scratch& scratch) {
+  const LogitRows& rows = problem.view;
+  const LogitOptions& options = problem.arguments.options;
+  Truncation kept = kKeepAll;
+  if (options.top_k > 0 || options.top_p < 1.0) {
+    double mass = 0.0;
+    for (int64_t b = 0; b < logit_blocks(rows.start, rows.vocab); ++b) {
+      const double weight = std::exp((sums[b].reference - top) / options.draw_temperature);
+      if (weight > 0.0) mass += weight * sums[b].drawn;
+    }
+    scratch.logits.resize(static_cast<size_t>(rows.vocab));
+    WINNOW_SIMD(find_truncation)
+    (rows, source, static_cast<float>(top), options.draw_temperature, options.top_k, options.top_p,
+     mass, scratch.logits.data(), &kept);
+  }
+  const auto least = static_cast<float>(top + options.reach());
+  if (least > kept.threshold) kept = {least, rows.vocab, rows.vocab - 1};
+  return kept;
+}
+
 // From the sums of a row's blocks, which a truncation replaces where the statistics describe it.
 Row finish_row(const LogitProblem& problem, size_t active, LogitBlockSums* sums, Scratch& scratch) {
   const int64_t row = problem.active[active];
@@ -100,15 +122,7 @@ Row finish_row(const LogitProblem& problem, size_t active, LogitBlockSums* sums,
   Truncation drawn = kKeepAll;
   const LogitBlockSums* drawn_sums = sums;
   if (options.truncates()) {
-    double mass = 0.0;
-    for (int64_t b = 0; b < blocks; ++b) {
-      const double weight = std::exp((sums[b].reference - top) / options.draw_temperature);
-      if (weight > 0.0) mass += weight * sums[b].drawn;
-    }
-    scratch.logits.resize(static_cast<size_t>(rows.vocab));
-    WINNOW_SIMD(find_truncation)
-    (rows, source, static_cast<float>(top), options.draw_temperature, options.top_k, options.top_p,
-     mass, scratch.logits.data(), &drawn);
+    drawn = find_kept(problem, source, sums, top, scratch);
     if (options.raw) scratch.kept.resize(static_cast<size_t>(blocks));
     LogitBlockSums* kept = options.raw ? scratch.kept.data() : sums;
     WINNOW_SIMD(sum_kept_blocks)

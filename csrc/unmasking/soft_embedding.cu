@@ -186,7 +186,8 @@ Tensor soft_embedding_cuda(const Tensor& logits, const Tensor& embedding,
       truncation = global<Truncation>(truncations);
       kept_sums = global<Sums>(kept);
       launch("soft_embedding", truncate_rows<T, Real>, Grid{rows.count}, kThreads, stream, view,
-             divisor, divisor, limit, share, slice_sums, truncation, kept_sums);
+             divisor, divisor, limit, share, -std::numeric_limits<double>::infinity(), slice_sums,
+             truncation, kept_sums);
     }
     dispatch_floating(embedding, [&](auto of_embedding) {
       using E = decltype(of_embedding);

@@ -81,7 +81,7 @@ unmask_step(Tensor tokens, const Tensor& logits, int64_t mask_id, const std::opt
             const std::optional<Tensor>& suppress_ids, const std::optional<Tensor>& target_ids,
             const std::optional<Tensor>& previous_logits,
             const std::optional<Tensor>& unconditional_logits, double cfg_scale,
-            std::optional<int64_t> top_k, std::optional<double> top_p,
+            std::optional<int64_t> top_k, std::optional<double> top_p, std::optional<double> min_p,
             const std::optional<Tensor>& seed, bool raw, bool shift, int64_t score, int64_t order,
             int64_t criterion, double threshold, int64_t limit,
             const std::optional<Tensor>& order_seed) {
@@ -91,7 +91,7 @@ unmask_step(Tensor tokens, const Tensor& logits, int64_t mask_id, const std::opt
   LogitProblem problem;
   prepare(
       {logits, rows, temperature, suppress_ids, target_ids, previous_logits, unconditional_logits,
-       cfg_scale, top_k, top_p, seed, raw, std::nullopt, shift, std::nullopt},
+       cfg_scale, top_k, top_p, min_p, seed, raw, std::nullopt, shift, std::nullopt},
       problem, mask_id);
   const uint64_t lots = order_seed ? seed_on_cpu(*order_seed) : 0;
 

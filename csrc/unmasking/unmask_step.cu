@@ -59,14 +59,15 @@ unmask_step_cuda(Tensor tokens, const Tensor& logits, int64_t mask_id,
                  const std::optional<Tensor>& previous_logits,
                  const std::optional<Tensor>& unconditional_logits, double cfg_scale,
                  std::optional<int64_t> top_k, std::optional<double> top_p,
-                 const std::optional<Tensor>& seed, bool raw, bool shift, int64_t score,
-                 int64_t order, int64_t criterion, double threshold, int64_t limit,
-                 const std::optional<Tensor>& order_seed) {
+                 std::optional<double> min_p, const std::optional<Tensor>& seed, bool raw,
+                 bool shift, int64_t score, int64_t order, int64_t criterion, double threshold,
+                 int64_t limit, const std::optional<Tensor>& order_seed) {
   const StepArguments call = check_step(tokens, logits, mask, window, check_device);
-  const LogitArguments arguments = check_logit_arguments(
-      {logits, call.mask, temperature, suppress_ids, target_ids, previous_logits,
-       unconditional_logits, cfg_scale, top_k, top_p, seed, raw, std::nullopt, shift, std::nullopt},
-      check_device);
+  const LogitArguments arguments =
+      check_logit_arguments({logits, call.mask, temperature, suppress_ids, target_ids,
+                             previous_logits, unconditional_logits, cfg_scale, top_k, top_p, min_p,
+                             seed, raw, std::nullopt, shift, std::nullopt},
+                            check_device);
   const Stream stream(logits);
   MaskedTokens masked = {};
   if (tokens.scalar_type() == ScalarType::Int) {

@@ -10,8 +10,17 @@ Four families, each a module of its own:
 :mod:`torch_winnow.reference` defines every operator in plain PyTorch.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from torch_winnow._library import BuildInfo, build_info  # isort: skip  (loads the operators first)
-from torch_winnow import attention, kvcache, reference, resampling, unmasking
+from torch_winnow import attention, kvcache, resampling, unmasking
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from torch_winnow import reference
 
 __all__ = [
     "BuildInfo",
@@ -23,3 +32,12 @@ __all__ = [
     "unmasking",
 ]
 __version__ = build_info().version
+
+
+def __getattr__(name: str) -> ModuleType:
+    """The definitions are imported when they are asked for: a model at work needs none."""
+    if name == "reference":
+        import importlib
+
+        return importlib.import_module("torch_winnow.reference")
+    raise AttributeError(f"module 'torch_winnow' has no attribute {name!r}")

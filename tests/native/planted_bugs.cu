@@ -182,6 +182,12 @@ void run(int64_t kernel, const Tensor& x, const Tensor& y) {
   if (kernel == 3) {
     launch("copy_vectors", copy_vectors, grid, kThreads, stream, in, n, out);
   }
+  if (kernel == 7) {  // more blocks than a launch has
+    launch("copy_vectors", copy_vectors, {int64_t{1} << 31}, kThreads, stream, in, n, out);
+  }
+  if (kernel == 8) {
+    launch("copy_vectors", copy_vectors, {1, 65536}, kThreads, stream, in, n, out);
+  }
 }
 
 template <int64_t kFirst, int64_t kLast>

@@ -1,4 +1,4 @@
-"""Attention on the GPU against its definitions: forward, every option, and at its edges."""
+"""Attention on the GPU at its edges; against its definitions: tests/test_attention.py."""
 
 from __future__ import annotations
 
@@ -30,48 +30,6 @@ def check(function, inputs, **options):
     torch.testing.assert_close(out.double(), expected, **TOLERANCE[dtype])
     torch.testing.assert_close(lse.double(), expected_lse, **TOLERANCE[lse.dtype])
     return out, lse
-
-
-SHAPES = [  # batch, query heads, kv heads, rows, dim, chunk
-    (1, 1, 1, 1, 1, 1),
-    (2, 2, 1, 7, 5, 3),
-    (1, 2, 1, 67, 16, 17),
-    (1, 1, 1, 130, 64, 33),
-    (1, 1, 1, 100, 40, 5),
-    (1, 1, 1, 70, 80, 9),
-    (1, 1, 1, 66, 128, 65),
-    (1, 1, 1, 20, 256, 9),
-    (1, 1, 1, 40, 200, 1000),
-]
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_cat_matches_definition(gpu, shape, dtype):
-    batch, heads, kv_heads, rows, dim, block = shape
-    check(cat_attention, tensors(gpu, batch, heads, kv_heads, rows, dim, dtype), block_size=block)
-
-
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("shape", SHAPES[2:5], ids=str)
-def test_block_diagonal_matches_definition(gpu, shape, causal, dtype):
-    batch, heads, kv_heads, rows, dim, block = shape
-    inputs = tensors(gpu, batch, heads, kv_heads, rows, dim, dtype)
-    check(block_diagonal_attention, inputs, block_size=block, causal=causal)
-
-
-@pytest.mark.parametrize(
-    ("slots", "per_chunk", "initial", "lookback"),
-    [(0, 1, 0, 0), (90, 1, 1, 0), (70, 3, 0, 1), (9, 2, 4, 100)],
-)
-def test_chunk_matches_definition(gpu, slots, per_chunk, initial, lookback, dtype):
-    check(
-        chunk_attention,
-        tensors(gpu, 1, 2, 1, 100, 24, dtype, slots),
-        chunk_size=7,
-        slots_per_chunk=per_chunk,
-        initial_slots=initial,
-        lookback=lookback,
-    )
 
 
 @pytest.mark.parametrize("index", [torch.int32, torch.int64])

@@ -61,9 +61,10 @@ def test_every_option_at_once(gpu, dtype):
 @pytest.mark.parametrize("statistics", ["processed", "raw"])
 @pytest.mark.parametrize(
     "options",
-    [{"top_k": 1}, {"top_k": 40}, {"top_p": 0.5}, {"top_p": 1e-9}, {"top_k": 30, "top_p": 0.8}],
+    [{"top_k": 1}, {"top_k": 40}, {"top_p": 0.5}, {"top_p": 1e-9}, {"top_k": 30, "top_p": 0.8},
+     {"min_p": 0.05}, {"min_p": 1.0}, {"min_p": 0.01, "top_k": 9, "top_p": 0.9}],
     ids=str,
-)
+)  # fmt: skip
 def test_truncation(gpu, options, statistics):
     logits = 3 * torch.randn(3, 9000, device=gpu)
     logits[:, ::3] = -INF
@@ -80,7 +81,9 @@ def test_truncation(gpu, options, statistics):
 
 
 @pytest.mark.parametrize(
-    "options", [{"top_k": 1}, {"top_k": 5}, {"top_p": 0.3}, {"top_k": 4, "top_p": 0.9}], ids=str
+    "options",
+    [{"top_k": 1}, {"top_k": 5}, {"top_p": 0.3}, {"top_k": 4, "top_p": 0.9}, {"min_p": 1.0}],
+    ids=str,
 )
 def test_ties_are_kept_from_the_lowest_id(gpu, options):
     logits = torch.zeros(2, 8200, device=gpu)
@@ -104,7 +107,7 @@ def test_ties_are_kept_from_the_lowest_id(gpu, options):
     ids=str,
 )
 @pytest.mark.parametrize("padding", [0, 9000])
-@pytest.mark.parametrize("options", [{}, {"top_k": 2}, {"top_p": 0.7}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"top_k": 2}, {"top_p": 0.7}, {"min_p": 0.3}], ids=str)
 def test_edges(gpu, row, padding, options):
     logits = torch.tensor([row + [-INF] * padding], device=gpu)
     check(logits, **options)

@@ -118,6 +118,12 @@ def test_misaligned_vectors_are_found():
         torch.ops.winnow_on_host.planted_bug(x, COPY_VECTORS, 0)
 
 
+@pytest.mark.parametrize(("kernel", "blocks"), [(7, "2147483648 by 1"), (8, "1 by 65536")])
+def test_a_launch_of_too_many_blocks_is_refused(kernel, blocks):
+    with pytest.raises(ValueError, match=f"copy_vectors: expected .* got {blocks}"):
+        run(kernel)
+
+
 def test_an_emulated_fault_leaves_the_emulator_usable():
     with pytest.raises(RuntimeError):
         run(NEIGHBOURS, "early_return")

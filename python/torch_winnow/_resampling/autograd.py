@@ -15,6 +15,19 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torch_winnow._resampling.resample import Resampling
 
+_implementations = torch.library.Library("winnow", "IMPL")  # type: ignore[no-untyped-call]
+
+
+def without_gradient(*operators: str) -> None:
+    """Operators that take weights as numbers: autograd passes them by, and their results are free.
+
+    By default it would warn, and mark the whole numbers among the results as differentiable.
+    """
+    for operator in operators:
+        _implementations.impl(  # type: ignore[no-untyped-call]
+            operator, torch.library.fallthrough_kernel, "Autograd"
+        )
+
 
 def wants_gradient(*tensors: Tensor) -> bool:
     """Whether a result has to be differentiable in one of the tensors."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import operator
+import math
 from collections.abc import Callable
 from typing import Any, SupportsIndex
 
@@ -12,7 +12,12 @@ from torch import Tensor
 from torch_winnow._fake import check_same_device
 from torch_winnow._resampling.gather import gather_particles
 from torch_winnow._resampling.resample import check_seed, resample
-from torch_winnow._resampling.weights import detached_weights, require_tensor
+from torch_winnow._resampling.weights import (
+    detached_weights,
+    is_number,
+    require_tensor,
+    whole_number,
+)
 
 _trace_ancestors = torch.ops.winnow.trace_ancestors
 _uniforms = torch.ops.winnow.uniforms
@@ -206,6 +211,8 @@ def backward_sample(
         tensor([1, 0, 0])
     """
     log_weights = detached_weights(log_weights)
+    if log_weights.dim() == 0:
+        raise ValueError("log_weights: expected (..., K), got a scalar")
     if not callable(log_transition):
         raise ValueError(
             f"log_transition: expected a function, got {type(log_transition).__name__}"
@@ -214,21 +221,35 @@ def backward_sample(
         successors = torch.arange(log_weights.shape[-1], device=log_weights.device)
         successors = successors.expand(log_weights.shape)
     require_tensor("successors", successors, "an int64 tensor (..., M)")
-    if successors.dtype != torch.int64 or successors.shape[:-1] != log_weights.shape[:-1]:
+    if (
+        successors.dim() == 0
+        or successors.dtype != torch.int64
+        or successors.shape[:-1] != log_weights.shape[:-1]
+    ):
         raise ValueError(
             f"successors: expected int64 (..., M) for log_weights of shape "
             f"{tuple(log_weights.shape)}, got {successors.dtype} of shape {tuple(successors.shape)}"
         )
+    if log_weights.shape[-1] == 0 and successors.numel() > 0:
+        raise ValueError(
+            "log_weights: expected at least one particle for successors of shape "
+            f"{tuple(successors.shape)}, got shape {tuple(log_weights.shape)}"
+        )
+    tries = whole_number("max_tries", max_tries)
+    if tries < 0:
+        raise ValueError(f"max_tries: expected at least 0, got {tries}")
+    if log_bound is not None and (not is_number(log_bound) or math.isnan(log_bound)):
+        raise ValueError(f"log_bound: expected a number or None, got {log_bound!r}")
     key = check_seed(seed, generator)
     if key is None:
         key = torch.randint(2**63 - 1, (), generator=generator, device=log_weights.device)
     elif not isinstance(key, Tensor):
         key = torch.tensor(key, device=log_weights.device)
+    if successors.numel() == 0:
+        return torch.zeros_like(successors)
     if log_bound is None:
         return _exact(log_weights, log_transition, successors, key)
-    return _accept_reject(
-        log_weights, log_transition, successors, float(log_bound), operator.index(max_tries), key
-    )
+    return _accept_reject(log_weights, log_transition, successors, float(log_bound), tries, key)
 
 
 def _accept_reject(

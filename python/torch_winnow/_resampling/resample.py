@@ -65,6 +65,8 @@ def check_seed(
     seed: SupportsIndex | Tensor | None, generator: torch.Generator | None
 ) -> int | Tensor | None:
     """The seed as an int or a tensor, checked; None if it is to be drawn."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise ValueError(f"generator: expected a torch.Generator, got {type(generator).__name__}")
     if seed is None:
         return None
     if generator is not None:
@@ -174,7 +176,9 @@ def resample(
             others follow the scheme's law given that the pinned particle holds one of the slots,
             any with the same probability, as if it had been drawn for it (Chopin and Singh 2015).
             Where ancestors would ascend they are rotated, so that any copy of it is as likely to
-            lie there. It survives without weight too. A finished one (``mask``) changes nothing.
+            lie there; schemes that look at the order of the particles (systematic, stratified, ssp)
+            need more than that with ``keep_slots``, see ``docs/resampling/schemes.md``. It survives
+            without weight too. A finished one (``mask``) changes nothing.
             On the GPU an index outside of the population pins nothing.
         uniforms: float32 or float64 numbers in [0, 1) to use instead of drawing: ``(...)`` for
             systematic, ``(..., M)`` for stratified and multinomial. What lies outside is clamped to
@@ -230,6 +234,9 @@ def resample(
         )
     )
     return autograd.resampled(result, weights, mask) if autograd.wants_gradient(weights) else result
+
+
+autograd.without_gradient("resample")
 
 
 @torch.library.register_fake("winnow::resample")

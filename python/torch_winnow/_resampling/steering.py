@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import numbers
 from typing import NamedTuple, SupportsIndex, TypeVar
 
 import torch
@@ -12,7 +11,7 @@ from torch.utils._pytree import tree_map_only
 
 from torch_winnow._resampling.gather import gather_particles
 from torch_winnow._resampling.resample import SCHEMES, Resampling, check_seed, resample
-from torch_winnow._resampling.weights import require_tensor
+from torch_winnow._resampling.weights import is_number, require_tensor
 
 _KINDS = ("difference", "max", "sum")
 
@@ -35,14 +34,10 @@ def _no_nan(x: Tensor) -> Tensor:
     return x.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, numbers.Real)
-
-
 def _check_potential(kind: str, lmbda: float) -> None:
     if kind not in _KINDS:
         raise ValueError(f"kind: expected one of {', '.join(_KINDS)}, got {kind!r}")
-    if not _is_number(lmbda):
+    if not is_number(lmbda):
         raise ValueError(f"lmbda: expected a number, got {type(lmbda).__name__}")
     if not 0 <= lmbda < math.inf:
         raise ValueError(
@@ -105,6 +100,8 @@ def fk_potential(
         raise ValueError("reward: expected (..., K), got a scalar")
     r = reward if reward.dtype == torch.float64 else reward.float()
     r = _no_nan(r)
+    if state is not None and not isinstance(state, PotentialState):
+        raise ValueError(f"state: expected a PotentialState or None, got {type(state).__name__}")
     if state is None:
         start = -torch.inf if kind == "max" else 0.0
         state = PotentialState(torch.full_like(r, start), torch.zeros_like(r))
@@ -200,7 +197,7 @@ class FKSteering:
         _check_potential(kind, lmbda)
         if scheme not in SCHEMES:
             raise ValueError(f"scheme: expected one of {', '.join(SCHEMES)}, got {scheme!r}")
-        if ess_threshold is not None and not (_is_number(ess_threshold) and 0 < ess_threshold <= 1):
+        if ess_threshold is not None and not (is_number(ess_threshold) and 0 < ess_threshold <= 1):
             raise ValueError(
                 f"ess_threshold: expected a share in (0, 1] or None, got {ess_threshold!r}"
             )

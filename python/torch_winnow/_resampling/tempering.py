@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import numbers
-
 import torch
 from torch import Tensor
 
 from torch_winnow._fake import check_same_device
-from torch_winnow._resampling.weights import require_tensor, statistics_dtype
+from torch_winnow._resampling import autograd
+from torch_winnow._resampling.weights import is_number, require_tensor, statistics_dtype
 
 _next_temperature = torch.ops.winnow.next_temperature
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, numbers.Real)
 
 
 def next_temperature(
@@ -70,7 +65,7 @@ def next_temperature(
         require_tensor("log_weights", log_weights, "a floating tensor (..., K)")
         log_weights = log_weights.detach()
     for name, number in (("target_ess", target_ess), ("max_beta", max_beta)):
-        if not _is_number(number):
+        if not is_number(number):
             raise ValueError(f"{name}: expected a number, got {type(number).__name__}")
     population = log_likelihood.shape[:-1]
     dtype = statistics_dtype(log_likelihood.dtype)
@@ -84,13 +79,16 @@ def next_temperature(
                 f"beta: expected a shape that broadcasts to {tuple(population)}, got "
                 f"{tuple(beta.shape)}"
             ) from None
-    elif _is_number(beta):
+    elif is_number(beta):
         beta = log_likelihood.new_full(population, float(beta), dtype=dtype)
     else:
         raise ValueError(f"beta: expected a number or a tensor, got {type(beta).__name__}")
     return _next_temperature(  # type: ignore[no-any-return]
         log_likelihood.detach(), beta, float(target_ess), float(max_beta), log_weights
     )
+
+
+autograd.without_gradient("next_temperature")
 
 
 @torch.library.register_fake("winnow::next_temperature")

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import numbers
+import operator
+from typing import SupportsIndex
+
 import torch
 from torch import Tensor
 
@@ -25,6 +29,19 @@ def require_tensor(argument: str, value: object, expected: str) -> None:
     """Refuses what is not a tensor by the name of the argument."""
     if not isinstance(value, Tensor):
         raise ValueError(f"{argument}: expected {expected}, got {type(value).__name__}")
+
+
+def is_number(value: object) -> bool:
+    """Whether an option is a real number, NumPy's too; a tensor is not."""
+    return isinstance(value, numbers.Real)
+
+
+def whole_number(argument: str, value: SupportsIndex) -> int:
+    """The int that a value stands for (NumPy's and tensors' too); refuses others by name."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"{argument}: expected an int, got {type(value).__name__}") from None
 
 
 def detached_weights(log_weights: Tensor) -> Tensor:
@@ -174,6 +191,9 @@ def _one_a_population(log_weights: Tensor) -> Tensor:
     return log_weights.new_empty(log_weights.shape[:-1], dtype=statistics_dtype(log_weights.dtype))
 
 
+autograd.without_gradient(
+    "effective_sample_size", "weight_entropy", "log_mean_exp", "conditional_effective_sample_size"
+)
 for _name in ("effective_sample_size", "weight_entropy", "log_mean_exp"):
     torch.library.register_fake(f"winnow::{_name}", _one_a_population)
 

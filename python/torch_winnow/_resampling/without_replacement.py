@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import operator
 from typing import NamedTuple, SupportsIndex
 
 import torch
 from torch import Tensor
 
 from torch_winnow._fake import check_same_device
+from torch_winnow._resampling import autograd
 from torch_winnow._resampling.resample import check_seed
-from torch_winnow._resampling.weights import detached_weights, statistics_dtype
+from torch_winnow._resampling.weights import detached_weights, statistics_dtype, whole_number
 
 _sample_without_replacement = torch.ops.winnow.sample_without_replacement
 _inclusion_probabilities = torch.ops.winnow.inclusion_probabilities
@@ -33,11 +33,12 @@ class WithoutReplacement(NamedTuple):
     weights: Tensor
 
 
-def _count(k: SupportsIndex) -> int:
-    try:
-        return operator.index(k)
-    except TypeError:
-        raise ValueError(f"k: expected an int, got {type(k).__name__}") from None
+def _check_on_cpu(log_weights: Tensor, what: str) -> None:
+    if log_weights.device.type not in ("cpu", "meta"):
+        raise ValueError(
+            f"log_weights: expected a tensor on the CPU for {what}, got one on "
+            f"{log_weights.device}; call .cpu()"
+        )
 
 
 def sample_without_replacement(
@@ -97,12 +98,16 @@ def sample_without_replacement(
     log_weights = detached_weights(log_weights)
     if not isinstance(design, str):
         raise ValueError(f"design: expected a name, got {type(design).__name__}")
+    if design == "conditional_poisson":
+        _check_on_cpu(
+            log_weights, "design='conditional_poisson' (gumbel_topk and pareto run on GPUs)"
+        )
     key = check_seed(seed, generator)
     if key is None:
         key = torch.randint(2**63 - 1, (), generator=generator, device=log_weights.device)
     number, seed_tensor = (0, key) if isinstance(key, Tensor) else (key, None)
     return WithoutReplacement(
-        *_sample_without_replacement(log_weights, _count(k), design, number, seed_tensor)
+        *_sample_without_replacement(log_weights, whole_number("k", k), design, number, seed_tensor)
     )
 
 
@@ -129,9 +134,12 @@ def inclusion_probabilities(log_weights: Tensor, k: SupportsIndex) -> Tensor:
         >>> inclusion_probabilities(torch.tensor([2.0, 1.0, 1.0]).log(), 2)
         tensor([0.8000, 0.6000, 0.6000])
     """
-    return _inclusion_probabilities(  # type: ignore[no-any-return]
-        detached_weights(log_weights), _count(k)
-    )
+    log_weights = detached_weights(log_weights)
+    _check_on_cpu(log_weights, "inclusion_probabilities")
+    return _inclusion_probabilities(log_weights, whole_number("k", k))  # type: ignore[no-any-return]
+
+
+autograd.without_gradient("sample_without_replacement", "inclusion_probabilities")
 
 
 @torch.library.register_fake("winnow::sample_without_replacement")

@@ -65,9 +65,9 @@ def linear_logit_stats(
         :class:`LogitStats`, each ``(...)``.
 
     Raises:
-        ValueError: for a wrong shape, dtype or option; for ``top_k`` and ``top_p``, which depend on
-            all logits at once, and for ``previous_logits``, ``unconditional_logits`` and
-            ``cfg_scale``, which would need the logits themselves.
+        ValueError: for a wrong shape, dtype or option; for ``top_k``, ``top_p`` and ``min_p``,
+            which depend on all logits at once, and for ``previous_logits``,
+            ``unconditional_logits`` and ``cfg_scale``, which would need the logits themselves.
 
     Example:
         >>> import torch
@@ -77,7 +77,7 @@ def linear_logit_stats(
         (tensor([3, 3]), tensor([3, 3]))
     """
     for name, value in unavailable.items():
-        if name in ("top_k", "top_p"):
+        if name in ("top_k", "top_p", "min_p"):
             if value is None:
                 continue
             raise ValueError(
@@ -207,8 +207,8 @@ def _merged_tiles(
         else:
             torch.addmm(bias[start : start + width], rows, columns.T, out=tile)
         *_, blocks = _logit_stats(
-            tile, None, temperature, suppress_ids, target, None, None, 0.0, None, None, seed, raw,
-            start, False, keys,
+            tile, None, temperature, suppress_ids, target, None, None, 0.0, None, None, None,
+            seed, raw, start, False, keys,
         )  # fmt: skip
         parts.append(blocks)
         counts.append(count)

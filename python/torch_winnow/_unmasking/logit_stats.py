@@ -122,6 +122,7 @@ def logit_stats(
     cfg_scale: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float | None = None,
     statistics: str = "processed",
     seed: int | Tensor | None = None,
     generator: torch.Generator | None = None,
@@ -133,8 +134,8 @@ def logit_stats(
     All of them describe one distribution: the softmax of the logits after guidance
     (``unconditional + (cfg_scale + 1) * (logits - unconditional)``, Ho and Salimans 2022; equal
     logits stay as they are, infinite ones included), suppression, division by the temperature,
-    top-k and top-p. Computed in float32 without a float32 copy of the logits; bitwise the same on
-    every instruction set and for any number of threads.
+    top-k, top-p and min-p. Computed in float32 without a float32 copy of the logits; bitwise the
+    same on every instruction set and for any number of threads.
 
     A draw is exact in the tail: 64-bit uniforms choose a block of the vocabulary by its mass and a
     token in it. (With 24-bit Gumbel noise a token 17 nats below the top comes at 0.44 of its rate:
@@ -157,7 +158,10 @@ def logit_stats(
         cfg_scale: its strength; 0 leaves ``logits`` as they are.
         top_k: keeps so many of the largest logits; ties are kept from the lowest id on.
         top_p: then keeps the smallest set of them whose mass is at least ``top_p`` of theirs.
-        statistics: ``"raw"`` measures at temperature 1 before top-k and top-p, and still draws from
+        min_p: then keeps the tokens at least ``min_p`` times as probable as the most probable one,
+            in [0, 1] (Nguyen et al., arXiv 2407.01082): logits of at least the largest plus
+            ``temperature * log(min_p)``, which is rounded to the statistics' precision.
+        statistics: ``"raw"`` measures at temperature 1 before truncation, and still draws from
             the processed distribution. (LLaDA ranks positions by raw ones, Dream by processed.)
         seed: key of the draws, an int or a 0-dim int64 tensor; without it and ``generator`` the
             token is the argmax.
@@ -165,8 +169,8 @@ def logit_stats(
         vocab_start: says that the logits are those of the tokens from this id on. Statistics are
             then those of the part by itself; ``token``, ``argmax``, ``suppress_ids`` and
             ``target_ids`` are ids of the whole vocabulary, and those outside of the part are
-            ignored (``target_log_prob`` is -inf). Not with ``top_k`` or ``top_p``: what they keep
-            of a part depends on the other parts.
+            ignored (``target_log_prob`` is -inf). Not with ``top_k``, ``top_p`` or ``min_p``:
+            what they keep of a part depends on the other parts.
         shift: for models whose logits at a position predict the next one, as Dream's do: what is
             returned for position i of ``(..., L)`` is that of the logits at i - 1, and at 0 for the
             first, without a copy of them. ``mask``, ``target_ids`` and the draws are those of i.
@@ -199,6 +203,7 @@ def logit_stats(
         cfg_scale=cfg_scale,
         top_k=top_k,
         top_p=top_p,
+        min_p=min_p,
         statistics=statistics,
         seed=seed,
         generator=generator,
@@ -232,6 +237,7 @@ class LogitOperands(NamedTuple):
     cfg_scale: float
     top_k: int | None
     top_p: float | None
+    min_p: float | None
     seed: Tensor | None
     raw: bool
 
@@ -247,6 +253,7 @@ def logit_operands(
     cfg_scale: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float | None = None,
     statistics: str = "processed",
     seed: int | Tensor | None = None,
     generator: torch.Generator | None = None,
@@ -278,6 +285,7 @@ def logit_operands(
         cfg_scale,
         None if top_k is None else integer("top_k", top_k),
         top_p,
+        min_p,
         seed_tensor(seed, generator),
         is_raw(statistics),
     )
@@ -311,6 +319,7 @@ def _(
     cfg_scale: float,
     top_k: int | None,
     top_p: float | None,
+    min_p: float | None,
     seed: Tensor | None,
     raw: bool,
     vocab_start: int | None = None,

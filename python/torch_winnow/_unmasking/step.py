@@ -155,6 +155,7 @@ def _(
     cfg_scale: float,
     top_k: int | None,
     top_p: float | None,
+    min_p: float | None,
     seed: Tensor | None,
     raw: bool,
     shift: bool,

@@ -17,7 +17,6 @@ from torch_winnow.reference.kvcache import (
 )
 from torch_winnow.reference.resampling import (
     effective_sample_size,
-    fk_potential,
     gather_particles,
     gather_particles_,
     resample,
@@ -35,7 +34,7 @@ from torch_winnow.reference.resampling_without_replacement import (
     sample_without_replacement,
 )
 from torch_winnow.reference.soft_embedding import soft_embedding
-from torch_winnow.reference.steering import FKSteering
+from torch_winnow.reference.steering import FKSteering, fk_potential
 from torch_winnow.reference.unmasking import (
     generate,
     linear_logit_stats,

@@ -12,16 +12,15 @@ from torch.utils._pytree import tree_map_only
 
 from torch_winnow._resampling.gather import Tree
 from torch_winnow._resampling.resample import Resampling, Status
-from torch_winnow._resampling.steering import PotentialState
 
 
-def _statistics(x: Tensor) -> Tensor:
+def statistics(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
 def effective_sample_size(log_weights: Tensor) -> Tensor:
     """``(sum w)^2 / sum w^2``; NaN is no weight, infinite weights share the mass."""
-    log_w = _statistics(log_weights).nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    log_w = statistics(log_weights).nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
     if log_w.shape[-1] == 0:
         return log_w.sum(-1)
     top = log_w.amax(-1, keepdim=True)
@@ -97,19 +96,31 @@ def _pinned_point(weights: Tensor, samples: int, options: _Options) -> Tensor:
 
 
 def _systematic(weights: Tensor, samples: int, options: _Options) -> Tensor:
-    u = options.uniform_numbers(1)
+    u, point = options.uniform_numbers(1), None
     if options.pinned is not None:  # the grid has a point there
-        u = _pinned_point(weights, samples, options).frac().reshape(1)
-    return _inverse_cdf(weights, (torch.arange(samples, dtype=torch.float64) + u) / samples)
+        point = _pinned_point(weights, samples, options)
+        u = point.frac().reshape(1)
+    points = (torch.arange(samples, dtype=torch.float64) + u) / samples
+    return _at_points(weights, points, point, options)
 
 
 def _stratified(weights: Tensor, options: _Options) -> Tensor:
-    u = options.uniform_numbers(options.samples)
+    u, point = options.uniform_numbers(options.samples), None
     if options.pinned is not None:  # and so has its stratum
         point = _pinned_point(weights, options.samples, options)
-        u[int(point)] = point.frac()
+        u[min(int(point), options.samples - 1)] = point.frac()
     grid = torch.arange(options.samples, dtype=torch.float64)
-    return _inverse_cdf(weights, (grid + u) / options.samples)
+    return _at_points(weights, (grid + u) / options.samples, point, options)
+
+
+def _at_points(
+    weights: Tensor, points: Tensor, pinned_point: Tensor | None, options: _Options
+) -> Tensor:
+    """Who holds each point; rounding may give that of a very light pinned particle to another."""
+    ancestors = _inverse_cdf(weights, points)
+    if options.pinned is not None and pinned_point is not None:
+        ancestors[min(int(pinned_point), len(points) - 1)] = options.pinned
+    return ancestors
 
 
 def _gains_remainder(weights: Tensor, options: _Options) -> bool:
@@ -119,11 +130,12 @@ def _gains_remainder(weights: Tensor, options: _Options) -> bool:
 
 
 def _residual(weights: Tensor, options: _Options) -> Tensor:
-    share = options.samples * weights / weights.sum()
-    whole = share.floor().long()
-    drawn = options.samples - int(whole.sum())
-    rest = share - whole
-    index = torch.arange(len(weights)).repeat_interleave(whole)
+    fixed = _fixed_point(weights)
+    total = sum(fixed)
+    whole = [options.samples * q // total for q in fixed]
+    rest = torch.tensor([options.samples * q % total for q in fixed], dtype=torch.float64)
+    drawn = options.samples - sum(whole)
+    index = torch.arange(len(weights)).repeat_interleave(torch.tensor(whole))
     if options.pinned is not None and _gains_remainder(weights, options):
         index = torch.cat([index, torch.tensor([options.pinned])])
         drawn -= 1
@@ -185,16 +197,15 @@ def _killing(weights: Tensor, options: _Options) -> Tensor:
     return ancestors
 
 
-def _optimal(weights: Tensor, options: _Options) -> tuple[Tensor, Tensor]:
-    """Ancestors and log weights, whose mean is 1."""
+def _optimal(weights: Tensor, log_shares: Tensor, options: _Options) -> tuple[Tensor, Tensor]:
+    """Ancestors and log weights, whose mean is 1; a pinned particle has more weight than share."""
     samples = options.samples
     fixed = torch.tensor(_fixed_point(weights))
     kept = fixed > 0
-    share = weights / weights.sum()
     if int(kept.sum()) <= samples:
         index = kept.nonzero().squeeze(-1)
         copies = torch.bincount(torch.arange(samples) % len(index), minlength=len(index))
-        log_weights = (samples * share[index] / copies).log()
+        log_weights = log_shares[index] + (samples / copies).log()
         return index.repeat_interleave(copies), log_weights.repeat_interleave(copies)
     kept = torch.zeros_like(kept)
     drawn, total = samples, int(fixed.sum())
@@ -206,12 +217,13 @@ def _optimal(weights: Tensor, options: _Options) -> tuple[Tensor, Tensor]:
         options = options._replace(pinned=None)
     ancestors = torch.cat([kept.nonzero().squeeze(-1), _systematic(others, drawn, options)])
     level = total / max(drawn, 1) / float(fixed.sum())
-    log_weights = (samples * torch.where(kept, share, level)).log()
+    log_level = math.log(level) if drawn > 0 else 0.0
+    log_weights = torch.where(kept, log_shares, log_level) + math.log(max(samples, 1))
     ancestors = ancestors.sort().values
     return ancestors, log_weights[ancestors]
 
 
-def _choose(weights: Tensor, options: _Options) -> tuple[Tensor, Tensor]:
+def _choose(weights: Tensor, log_shares: Tensor, options: _Options) -> tuple[Tensor, Tensor]:
     """Ancestors of one population, ascending but for multinomial and killing, and log weights."""
     scheme = options.scheme
     log_weights = torch.zeros(options.samples, dtype=torch.float64)
@@ -223,7 +235,7 @@ def _choose(weights: Tensor, options: _Options) -> tuple[Tensor, Tensor]:
     if scheme == "killing":
         return _killing(weights, options), log_weights
     if scheme == "optimal":
-        ancestors, log_weights = _optimal(weights, options)
+        ancestors, log_weights = _optimal(weights, log_shares, options)
     elif scheme == "systematic":
         ancestors = _systematic(weights, options.samples, options)
     else:
@@ -265,10 +277,11 @@ def _resample_one(log_w: Tensor, options: _Options) -> Resampling:
         top = log_w.max()
         weights = torch.where(log_w == top, 1.0, torch.exp(log_w - top).nan_to_num(nan=0.0))
         log_z = weights.mean().log() + top
+        log_shares = torch.where(log_w == top, 0.0, log_w - top) - weights.sum().log()
         if options.pinned is not None:  # it survives without weight too
             least = 2.0 ** (math.frexp(float(weights.sum()))[1] - 60)
             weights[options.pinned] = max(float(weights[options.pinned]), least)
-        ancestors, new_log_w = _choose(weights, options)
+        ancestors, new_log_w = _choose(weights, log_shares, options)
     else:
         ancestors = torch.arange(samples) % max(k, 1)
         new_log_w = log_w[ancestors]
@@ -337,7 +350,7 @@ def resample(
             results.append(_resample_one(log_w, options))
         else:
             results.append(_resample_masked(log_w, mask.reshape(rows.shape)[row], options))
-    dtype = _statistics(log_weights).dtype
+    dtype = statistics(log_weights).dtype
 
     def stack(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         if not results:
@@ -374,38 +387,3 @@ def gather_particles_(tree: Tree, ancestors: Tensor, dim: int | None = None) -> 
     """:func:`gather_particles`, written back."""
     tree_map_only(Tensor, lambda leaf: leaf.copy_(gather_particles(leaf, ancestors, dim)), tree)
     return tree
-
-
-def fk_potential(
-    reward: Tensor,
-    state: PotentialState | None,
-    *,
-    kind: str,
-    lmbda: float,
-    terminal: bool = False,
-) -> tuple[Tensor, PotentialState]:
-    """Particle by particle in Python numbers: the paper's potentials, in logarithms."""
-    r = _statistics(reward).nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
-    past = torch.zeros_like(r) if state is None else state.log_product
-    log_potential, statistic = torch.empty_like(r), torch.empty_like(r)
-    for at in range(r.numel()):
-        now, product = r.view(-1)[at].item(), past.view(-1)[at].item()
-        before = None if state is None else state.reward.view(-1)[at].item()
-        if kind == "difference":
-            value, potential = now, lmbda * (now - (before or 0.0)) if lmbda else 0.0
-        elif kind == "max":
-            value = now if before is None else max(before, now)
-            potential = lmbda * value if lmbda else 0.0
-        else:
-            value = now if before is None else before + now
-            potential = lmbda * value if lmbda else 0.0
-        if terminal and lmbda:
-            potential = lmbda * now - product
-        if product in (torch.inf, -torch.inf):  # cannot be divided out any more
-            potential = 0.0
-        if now == -torch.inf:  # a broken constraint ends the particle, whatever came before
-            potential = now
-        log_potential.view(-1)[at], statistic.view(-1)[at] = potential, value
-    bounds = {"nan": -torch.inf, "posinf": torch.inf, "neginf": -torch.inf}
-    product_ = (past + log_potential).nan_to_num(**bounds)
-    return log_potential, PotentialState(statistic.nan_to_num(**bounds), product_)

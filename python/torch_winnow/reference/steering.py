@@ -11,7 +11,42 @@ from torch.utils._pytree import tree_map_only
 from torch_winnow._resampling.gather import Tree
 from torch_winnow._resampling.resample import Resampling
 from torch_winnow._resampling.steering import PotentialState, _step_key
-from torch_winnow.reference.resampling import fk_potential, gather_particles, resample
+from torch_winnow.reference.resampling import gather_particles, resample, statistics
+
+
+def fk_potential(
+    reward: Tensor,
+    state: PotentialState | None,
+    *,
+    kind: str,
+    lmbda: float,
+    terminal: bool = False,
+) -> tuple[Tensor, PotentialState]:
+    """Particle by particle in Python numbers: the paper's potentials, in logarithms."""
+    r = statistics(reward).nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    past = torch.zeros_like(r) if state is None else state.log_product
+    log_potential, statistic = torch.empty_like(r), torch.empty_like(r)
+    for at in range(r.numel()):
+        now, product = r.view(-1)[at].item(), past.view(-1)[at].item()
+        before = None if state is None else state.reward.view(-1)[at].item()
+        if kind == "difference":
+            value, potential = now, lmbda * (now - (before or 0.0)) if lmbda else 0.0
+        elif kind == "max":
+            value = now if before is None else max(before, now)
+            potential = lmbda * value if lmbda else 0.0
+        else:
+            value = now if before is None else before + now
+            potential = lmbda * value if lmbda else 0.0
+        if terminal and lmbda:
+            potential = lmbda * now - product
+        if product in (torch.inf, -torch.inf):  # cannot be divided out any more
+            potential = 0.0
+        if now == -torch.inf:  # a broken constraint ends the particle, whatever came before
+            potential = now
+        log_potential.view(-1)[at], statistic.view(-1)[at] = potential, value
+    bounds = {"nan": -torch.inf, "posinf": torch.inf, "neginf": -torch.inf}
+    product_ = (past + log_potential).nan_to_num(**bounds)
+    return log_potential, PotentialState(statistic.nan_to_num(**bounds), product_)
 
 
 class FKSteering:

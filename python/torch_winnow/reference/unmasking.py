@@ -33,8 +33,17 @@ __all__ = [
 INF = float("inf")
 
 
-def truncated(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
-    """Top-k, then the smallest set of mass >= top_p; ties are kept from the lowest index on."""
+def truncated(
+    logits: Tensor,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    min_p: float | None = None,
+) -> Tensor:
+    """Top-k, then the smallest set of mass >= top_p; ties are kept from the lowest index on.
+
+    Then what is at least min_p times as probable as the most probable.
+    """
     order = logits.argsort(dim=-1, descending=True, stable=True)
     ordered = logits.gather(-1, order)
     if top_k is not None:
@@ -45,6 +54,9 @@ def truncated(logits: Tensor, temperature: float, top_k: int | None, top_p: floa
         beyond = before >= top_p
         beyond[..., :1] = False
         ordered = ordered.masked_fill(beyond, -INF)
+    if min_p is not None and min_p > 0:
+        least = (ordered[..., :1].double() + temperature * math.log(min_p)).to(logits.dtype)
+        ordered = ordered.masked_fill(ordered < least, -INF)
     return torch.empty_like(logits).scatter(-1, order, ordered)
 
 
@@ -60,6 +72,7 @@ def logit_stats(
     cfg_scale: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float | None = None,
     statistics: str = "processed",
     seed: int | Tensor | None = None,
     generator: torch.Generator | None = None,
@@ -102,7 +115,7 @@ def logit_stats(
         x = x.index_fill(-1, ids, -INF)
         previous = None if previous is None else previous.index_fill(-1, ids, -INF)
     draw_temperature = temperature if temperature > 0 else 1.0
-    drawn = truncated(x, draw_temperature, top_k, top_p) / draw_temperature
+    drawn = truncated(x, draw_temperature, top_k, top_p, min_p) / draw_temperature
     measure_temperature = 1.0 if statistics == "raw" else draw_temperature
     measured = x if statistics == "raw" else drawn
 

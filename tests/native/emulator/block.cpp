@@ -186,8 +186,8 @@ void Block::run(const char* kernel, int64_t grid_x, int64_t grid_y, int64_t shar
   ++launches;
   body_ = &body;
   count_ = threads;
-  if (threads < 1 || threads > kMaxThreads || grid_y > 65535) {
-    throw Fault(std::string(kernel) + ": no GPU launches such a grid");
+  if (threads < 1 || threads > kMaxThreads) {
+    throw Fault(std::string(kernel) + ": no GPU launches such a block");
   }
   for (int64_t i = 0; i < grid_x * grid_y; ++i) {
     const int64_t block = order == Order::kForward ? i : grid_x * grid_y - 1 - i;

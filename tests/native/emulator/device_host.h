@@ -271,6 +271,7 @@ template <typename... Parameters, typename... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), Grid grid, int threads, const Stream&,
             const Arguments&... arguments) {
   if (grid.x == 0 || grid.y == 0) return;
+  check_grid(name, grid);
   const std::tuple<Parameters...> bound(static_cast<Parameters>(arguments)...);
   host::Block::current().run(name, grid.x, grid.y, grid.shared_bytes, threads,
                              [&] { std::apply(kernel, bound); });
