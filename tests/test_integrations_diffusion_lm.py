@@ -179,6 +179,30 @@ def test_templates_of_a_public_model():
     assert not (result.tokens == MASK).any()
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"shift": True}, "shift: follows from the model"),
+        ({"mask_id": 3}, "mask_id: follows from the model"),
+        ({"input_ids": [[1]]}, r"input_ids: expected a tensor, got \[\[1\]\]"),
+        ({"attention_mask": [[1]]}, r"attention_mask: expected a tensor, got \[\[1\]\]"),
+        (presets.wino(), "context: expected False, as these models take tokens alone"),
+        ({"model": len}, "model: expected one with a config, got builtin"),
+        (
+            {
+                "input_ids": torch.tensor([[MASK, 1]]),
+                "attention_mask": torch.tensor([[0, 1]]),
+            },
+            f"input_ids: expected another padding than the mask {MASK}",
+        ),
+    ],
+)
+def test_decode_names_what_is_wrong(options, message):
+    arguments = {"model": LLaDAModelLM(), "input_ids": torch.ones(1, 2).long(), "rule": TopK(1)}
+    with pytest.raises(ValueError, match=message):
+        decode(**{**arguments, "max_new_tokens": 3, **options})
+
+
 def test_what_is_no_such_model_is_named():
     other = SimpleNamespace(config=SimpleNamespace(model_type="llama", mask_token_id=3))
     with pytest.raises(ValueError, match="architecture: expected 'llada' or 'dream', as config"):

@@ -11,9 +11,11 @@ from torch_winnow.unmasking import (
     ConfidenceThreshold,
     EntropyBound,
     EntropyThreshold,
+    ShadowBlock,
     TopK,
     generate,
     logit_stats,
+    presets,
     select_positions,
     unmask_step_,
 )
@@ -208,6 +210,8 @@ def test_a_block_or_schedule_longer_than_the_row_is_all_of_it(length):
         (lambda: logit_stats(torch.zeros(1, 3), generator=5), "generator: expected a torch.Gen"),
         (lambda: select(score=[[1.0]]), r"score: expected a tensor, got \[\[1.0\]\]"),
         (lambda: select(mask=[[True]]), r"mask: expected a tensor, got \[\[True\]\]"),
+        (lambda: shadowed(None), r"model: expected logits \(B, L, V\) or an object"),
+        (lambda: shadowed(torch.zeros(1, 3, 5)), r"model: expected logits \(B, L \+ D, V\) with"),
         (lambda: select(window=[[0, 1]]), r"window: expected a tensor, got \[\[0, 1\]\]"),
     ],
 )
@@ -219,6 +223,12 @@ def test_errors_name_the_argument(run, message):
 def generate_with(mask_id=5, **options):
     tokens = torch.full((1, 3), 5)
     generate(lambda t: torch.zeros(1, 3, 5), tokens, mask_id=mask_id, rule=TopK(1), **options)
+
+
+def shadowed(logits):
+    tokens = torch.full((1, 3), 5)
+    model = ShadowBlock(lambda tokens, **_: logits)
+    generate(model, tokens, mask_id=5, **presets.wino(block_length=2))
 
 
 def select(score=None, mask=None, window=None):

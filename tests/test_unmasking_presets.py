@@ -364,6 +364,7 @@ def test_drawing_presets_decode(model):
         presets.llada(gen_length=GEN, steps=8, block_length=16, temperature=0.7),
         presets.llada(gen_length=GEN, steps=8, block_length=16, remasking="random"),
         presets.dream(gen_length=GEN, steps=8, temperature=0.4, top_p=0.9),
+        presets.dream(gen_length=GEN, steps=8, alg="entropy", alg_temp=0.2),
         presets.remdm(steps=16, eta=0.2),
         presets.remdm(steps=16, schedule="conf"),
     ):
@@ -380,6 +381,11 @@ def test_drawing_presets_decode(model):
         (lambda: presets.llada(remasking="high"), "remasking: expected one of low_confidence"),
         (lambda: presets.dream(gen_length=8, alg="maskgit"), "alg: expected one of origin"),
         (lambda: presets.dream(gen_length=0, alg="entropy"), "gen_length: expected at least 1"),
+        (lambda: presets.dream(gen_length=8, alg_temp=0.1), "alg_temp: expected None with alg='"),
+        (
+            lambda: presets.dream(gen_length=8, alg="entropy", alg_temp=-1),
+            "alg_temp: expected a number >= 0, got -1",
+        ),
         (lambda: presets.dream(gen_length=-5), "gen_length: expected at least 1, got -5"),
         (lambda: presets.dream(gen_length=5, eps=2), r"eps: expected a number in \[0, 1\], got 2"),
         (lambda: presets.llada(gen_length=0), "gen_length: expected at least 1, got 0"),

@@ -435,6 +435,8 @@ def test_opcheck_and_compile():
         ({"order": torch.zeros(2, 2).long()}, "target_logits: expected one row for each of the 2"),
         ({"order": torch.full((2, 1), 2), "target_logits": torch.zeros(2, 2, 5)},
          r"order: expected positions in \[0, 2\), or -1 for none, got 2"),
+        ({"order": torch.tensor([[0, 1], [1, 1]]), "target_logits": torch.zeros(2, 2, 5)},
+         "order: expected every position once, got 1 twice"),
         ({"order": torch.zeros(3, 1).long(), "target_logits": torch.zeros(2, 2, 5)},
          r"order: expected \(B, S\) with B=2, got \(3, 1\)"),
         ({"seed": torch.zeros(2).long()}, "seed: expected one number"),

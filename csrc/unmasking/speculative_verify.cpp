@@ -212,6 +212,7 @@ class Verifier {
 };
 
 void check_indices(const Problem& problem) {
+  std::vector<int64_t> seen(problem.order ? static_cast<size_t>(problem.places) : 0, -1);
   for (int64_t b = 0; b < problem.batch; ++b) {
     const int64_t length = problem.length(b);
     WINNOW_CHECK(length >= 0 && length <= problem.drafted, "lengths: expected numbers in [0, ",
@@ -221,6 +222,11 @@ void check_indices(const Problem& problem) {
       WINNOW_CHECK(place >= -1 && place < problem.places, "order: expected positions in [0, ",
                    problem.places, "), or -1 for none, got ", place);
       if (place < 0) break;
+      if (problem.order && j <= length) {
+        int64_t& row = seen[static_cast<size_t>(place)];
+        WINNOW_CHECK(row != b, "order: expected every position once, got ", place, " twice");
+        row = b;
+      }
       if (j >= length) continue;
       const int64_t id = problem.token(b, place);
       WINNOW_CHECK(id >= 0 && id < problem.target_rows.length, "draft_tokens: expected ids in [0, ",

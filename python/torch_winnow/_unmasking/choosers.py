@@ -72,6 +72,19 @@ class Chooser:
         """After ``written`` was written."""
 
 
+class DrawnTopKChooser(Chooser):
+    """The k largest of score / temperature + Gumbel noise: k draws without replacement."""
+
+    rule: TopK
+
+    def choose(self, view: View, stats: LogitStats) -> tuple[Tensor, Tensor | None]:
+        score = score_of(stats, self.rule).double()
+        score = -score if self.rule.score == "entropy" else score
+        gumbel = -(-uniforms(_drawn_seed(view), *view.masked.shape).log()).log()
+        score = score / self.rule.position_temperature + gumbel
+        return select(score, view.masked, _BEST, at_least=view.at_least)[0], None
+
+
 class StabilityChooser(Chooser):
     def __init__(self, rule: KLStability, tokens: Tensor) -> None:
         self.stability = rule
@@ -194,6 +207,8 @@ def chooser_of(rule: DecodingRule, tokens: Tensor) -> Chooser:
             return RemaskingChooser(rule, tokens)
         case FirstHitting():
             return FirstHittingChooser(tokens)
+        case TopK() if rule.position_temperature > 0.0:
+            return DrawnTopKChooser(rule)
         case _:
             return Chooser(rule)
 

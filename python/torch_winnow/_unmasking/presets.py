@@ -91,6 +91,7 @@ def dream(
     top_p: float | None = None,
     top_k: int | None = None,
     alg: str = "origin",
+    alg_temp: float | None = None,
     eps: float = 1e-3,
 ) -> Options:
     """Dream, arXiv 2508.15487: step i of n writes int(masks left (1 - s/t)), t going from 1 to eps.
@@ -102,12 +103,17 @@ def dream(
         gen_length: masks per row, as many in every row.
         alg: ``"maskgit_plus"`` (confidence), ``"topk_margin"``, ``"entropy"``, or ``"origin"``:
             each mask by itself with probability 1 - s/t, in the limit of ``eps`` = 0.
+        alg_temp: above 0 positions are drawn by their score, see ``position_temperature`` of
+            :class:`TopK`; not with ``"origin"``.
     """
     choice("alg", alg, ("origin", "maskgit_plus", "topk_margin", "entropy"))
     steps, left = integer("steps", steps, 1), integer("gen_length", gen_length, 1)
     number("eps", eps, 0.0, 1.0)
     options: Options = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+    alg_temp = 0.0 if alg_temp is None else number("alg_temp", alg_temp, 0.0)
     if alg == "origin":
+        if alg_temp > 0.0:
+            raise ValueError(f"alg_temp: expected None with alg='origin', got {alg_temp}")
         return {"rule": Remasking(steps), **options}
     # In float32, as published: the integer parts are those of float32 products.
     time = torch.linspace(1, eps, steps + 1)
@@ -119,7 +125,8 @@ def dream(
             counts.append(count)
         left -= count
     score = {"maskgit_plus": "confidence", "topk_margin": "margin", "entropy": "entropy"}[alg]
-    return {"rule": TopK(tuple(counts), score=score), **options}
+    rule = TopK(tuple(counts), score=score, position_temperature=alg_temp)
+    return {"rule": rule, **options}
 
 
 def fast_dllm(

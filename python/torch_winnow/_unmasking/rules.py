@@ -121,10 +121,14 @@ class TopK:
         num_tokens: positions per row and step, or one such number for each step (of a block, in
             :func:`generate`); after the last the schedule stays at it. Numbers below 1 act as 1.
         score: ``"confidence"`` (LLaDA), ``"margin"``, ``"entropy"`` (Dream) or ``"random"``.
+        position_temperature: above 0 the positions are drawn, one after another and each at most
+            once, in proportion to exp(score / position_temperature), where low entropies score
+            high: Dream's ``alg_temp``. For :func:`generate` and :class:`Decoding`.
     """
 
     num_tokens: int | tuple[int, ...]
     score: str = "confidence"
+    position_temperature: float = 0.0
 
     def __post_init__(self) -> None:
         counts = self.num_tokens
@@ -139,6 +143,12 @@ class TopK:
         if self.num_tokens == ():
             raise ValueError("num_tokens: expected at least one step, got an empty schedule")
         choice("score", self.score, tuple(_ORDER_OF_SCORE))
+        temperature = number("position_temperature", self.position_temperature, 0.0)
+        if temperature > 0.0 and self.score == "random":
+            raise ValueError(
+                f"position_temperature: expected 0 with score='random', got {temperature}"
+            )
+        adopt(self, position_temperature=temperature)
 
     def schedule(self) -> tuple[int, ...]:
         """The number of tokens of each step, the last one for all that follow."""
@@ -180,6 +190,11 @@ def check_rule(rule: object) -> None:
         raise ValueError(
             "rule: expected EntropyThreshold, EntropyBound, ConfidenceThreshold, "
             f"ConfidenceFactor, TopK or PrefixThreshold, got {type(rule).__name__}"
+        )
+    if isinstance(rule, TopK) and rule.position_temperature > 0.0:
+        raise ValueError(
+            "rule: expected position_temperature=0, as only generate and Decoding draw positions, "
+            f"got {rule}"
         )
 
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from torch_winnow._unmasking.generate import logits_of
 from torch_winnow._unmasking.results import StepContext
 from torch_winnow._unmasking.step import in_window
 
@@ -52,7 +53,12 @@ class ShadowBlock:
             attention_mask=sees[:, None],
             position_ids=torch.cat([everywhere, place], 1),
         )
-        logits: Tensor = getattr(output, "logits", output)
+        logits = logits_of(output)
+        if logits.dim() != 3 or logits.shape[:2] != (batch, length + size):
+            raise ValueError(
+                f"model: expected logits (B, L + D, V) with (B, L + D) = {(batch, length + size)}, "
+                f"got {tuple(logits.shape)}"
+            )
         # Masks keep their own logits: the shadows replace those of tokens only.
         index = place[:, :, None].expand(-1, -1, logits.shape[-1])
         plain = logits[:, :length]

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from torch_winnow import _library  # noqa: F401  (registers the operators)
 from torch_winnow._fake import check_same_device
+from torch_winnow._unmasking.arguments import integer
+from torch_winnow._unmasking.logit_stats import check_tensor
 
 _soft_embedding = torch.ops.winnow.soft_embedding
 
@@ -20,11 +22,9 @@ def check_mask_embedding(
         raise ValueError(f"mask_id: expected either mask_id or mask_embedding, got {got}")
     if mask_embedding is not None:
         return mask_embedding
-    if not isinstance(mask_id, int) or embedding.dim() != 2:
-        raise ValueError(
-            f"mask_id: expected an int, a row of a (V, E) embedding, got {mask_id!r} and "
-            f"{tuple(embedding.shape)}"
-        )
+    mask_id = integer("mask_id", mask_id)
+    if embedding.dim() != 2:
+        raise ValueError(f"embedding: expected (V, E), got {tuple(embedding.shape)}")
     if not 0 <= mask_id < embedding.shape[0]:
         raise ValueError(f"mask_id: expected one in [0, {embedding.shape[0]}), got {mask_id}")
     return embedding[mask_id]
@@ -84,16 +84,18 @@ def soft_embedding(
                 [0.0000, 0.0000],
                 [0.0000, 0.4994]])
     """
-    for name, value in (("logits", logits), ("embedding", embedding)):
-        if not isinstance(value, Tensor):
-            raise ValueError(f"{name}: expected a tensor, got {value!r}")
+    check_tensor("logits", logits)
+    check_tensor("embedding", embedding)
+    for name, value in (("mask_embedding", mask_embedding), ("mask", mask)):
+        if value is not None:
+            check_tensor(name, value)
     return _soft_embedding(  # type: ignore[no-any-return]
         logits.detach(),
         embedding.detach(),
         check_mask_embedding(embedding, mask_id, mask_embedding).detach(),
         mask,
         temperature,
-        top_k,
+        None if top_k is None else integer("top_k", top_k),
         top_p,
         mix,
     )

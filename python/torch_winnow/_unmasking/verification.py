@@ -85,9 +85,9 @@ def speculative_verify(
             0: a draft is accepted while it is the target's argmax, and the token is that argmax;
             log-probabilities are then those of temperature 1.
         lengths: ``(B,)`` int64, how many steps of each row have a draft; all by default.
-        order: ``(B, S)`` int64 positions in ``[0, T)``, and -1 from where a row ends; both logits
-            are then by position. The position after the last draft (see ``lengths``) is the
-            bonus token's.
+        order: ``(B, S)`` int64 positions in ``[0, T)``, each once, and -1 from where a row ends;
+            both logits are then by position. The position after the last draft (see ``lengths``)
+            is the bonus token's.
         seed: key of the draws, an int or a 0-dim int64 tensor; they depend on it, the row and the
             step alone. Use a fresh one at every call.
         generator: to take such a seed from; without either, torch's default one.

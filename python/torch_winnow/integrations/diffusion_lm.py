@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torch_winnow._unmasking.arguments import choice, integer
+from torch_winnow._unmasking.logit_stats import check_tensor
 from torch_winnow._unmasking.rules import check_rule
 from torch_winnow._unmasking.step import score_of
 from torch_winnow.unmasking import (
@@ -53,7 +54,9 @@ class DiffusionLM:
     def __init__(
         self, model: Any, *, attention_mask: Tensor | None = None, architecture: str | None = None
     ) -> None:
-        config = model.config
+        config = getattr(model, "config", None)
+        if config is None:
+            raise ValueError(f"model: expected one with a config, got {type(model).__name__}")
         if architecture is None:
             kind = str(getattr(config, "model_type", "")).lower()
             architecture = "llada" if kind.startswith("llada") else kind
@@ -111,7 +114,7 @@ def decode(
 
     Args:
         model, architecture: as in :class:`DiffusionLM`.
-        input_ids: ``(B, P)`` prompts, padded on the left.
+        input_ids: ``(B, P)`` prompts, padded on the left by anything but the mask.
         max_new_tokens: how many masks to append and fill.
         attention_mask: ``(B, P)``, 0 where a prompt is padded.
         generate_options: ``rule`` and all else of :func:`torch_winnow.unmasking.generate`, for
@@ -124,14 +127,26 @@ def decode(
         ValueError: for a model that is neither, or a wrong shape or option.
     """
     count = integer("max_new_tokens", max_new_tokens, 0)
+    for name in ("mask_id", "shift"):
+        if name in generate_options:
+            raise ValueError(f"{name}: follows from the model, so decode does not take it")
+    if generate_options.get("context"):
+        raise ValueError("context: expected False, as these models take tokens alone")
+    check_tensor("input_ids", input_ids)
+    lm = DiffusionLM(model, architecture=architecture)
     if attention_mask is not None:
+        check_tensor("attention_mask", attention_mask)
         if attention_mask.shape != input_ids.shape:
             raise ValueError(
                 f"attention_mask: expected {tuple(input_ids.shape)} as in input_ids, got "
                 f"{tuple(attention_mask.shape)}"
             )
+        if bool(((attention_mask == 0) & (input_ids == lm.mask_id)).any()):
+            raise ValueError(
+                f"input_ids: expected another padding than the mask {lm.mask_id}, which is filled"
+            )
         attention_mask = F.pad(attention_mask, (0, count), value=1)
-    lm = DiffusionLM(model, attention_mask=attention_mask, architecture=architecture)
+        lm = DiffusionLM(model, attention_mask=attention_mask, architecture=architecture)
     tokens = F.pad(input_ids, (0, count), value=lm.mask_id)
     return generate(lm, tokens, mask_id=lm.mask_id, shift=lm.shift, **generate_options)
 

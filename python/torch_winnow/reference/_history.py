@@ -50,6 +50,30 @@ class History:
         pass
 
 
+class DrawnTopK(History):
+    def __init__(self, rule: TopK, generator: torch.Generator | None) -> None:
+        self.topk = rule
+        self.generator = generator
+
+    def choose(
+        self,
+        score: Tensor,
+        stats: LogitStats,
+        masked: Tensor,
+        written: Tensor,
+        step: int,
+        least: int,
+    ) -> tuple[Tensor, Tensor]:
+        schedule = self.topk.schedule()
+        count = max(1, least, schedule[min(step, len(schedule) - 1)])
+        sign = -1.0 if self.topk.score == "entropy" else 1.0
+        weight = (sign * score[masked].double() / self.topk.position_temperature).softmax(0)
+        drawn = torch.multinomial(weight, min(count, len(weight)), generator=self.generator)
+        transfer = torch.zeros_like(masked)
+        transfer[0, masked[0].nonzero()[drawn, 0]] = True
+        return transfer, torch.zeros_like(masked)
+
+
 class Stability(History):
     def __init__(self, rule: KLStability) -> None:
         self.limits = rule
@@ -173,5 +197,7 @@ def history_of(rule: DecodingRule, length: int, generator: torch.Generator | Non
             return Ancestral(rule, length, generator)
         case FirstHitting():
             return Hitting(generator)
+        case TopK() if rule.position_temperature > 0:
+            return DrawnTopK(rule, generator)
         case _:
             return History(rule)
