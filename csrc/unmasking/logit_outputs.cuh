@@ -6,7 +6,6 @@
 #include "unmasking/logit_rows_kernel.cuh"
 
 namespace winnow {
-namespace {
 
 // One entry per row.
 struct LogitOutputs {
@@ -50,5 +49,4 @@ struct LogitOutputs {
   }
 };
 
-}  // namespace
 }  // namespace winnow

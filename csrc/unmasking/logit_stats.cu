@@ -2,7 +2,7 @@
 #include <optional>
 #include <tuple>
 
-#include "unmasking/logit_launch.cuh"
+#include "unmasking/measure_rows.cuh"
 
 namespace winnow {
 namespace {

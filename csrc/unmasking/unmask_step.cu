@@ -4,7 +4,7 @@
 #include <optional>
 #include <tuple>
 
-#include "unmasking/logit_launch.cuh"
+#include "unmasking/measure_rows.cuh"
 #include "unmasking/selection_kernel.cuh"
 #include "unmasking/step_arguments.h"
 

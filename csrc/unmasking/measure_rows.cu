@@ -1,12 +1,8 @@
-// The order of the launches that measure rows of logits: two without truncation and divergence, one
-// more for a part of a vocabulary. Ids
-// and seed stay on the device.
-#pragma once
+// The kernels of logit_stats are compiled here alone, for every op that measures rows of logits.
+// The order of the launches: two without truncation and divergence, one more for a part of a
+// vocabulary. Ids and seed stay on the device.
+#include "unmasking/measure_rows.cuh"
 
-#include <optional>
-
-#include "unmasking/logit_arguments.h"
-#include "unmasking/logit_outputs.cuh"
 #include "unmasking/logit_parts_kernel.cuh"
 
 namespace winnow {
@@ -41,10 +37,6 @@ LogitView<T, Real> view_of(const LogitArguments& call, const Rows& rows,
   if (call.keys) view.keys = global<const int64_t>(*call.keys);
   if (call.mask) view.mask = global<const bool>(*call.mask);
   return view;
-}
-
-PartLayout layout_of(const LogitArguments& call, bool is_double) {
-  return part_layout(call.start, call.rows.length, call.previous.has_value(), is_double);
 }
 
 template <typename T, typename Real>
@@ -106,9 +98,11 @@ void launch_rows(const LogitArguments& call, const RowOptions& options, const Ma
   }
 }
 
+}  // namespace
+
 void measure_rows(const LogitArguments& call, const MaskedTokens& tokens,
                   const std::optional<Tensor>& seed, const Tensor& logits, const LogitOutputs& out,
-                  const Stream& stream, const std::optional<Tensor>& part = std::nullopt) {
+                  const Stream& stream, const std::optional<Tensor>& part) {
   WINNOW_CHECK(call.options.top_p == 1.0 || call.rows.length <= kMostVocab,
                "top_p: expected a vocabulary of at most ", kMostVocab, " tokens on the GPU, got ",
                call.rows.length);
@@ -128,5 +122,4 @@ void measure_rows(const LogitArguments& call, const MaskedTokens& tokens,
   });
 }
 
-}  // namespace
 }  // namespace winnow
