@@ -239,3 +239,15 @@ def test_errors_name_what_is_wrong(parts, message):
 def test_what_a_part_refuses(options, message):
     with pytest.raises(ValueError, match=message):
         logit_stats(torch.zeros(2, 3), **{"vocab_start": 0, **options})
+
+
+def test_parts_that_do_not_belong_together_are_refused():
+    low, high = torch.randn(2, 3, 20).unbind()
+    parts = [logit_stats(low, vocab_start=0, seed=1), logit_stats(high, vocab_start=20, seed=2)]
+    with pytest.raises(ValueError, match="expected the same seed in all of them, got 1 and 2"):
+        merge_logit_stats(parts)
+    for wrong in (3, parts[0]):
+        with pytest.raises(ValueError, match="parts: expected a sequence of LogitStats, got"):
+            merge_logit_stats(wrong)
+    with pytest.raises(ValueError, match=r"vocab_start: expected ids below 2\^63"):
+        logit_stats(low, vocab_start=2**63 - 1)

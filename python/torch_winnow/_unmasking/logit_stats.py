@@ -191,6 +191,11 @@ def logit_stats(
     """
     if vocab_start is not None and not torch.compiler.is_compiling():
         vocab_start = integer("vocab_start", vocab_start)
+        if vocab_start > 2**63 - 1 - logits.shape[-1]:
+            raise ValueError(
+                f"vocab_start: expected ids below 2^63, got {vocab_start} and {logits.shape[-1]} "
+                "logits from there on"
+            )
     if mask is not None:
         check_tensor("mask", mask)
     operands = logit_operands(

@@ -48,6 +48,8 @@ def merge_logit_stats(parts: Sequence[LogitStats]) -> LogitStats:
         >>> whole.argmax, bool(whole.entropy == logit_stats(logits).entropy)
         (tensor([3]), True)
     """
+    if isinstance(parts, LogitStats) or not isinstance(parts, Sequence):
+        raise ValueError(f"parts: expected a sequence of LogitStats, got {type(parts).__name__}")
     for part in parts:
         if not isinstance(part, LogitStats) or not part.parts:
             raise ValueError(
@@ -75,6 +77,10 @@ def merge_logit_stats(parts: Sequence[LogitStats]) -> LogitStats:
                 )
         if (piece.seed is None) != (first.seed is None):
             raise ValueError("parts: expected the same seed in all of them, got some without one")
+        if _differ(piece.seed, first.seed):
+            raise ValueError(
+                f"parts: expected the same seed in all of them, got {first.seed} and {piece.seed}"
+            )
     merged = _merge_logit_stats(
         [piece.blocks for piece in pieces],
         [piece.start for piece in pieces],
@@ -86,6 +92,13 @@ def merge_logit_stats(parts: Sequence[LogitStats]) -> LogitStats:
         first.has_previous,
     )
     return as_stats(merged, first.has_target, first.has_previous)._replace(parts=tuple(pieces))
+
+
+def _differ(seed: Tensor | None, other: Tensor | None) -> bool:
+    """Whether two seeds are known to differ: one on a GPU is not waited for."""
+    if seed is None or other is None or torch.compiler.is_compiling():
+        return False
+    return seed.is_cpu and other.is_cpu and int(seed) != int(other)
 
 
 @torch.library.register_fake("winnow::merge_logit_stats")

@@ -116,7 +116,7 @@ def unmask_step_(
     check_rule(rule)
     mask = logit_stats_options.pop("mask", None)
     shift = logit_stats_options.pop("shift", False)
-    if "vocab_start" in logit_stats_options:
+    if logit_stats_options.pop("vocab_start", None) is not None:
         raise ValueError("vocab_start: a step needs the whole vocabulary; merge the parts first")
     for name, value in (("mask", mask), ("window", window)):
         if value is not None:
