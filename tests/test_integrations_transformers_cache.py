@@ -1,4 +1,4 @@
-"""WinnowCache as a cache: rows, lengths, memory, selection of blocks, and what it refuses."""
+"""WinnowCache as a cache: rows, lengths, memory, and what it refuses."""
 
 from __future__ import annotations
 
@@ -19,13 +19,10 @@ from transformers import (
     MistralConfig,
 )
 from transformers.masking_utils import sdpa_mask
-from transformers.models.minimax_m3_vl.configuration_minimax_m3_vl import MiniMaxM3VLTextConfig
-from transformers.models.minimax_m3_vl.modeling_minimax_m3_vl import MiniMaxM3VLTextModel
 
 from tiny_transformers import SIZES, make, prompts
-from torch_winnow import reference
 from torch_winnow.integrations import transformers as integration
-from torch_winnow.integrations.transformers import BlockSparse, WinnowCache, attention, dense
+from torch_winnow.integrations.transformers import BlockSparse, WinnowCache, attention
 from torch_winnow.kvcache import BlockPool, BlockPoolExhausted
 
 CONFIG = LlamaConfig(**SIZES)
@@ -200,154 +197,6 @@ def test_a_larger_batch_within_the_same_length(llama):
     cache.reset()
     forward(llama, torch.randint(1, 64, (5, 8)), cache)
     assert cache.get_seq_length() == 8
-
-
-@pytest.mark.parametrize("summary", ["minmax", "mean"])
-def test_sparse_steps_attend_the_chosen_blocks(monkeypatch, llama, summary):
-    """The selection is that of summaries made afresh, after forks, crops and growth too."""
-    from torch_winnow.kvcache import block_summaries, paged_attention, score_blocks, select_blocks
-
-    chosen = []
-
-    def record(query, key_pages, value_pages, table, lengths, **options):
-        blocks = options.get("block_indices")
-        if blocks is not None:
-            summaries = block_summaries(key_pages, table, lengths, summary)
-            scores = score_blocks(query, summaries)
-            expected = select_blocks(
-                scores, 3, seq_lens=lengths, block_size=4, sink_blocks=1, recent_blocks=1
-            )
-            assert torch.equal(blocks, expected)
-            chosen.append(blocks)
-        return paged_attention(query, key_pages, value_pages, table, lengths, **options)
-
-    monkeypatch.setattr(attention, "paged_attention", record)
-    cache = WinnowCache(CONFIG, block_size=4, sparse=BlockSparse(k=3, summary=summary))
-    tokens, mask = torch.randint(1, 64, (3, 18)), torch.ones(3, 18, dtype=torch.long)
-    mask[1, :9] = 0
-    forward(llama, tokens, cache, mask)
-    for step in range(12):
-        mask = torch.nn.functional.pad(mask, (0, 1), value=1)
-        forward(llama, torch.randint(1, 64, (3, 1)), cache, mask)
-        if step == 3:
-            cache.reorder_cache(torch.tensor([2, 1, 2]))
-            mask = mask[[2, 1, 2]]
-        if step == 6:
-            cache.crop(-5)
-            mask = mask[:, :-5]
-        if step == 9:
-            cache = copy.deepcopy(cache)
-    assert len(chosen) == 24
-    assert any((blocks[0] != blocks[2]).any() for blocks in chosen)
-
-
-def test_sparse_with_every_block_is_dense(llama):
-    tokens = torch.randint(1, 64, (2, 10))
-    options = {"max_new_tokens": 12, "do_sample": False, "attention_mask": torch.ones_like(tokens)}
-    llama.set_attn_implementation("winnow")
-    results = [
-        llama.generate(
-            tokens, past_key_values=WinnowCache(CONFIG, block_size=4, sparse=sparse), **options
-        )
-        for sparse in (None, BlockSparse(k=6), BlockSparse(k=2))
-    ]
-    assert torch.equal(results[0], results[1])
-    assert not torch.equal(results[0], results[2])
-
-
-# Models with a selection of their own.
-
-
-def minimax():
-    torch.manual_seed(0)
-    config = MiniMaxM3VLTextConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=32,
-        dense_intermediate_size=32,
-        shared_intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        num_local_experts=2,
-        num_experts_per_tok=1,
-        index_n_heads=2,
-        index_head_dim=8,
-        index_block_size=4,
-        index_topk_blocks=2,
-        index_local_blocks=1,
-        layer_types=["full_attention", "minimax_m3_sparse"],
-        mlp_layer_types=["dense", "dense"],
-        max_position_embeddings=128,
-    )
-    model = MiniMaxM3VLTextModel(config).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.4)
-    return model
-
-
-@pytest.mark.parametrize("block_size", [4, 2, 8])
-def test_a_model_that_brings_its_blocks(monkeypatch, block_size):
-    calls = []
-    dense_attention = dense.dense_attention
-
-    def count(*args, **kwargs):
-        calls.append(1)
-        return dense_attention(*args, **kwargs)
-
-    monkeypatch.setattr(attention, "dense_attention", count)
-    model = minimax()
-    tokens = torch.randint(1, 64, (2, 30))
-    order = torch.tensor([1, 1])
-    outputs = []
-    for implementation, cache in (
-        ("sdpa", DynamicCache(config=model.config)),
-        ("winnow", WinnowCache(model.config, block_size=block_size)),
-        ("winnow", DynamicCache(config=model.config)),
-    ):
-        calls.clear()
-        model.set_attn_implementation(implementation)
-        with torch.no_grad():
-            parts = [
-                model(tokens[:, at], past_key_values=cache).last_hidden_state
-                for at in (slice(0, 17), slice(17, 22), slice(22, 23), slice(23, 24))
-            ]
-            cache.reorder_cache(order)
-            parts.append(model(tokens[:, 24:25], past_key_values=cache).last_hidden_state)
-            cache.crop(-2)
-            parts.append(model(tokens[:, 25:], past_key_values=cache).last_hidden_state)
-        outputs.append(torch.cat(parts, 1))
-        if isinstance(cache, WinnowCache):
-            # Pages larger than the model's blocks cannot tell them apart.
-            assert len(calls) == (6 if block_size == 8 else 0)
-    near(outputs[1], outputs[0])
-    near(outputs[2], outputs[0])
-    assert cache.layers[1].idx_keys.shape[2] == 28
-
-
-def test_blocks_against_the_definition():
-    """Any selection, for several queries at once."""
-    torch.manual_seed(0)
-    cache = WinnowCache(CONFIG, block_size=4)
-    key, value = cache.update(*states(2, 22), 0)
-    query = torch.randn(2, 4, 3, 8)
-    blocks = torch.rand(2, 2, 3, 6).argsort(-1)[..., :3]
-    blocks[0, 1, 2, 1:] = -1
-    out, _ = attention.winnow_attention(
-        torch.nn.Module(), query, key, value, None, block_indices=blocks, block_size=4
-    )
-    pages = cache.pages.pool._layers[0]
-    for t in range(3):
-        lengths = cache.pages.seq_lens - 2 + t
-        expected = reference.paged_attention(
-            query[:, :, t : t + 1],
-            *pages,
-            cache.pages.block_table,
-            lengths,
-            block_indices=blocks[:, :, t].sort(-1).values.int(),
-        )
-        torch.testing.assert_close(out[:, t], expected[:, :, 0])
 
 
 # What does not work says so.

@@ -9,23 +9,10 @@
 #include "common/checks.h"
 #include "common/tensors.h"
 #include "resampling/next_temperature_simd.h"
+#include "resampling/tempering_arguments.h"
 
 namespace winnow {
 namespace {
-
-void check_populations(const char* argument, const Tensor& tensor) {
-  check_cpu(argument, tensor);
-  check_floating(argument, tensor);
-  WINNOW_CHECK(tensor.dim() >= 1, argument, ": expected (..., K), got a scalar");
-}
-
-void check_same(const char* argument, const Tensor& tensor, const char* other,
-                const Tensor& expected) {
-  check_cpu(argument, tensor);
-  check_dtype(argument, tensor, expected.scalar_type());
-  WINNOW_CHECK(shape(tensor) == shape(expected), argument, ": expected the shape of ", other, " ",
-               shape_of(expected), ", got ", shape_of(tensor));
-}
 
 template <typename Loop>
 void over_rows(const TemperingCall& call, int64_t rows, int64_t passes, const Loop& loop) {
@@ -40,22 +27,12 @@ void over_rows(const TemperingCall& call, int64_t rows, int64_t passes, const Lo
 
 Tensor next_temperature(const Tensor& log_likelihood, const Tensor& beta, double target_ess,
                         double max_beta, std::optional<Tensor> log_weights) {
-  check_populations("log_likelihood", log_likelihood);
-  check_cpu("beta", beta);
+  check_tempering(log_likelihood, beta, target_ess, max_beta, log_weights, check_cpu);
   const ScalarType dtype = beta.scalar_type();
-  WINNOW_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double,
-               "beta: expected float32 or float64, got ", name_of(dtype));
-  WINNOW_CHECK(shape(beta) == leading_shape(log_likelihood),
-               "beta: expected a number for each population of log_likelihood ",
-               shape_of(log_likelihood), ", got shape ", shape_of(beta));
-  WINNOW_CHECK(target_ess > 0.0 && target_ess <= 1.0,
-               "target_ess: expected a share in (0, 1], got ", target_ess);
-  WINNOW_CHECK(max_beta - max_beta == 0.0, "max_beta: expected a finite number, got ", max_beta);
   const Rows rows = as_rows(log_likelihood);
   Rows weights = rows;
   TemperingCall call = {};
   if (log_weights.has_value()) {
-    check_same("log_weights", *log_weights, "log_likelihood", log_likelihood);
     weights = as_rows(*log_weights);
     call.log_weights = weights.tensor.data_ptr();
     call.weights_stride = weights.stride;
@@ -76,8 +53,8 @@ Tensor next_temperature(const Tensor& log_likelihood, const Tensor& beta, double
 }
 
 Tensor conditional_effective_sample_size(const Tensor& log_weights, const Tensor& log_increments) {
-  check_populations("log_weights", log_weights);
-  check_same("log_increments", log_increments, "log_weights", log_weights);
+  check_populations("log_weights", log_weights, check_cpu);
+  check_same("log_increments", log_increments, "log_weights", log_weights, check_cpu);
   const Rows rows = as_rows(log_increments);
   const Rows weights = as_rows(log_weights);
   Tensor result = empty(leading_shape(log_weights), statistics_dtype(log_weights), log_weights);

@@ -6,6 +6,7 @@
 
 #include "common/device.h"
 #include "resampling/temperature_search.h"
+#include "resampling/tempering_arguments.h"
 
 namespace winnow {
 namespace {
@@ -205,20 +206,6 @@ conditional_size(Call<T> call, Global<Real> result) {
 
 // ---- launchers ----
 
-void check_populations(const char* argument, const Tensor& tensor) {
-  check_device(argument, tensor);
-  check_floating(argument, tensor);
-  WINNOW_CHECK(tensor.dim() >= 1, argument, ": expected (..., K), got a scalar");
-}
-
-void check_same(const char* argument, const Tensor& tensor, const char* other,
-                const Tensor& expected) {
-  check_device(argument, tensor);
-  check_dtype(argument, tensor, expected.scalar_type());
-  WINNOW_CHECK(shape(tensor) == shape(expected), argument, ": expected the shape of ", other, " ",
-               shape_of(expected), ", got ", shape_of(tensor));
-}
-
 template <typename T>
 Call<T> call_of(const Rows& likelihood, const Rows& weights, bool weighted) {
   return {global<const T>(likelihood.tensor),
@@ -233,20 +220,8 @@ Call<T> call_of(const Rows& likelihood, const Rows& weights, bool weighted) {
 
 Tensor next_temperature_cuda(const Tensor& log_likelihood, const Tensor& beta, double target_ess,
                              double max_beta, std::optional<Tensor> log_weights) {
-  check_populations("log_likelihood", log_likelihood);
-  check_device("beta", beta);
+  check_tempering(log_likelihood, beta, target_ess, max_beta, log_weights, check_device);
   const ScalarType dtype = beta.scalar_type();
-  WINNOW_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double,
-               "beta: expected float32 or float64, got ", name_of(dtype));
-  WINNOW_CHECK(shape(beta) == leading_shape(log_likelihood),
-               "beta: expected a number for each population of log_likelihood ",
-               shape_of(log_likelihood), ", got shape ", shape_of(beta));
-  WINNOW_CHECK(target_ess > 0.0 && target_ess <= 1.0,
-               "target_ess: expected a share in (0, 1], got ", target_ess);
-  WINNOW_CHECK(max_beta - max_beta == 0.0, "max_beta: expected a finite number, got ", max_beta);
-  if (log_weights.has_value()) {
-    check_same("log_weights", *log_weights, "log_likelihood", log_likelihood);
-  }
   const Stream stream(log_likelihood);
   const Rows rows = as_rows(log_likelihood);
   const Rows weights = log_weights.has_value() ? as_rows(*log_weights) : rows;
@@ -276,8 +251,8 @@ Tensor next_temperature_cuda(const Tensor& log_likelihood, const Tensor& beta, d
 
 Tensor conditional_effective_sample_size_cuda(const Tensor& log_weights,
                                               const Tensor& log_increments) {
-  check_populations("log_weights", log_weights);
-  check_same("log_increments", log_increments, "log_weights", log_weights);
+  check_populations("log_weights", log_weights, check_device);
+  check_same("log_increments", log_increments, "log_weights", log_weights, check_device);
   const Stream stream(log_weights);
   const Rows rows = as_rows(log_increments);
   const Rows weights = as_rows(log_weights);

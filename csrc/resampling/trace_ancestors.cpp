@@ -3,8 +3,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include "common/checks.h"
-#include "common/tensors.h"
+#include "resampling/trace_arguments.h"
 
 namespace winnow {
 namespace {
@@ -19,30 +18,16 @@ void check_indices(const char* argument, const Tensor& tensor, int64_t particles
 }
 
 Tensor trace_ancestors(const Tensor& ancestors, const Tensor& indices) {
-  check_cpu("ancestors", ancestors);
-  check_dtype("ancestors", ancestors, ScalarType::Long);
-  WINNOW_CHECK(ancestors.dim() >= 2, "ancestors: expected (T, ..., K), got shape ",
-               shape_of(ancestors));
-  check_cpu("indices", indices);
-  check_dtype("indices", indices, ScalarType::Long);
-  Shape population = shape(ancestors);
-  population.erase(population.begin());
-  const int64_t particles = population.back();
-  population.pop_back();
-  WINNOW_CHECK(indices.dim() >= 1 && leading_shape(indices) == population,
-               "indices: expected (..., M) for ancestors of shape ", shape_of(ancestors),
-               ", got shape ", shape_of(indices));
+  const TraceArguments call = check_trace(ancestors, indices, check_cpu);
+  const int64_t steps = call.steps;
+  const int64_t rows = call.rows;
+  const int64_t particles = call.particles;
+  const int64_t paths = call.paths;
   const Tensor from = torch::stable::contiguous(ancestors);
   const Tensor last = torch::stable::contiguous(indices);
   check_indices("ancestors", from, particles);
   check_indices("indices", last, particles);
-
-  const int64_t steps = ancestors.size(0);
-  const int64_t paths = indices.size(indices.dim() - 1);
-  const int64_t rows = product(population);
-  Shape sizes = shape(indices);
-  sizes.insert(sizes.begin(), steps + 1);
-  const Tensor result = empty(sizes, ScalarType::Long, ancestors);
+  const Tensor result = empty(call.result, ScalarType::Long, ancestors);
   const auto* parent = static_cast<const int64_t*>(from.data_ptr());
   const auto* end = static_cast<const int64_t*>(last.data_ptr());
   auto* path = static_cast<int64_t*>(result.data_ptr());

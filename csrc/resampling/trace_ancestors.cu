@@ -2,6 +2,7 @@
 // generations. Ancestors are not checked on the GPU: a path that leaves its population is -1 from
 // there on back.
 #include "common/device.h"
+#include "resampling/trace_arguments.h"
 
 namespace winnow {
 namespace {
@@ -26,28 +27,14 @@ trace_paths(Global<const int64_t> ancestors, Global<const int64_t> indices, int6
 // ---- launchers ----
 
 Tensor trace_ancestors_cuda(const Tensor& ancestors, const Tensor& indices) {
-  check_device("ancestors", ancestors);
-  check_dtype("ancestors", ancestors, ScalarType::Long);
-  WINNOW_CHECK(ancestors.dim() >= 2, "ancestors: expected (T, ..., K), got shape ",
-               shape_of(ancestors));
-  check_device("indices", indices);
-  check_dtype("indices", indices, ScalarType::Long);
-  Shape population = shape(ancestors);
-  population.erase(population.begin());
-  const int64_t particles = population.back();
-  population.pop_back();
-  WINNOW_CHECK(indices.dim() >= 1 && leading_shape(indices) == population,
-               "indices: expected (..., M) for ancestors of shape ", shape_of(ancestors),
-               ", got shape ", shape_of(indices));
+  const TraceArguments call = check_trace(ancestors, indices, check_device);
   const Stream stream(ancestors);
   const Tensor from = torch::stable::contiguous(ancestors);
   const Tensor last = torch::stable::contiguous(indices);
-  Shape sizes = shape(indices);
-  sizes.insert(sizes.begin(), ancestors.size(0) + 1);
-  Tensor result = empty(sizes, ScalarType::Long, ancestors);
+  Tensor result = empty(call.result, ScalarType::Long, ancestors);
   launch("trace_ancestors", trace_paths, {ceil_div<int64_t>(indices.numel(), kThreads)}, kThreads,
-         stream, global<const int64_t>(from), global<const int64_t>(last), ancestors.size(0),
-         product(population), particles, indices.size(indices.dim() - 1), global<int64_t>(result));
+         stream, global<const int64_t>(from), global<const int64_t>(last), call.steps, call.rows,
+         call.particles, call.paths, global<int64_t>(result));
   return result;
 }
 
