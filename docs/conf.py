@@ -11,7 +11,6 @@ ROOT = DOCS.parent
 sys.path.insert(0, str(ROOT / "bench"))
 
 import report  # noqa: E402  (bench/report.py: the same tables as `make bench` prints)
-
 import torch_winnow  # noqa: E402
 
 project = "torch-winnow"

@@ -12,10 +12,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import abi_gate
 import pytest
 import torch
 
+import abi_gate
 import torch_winnow
 from torch_winnow import __main__ as self_check
 from torch_winnow import _library
