@@ -115,8 +115,14 @@ STABLE_TORCH_LIBRARY(winnow, m) {
   m.def(
       "block_summaries(Tensor key_pages, Tensor block_table, Tensor seq_lens, bool minmax=True) "
       "-> Tensor");
-  m.def("score_blocks(Tensor query, Tensor summaries) -> Tensor");
+  m.def(
+      "update_block_summaries_(Tensor(a!) summaries, Tensor key_pages, Tensor block_table, Tensor "
+      "seq_lens, Tensor positions) -> ()");
+  m.def("score_blocks(Tensor query, Tensor summaries, Tensor? block_table=None) -> Tensor");
   m.def(
       "select_blocks(Tensor scores, int k, Tensor seq_lens, int block_size, int sink_blocks=1, "
       "int recent_blocks=1) -> Tensor");
+  m.def(
+      "score_select_blocks(Tensor query, Tensor summaries, int k, Tensor seq_lens, int block_size, "
+      "Tensor? block_table=None, int sink_blocks=1, int recent_blocks=1) -> Tensor");
 }

@@ -6,6 +6,7 @@ list(APPEND WINNOW_HOST_SOURCES
 )
 list(APPEND WINNOW_CPU_SOURCES
   csrc/kvcache/block_scores.cpp
+  csrc/kvcache/block_summaries.cpp
   csrc/kvcache/paged_attention.cpp
   csrc/kvcache/paged_write.cpp
 )
@@ -15,6 +16,7 @@ list(APPEND WINNOW_SIMD_SOURCES
 )
 list(APPEND WINNOW_CUDA_SOURCES
   csrc/kvcache/block_scores.cu
+  csrc/kvcache/block_summaries.cu
   csrc/kvcache/paged_attention.cu
   csrc/kvcache/paged_write.cu
 )

@@ -13,7 +13,9 @@ from torch_winnow.reference.kvcache import (
     block_summaries,
     paged_attention,
     score_blocks,
+    score_select_blocks,
     select_blocks,
+    update_block_summaries_,
 )
 from torch_winnow.reference.resampling import (
     effective_sample_size,
@@ -70,11 +72,13 @@ __all__ = [
     "resample",
     "sample_without_replacement",
     "score_blocks",
+    "score_select_blocks",
     "select_blocks",
     "select_positions",
     "soft_embedding",
     "speculative_verify",
     "trace_ancestors",
     "unmask_step_",
+    "update_block_summaries_",
     "weight_entropy",
 ]

@@ -82,8 +82,26 @@ def block_summaries(
     return summaries
 
 
-def score_blocks(query: Tensor, summaries: Tensor) -> Tensor:
+def update_block_summaries_(
+    summaries: Tensor, key_pages: Tensor, block_table: Tensor, seq_lens: Tensor, positions: Tensor
+) -> None:
+    """The summaries, by place in the pages, of the blocks that hold a position; -1 is none."""
+    kind = "minmax" if summaries.dim() == 4 else "mean"
+    fresh = block_summaries(key_pages, block_table, seq_lens, kind)
+    for b, row in enumerate(positions.tolist()):
+        for i in {position // key_pages.shape[2] for position in row if position >= 0}:
+            summaries[block_table[b, i]] = fresh[b, :, i]
+
+
+def score_blocks(query: Tensor, summaries: Tensor, block_table: Tensor | None = None) -> Tensor:
     """Per key head, the largest score of a block over query heads and positions."""
+    if block_table is not None:
+        absent = (block_table < 0)[:, :, None]
+        summaries = summaries[block_table.clamp(min=0).long()]
+        summaries = summaries.masked_fill(
+            absent.view(absent.shape + (1,) * (summaries.dim() - 3)), 0
+        )
+        summaries = summaries.transpose(1, 2)
     batch, heads, queries, dim = query.shape
     key_heads = summaries.shape[1]
     # Heads of a group and positions in one dimension.
@@ -117,3 +135,25 @@ def select_blocks(
             chosen = sorted(kept | set(ranked[: k - len(kept)]))
             selected[b, h, : len(chosen)] = torch.tensor(chosen, dtype=torch.int32)
     return selected
+
+
+def score_select_blocks(
+    query: Tensor,
+    summaries: Tensor,
+    k: int,
+    *,
+    seq_lens: Tensor,
+    block_size: int,
+    block_table: Tensor | None = None,
+    sink_blocks: int = 1,
+    recent_blocks: int = 1,
+) -> Tensor:
+    """Select by the scores of the blocks."""
+    return select_blocks(
+        score_blocks(query, summaries, block_table),
+        k,
+        seq_lens=seq_lens,
+        block_size=block_size,
+        sink_blocks=sink_blocks,
+        recent_blocks=recent_blocks,
+    )
