@@ -107,6 +107,10 @@ STABLE_TORCH_LIBRARY(winnow, m) {
       "Tensor seq_lens, bool causal=True, Tensor? block_indices=None, int? window=None, "
       "int sinks=0, Tensor? key_bias=None, float? scale=None) -> (Tensor out, Tensor lse)");
   m.def(
+      "attention_mass(Tensor query, Tensor key_pages, Tensor block_table, Tensor seq_lens, Tensor "
+      "lse, bool causal=True, int? window=None, int sinks=0, Tensor? key_bias=None, float? "
+      "scale=None) -> Tensor");
+  m.def(
       "paged_write_(Tensor(a!) key_pages, Tensor(b!) value_pages, Tensor key, Tensor value, "
       "Tensor block_table, Tensor positions) -> ()");
   m.def(

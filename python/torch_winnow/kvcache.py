@@ -30,6 +30,8 @@ from __future__ import annotations
 
 from torch_winnow._core import BlockPoolExhausted
 from torch_winnow._kvcache.attention import paged_attention
+from torch_winnow._kvcache.attention_mass import attention_mass
+from torch_winnow._kvcache.eviction import fastkv_positions, h2o_positions, snapkv_positions
 from torch_winnow._kvcache.pool import BlockPool
 from torch_winnow._kvcache.selection import (
     block_summaries,
@@ -43,9 +45,13 @@ __all__ = [
     "BlockPool",
     "BlockPoolExhausted",
     "PagedKVCache",
+    "attention_mass",
     "block_summaries",
+    "fastkv_positions",
+    "h2o_positions",
     "paged_attention",
     "score_blocks",
     "score_select_blocks",
     "select_blocks",
+    "snapkv_positions",
 ]

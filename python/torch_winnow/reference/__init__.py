@@ -10,6 +10,7 @@ from torch_winnow.reference.attention import (
     merge_attention,
 )
 from torch_winnow.reference.kvcache import (
+    attention_mass,
     block_summaries,
     paged_attention,
     score_blocks,
@@ -49,6 +50,7 @@ from torch_winnow.reference.verification import speculative_verify
 
 __all__ = [
     "FKSteering",
+    "attention_mass",
     "backward_sample",
     "block_diagonal_attention",
     "block_summaries",

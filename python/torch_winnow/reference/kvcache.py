@@ -62,6 +62,53 @@ def paged_attention(
     return (out, lse) if return_lse else out
 
 
+def attention_mass(
+    query: Tensor,
+    key_pages: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    *,
+    lse: Tensor | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    sinks: int = 0,
+    key_bias: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """The columns of the softmax, summed over the queries and heads of a group."""
+    batch, heads, queries, dim = query.shape
+    blocks, key_heads, block_size, _ = key_pages.shape
+    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    scale = dim**-0.5 if scale is None else scale
+    tokens = block_table.shape[1] * block_size
+    mass = torch.zeros(batch, key_heads, tokens, dtype=wide, device=query.device)
+    if key_bias is not None:
+        key_bias = key_bias.to(wide).expand(blocks, key_heads, block_size)
+    for b in range(batch):
+        length = int(seq_lens[b])
+        j = torch.arange(length, device=query.device)
+        block, slot = block_table[b].long()[j // block_size], j % block_size
+        for head in range(heads):
+            h = head // (heads // key_heads)
+            key = key_pages[block, h, slot].to(wide)
+            for t in range(queries):
+                i = length - queries + t
+                seen = j <= i if causal else torch.ones_like(j, dtype=torch.bool)
+                if window is not None:
+                    near = (i - j < window) if causal else ((i - j).abs() < window)
+                    seen &= near | (j < sinks)
+                score = key @ query[b, head, t].to(wide) * scale
+                if key_bias is not None:
+                    bias = key_bias[block, h, slot]
+                    seen &= bias != -torch.inf
+                    score = score + bias
+                seen &= score != -torch.inf
+                if seen.any():
+                    total = score[seen].logsumexp(0) if lse is None else lse[b, head, t]
+                    mass[b, h, :length][seen] += (score[seen] - total).exp()
+    return mass
+
+
 def block_summaries(
     key_pages: Tensor, block_table: Tensor, seq_lens: Tensor, kind: str = "minmax"
 ) -> Tensor:
