@@ -16,6 +16,7 @@ from torch_winnow._kvcache.pool import BlockPool
 # Bound once: a look-up through torch.ops costs as much as a small op.
 _paged_write_ = torch.ops.winnow.paged_write_
 _copy_blocks_ = torch.ops.winnow.copy_blocks_
+_update_block_summaries_ = torch.ops.winnow.update_block_summaries_
 
 _COPIES, _RESHAPED = 1, 2  # what CacheTable.append reports
 
@@ -150,6 +151,7 @@ class PagedKVCache:
         key_pages, value_pages = self.pool._layers[layer]
         _paged_write_(key_pages, value_pages, key, value, self._block_table, positions)
         _mark_written(key_pages, value_pages)
+        self._summarise(layer, positions)
 
     def write(self, layer: int, key: Tensor, value: Tensor, positions: Tensor) -> None:
         """Overwrite tokens of one layer in place.
@@ -188,6 +190,7 @@ class PagedKVCache:
         key_pages, value_pages = self.pool._layers[layer]
         _paged_write_(key_pages, value_pages, key, value, self._block_table, positions)
         _mark_written(key_pages, value_pages)
+        self._summarise(layer, positions)
 
     def fork(self, parents: Sequence[int] | Tensor) -> PagedKVCache:
         """A new cache whose row ``r`` continues this one's row ``parents[r]``; rows may repeat.
@@ -292,6 +295,22 @@ class PagedKVCache:
             pool.key_pages, pool.value_pages, torch.tensor(sources), torch.tensor(targets)
         )
         _mark_written(pool.key_pages, pool.value_pages)
+        if pool.summaries is not None:
+            pool.summaries[:, targets] = pool.summaries[:, sources]
+
+    def _summarise(self, layer: int, positions: Tensor) -> None:
+        """Describe the blocks anew whose tokens at ``positions`` have been stored."""
+        summaries = self.pool.summaries
+        if summaries is None:
+            return
+        _update_block_summaries_(
+            summaries[layer],
+            self.pool._layers[layer][0],
+            self._block_table,
+            self._seq_lens,
+            positions,
+        )
+        _mark_written(summaries)
 
     def _check(self, key: Tensor, value: Tensor) -> None:
         """Everything that the store could refuse, before anything is changed."""
