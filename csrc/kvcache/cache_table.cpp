@@ -96,11 +96,12 @@ void CacheTable::append(int64_t layer, int64_t tokens, const Integers* lengths,
   if (grew) update_width();
 }
 
-void CacheTable::write(int64_t layer, int64_t tokens, const int64_t* positions) {
+void CacheTable::write(int64_t layer, int64_t tokens, const int64_t* positions, bool absent) {
   check_layer(layer);
   for (size_t r = 0; r < rows_.size(); ++r) {
     for (int64_t t = 0; t < tokens; ++t) {
       const int64_t position = positions[static_cast<int64_t>(r) * tokens + t];
+      if (absent && position == -1) continue;
       if (position < 0 || position >= rows_[r].length) {
         fail("positions: expected 0 <= position < ", rows_[r].length, " (the length of row ", r,
              "), got ", position);
@@ -112,12 +113,19 @@ void CacheTable::write(int64_t layer, int64_t tokens, const int64_t* positions) 
   copies_.clear();
   for (size_t r = 0; r < rows_.size(); ++r) {
     for (int64_t t = 0; t < tokens; ++t) {
-      unshare(r,
-              static_cast<size_t>(positions[static_cast<int64_t>(r) * tokens + t] / block_size_));
+      const int64_t position = positions[static_cast<int64_t>(r) * tokens + t];
+      if (position >= 0) unshare(r, static_cast<size_t>(position / block_size_));
     }
   }
   require(0);
   copy_shared();
+}
+
+bool CacheTable::even() const {
+  for (size_t i = 0; i < filled_.size(); ++i) {
+    if (filled_[i] != rows_[i % rows_.size()].length) return false;
+  }
+  return true;
 }
 
 std::unique_ptr<CacheTable> CacheTable::fork(const Integers& parents) const {
