@@ -336,9 +336,10 @@ class PagedKVCache:
             if pages is not None:
                 pages[:, targets] = pages[:, sources]
 
-    def _claim(self, positions: Tensor) -> None:
-        """Make the blocks of ``(B, T)`` positions, -1 for none, this cache's; copy nothing."""
-        self._native.write(0, positions.shape[1], positions.data_ptr(), absent=True)
+    def _claim(self, positions: Tensor) -> bool:
+        """Make the blocks of positions, -1 for none, this cache's; whether it has new ones."""
+        positions = positions.contiguous()
+        return self._native.write(0, positions.shape[1], positions.data_ptr(), absent=True)
 
     def _written(self, positions: Tensor) -> None:
         """Tell autograd and the summaries of all layers what has been stored."""
