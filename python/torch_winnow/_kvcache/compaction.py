@@ -9,6 +9,7 @@ from torch import Tensor
 
 from torch_winnow import _library  # noqa: F401  (registers the operators)
 from torch_winnow._fake import check_same_device
+from torch_winnow._kvcache.mirror import sent
 
 if TYPE_CHECKING:
     from torch_winnow._kvcache.storage import PagedKVCache
@@ -31,16 +32,18 @@ def compact(cache: PagedKVCache, keep: Tensor) -> None:
     # Behind the first token that moves, in any head or layer, all others move.
     place = torch.arange(keep.shape[3])
     moves = (held & (keep != place)).any(0).any(1)
-    targets = torch.where(moves, place, -1)
-    before = cache.block_table.clone()
+    targets = torch.where(moves, place, -1).contiguous()
     pool = cache.pool
-    cache._claim(targets)
-    for pages in (pool.key_pages, pool.value_pages):
-        _compact_pages_(pages, before, cache.block_table, keep)
-    if pool.key_bias is not None:
-        _compact_pages_(pool.key_bias[..., None], before, cache.block_table, keep)
-    cache.truncate_(lengths[0, :, 0])
-    cache._written(targets)
+    with pool._lock:
+        before = cache.block_table.clone()
+        cache._claim(targets)
+        keep = sent(keep, pool.device)
+        for pages in (pool.key_pages, pool.value_pages):
+            _compact_pages_(pages, before, cache.block_table, keep)
+        if pool.key_bias is not None:
+            _compact_pages_(pool.key_bias[..., None], before, cache.block_table, keep)
+        cache.truncate_(lengths[0, :, 0])
+        cache._written(targets)
 
 
 def _checked(cache: PagedKVCache, keep: Tensor) -> Tensor:
