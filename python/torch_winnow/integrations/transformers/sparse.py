@@ -61,7 +61,7 @@ class Summaries:
         size = key_pages.shape[2]
         lengths = cache.seq_lens.long()[:, None]
         first = (lengths - tokens).clamp(min=0) // size
-        columns = first + torch.arange((tokens - 1) // size + 2)
+        columns = first + torch.arange((tokens - 1) // size + 2, device=first.device)
         held = columns * size < lengths
         columns = columns.clamp(max=cache.block_table.shape[1] - 1)
         blocks = torch.where(held, cache.block_table.gather(1, columns), -1)
