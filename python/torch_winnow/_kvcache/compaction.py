@@ -32,10 +32,10 @@ def compact(cache: PagedKVCache, keep: Tensor) -> None:
     # Behind the first token that moves, in any head or layer, all others move.
     place = torch.arange(keep.shape[3])
     moves = (held & (keep != place)).any(0).any(1)
-    targets = torch.where(moves, place, -1).contiguous()
+    targets = torch.where(moves, place, -1)
+    before = cache.block_table.clone()
     pool = cache.pool
     with pool._lock:
-        before = cache.block_table.clone()
         cache._claim(targets)
         keep = sent(keep, pool.device)
         for pages in (pool.key_pages, pool.value_pages):

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from torch_winnow import _library  # noqa: F401  (registers the operators)
 from torch_winnow._kvcache.arguments import integer
-from torch_winnow._kvcache.mirror import sent
 from torch_winnow._kvcache.storage import PagedKVCache
 
 # Bound once: a look-up through torch.ops costs as much as a small op.
@@ -213,18 +212,17 @@ def merge_similar_(
             for key_pages in pool.key_pages
         ]
     )
-    place = torch.arange(tokens)
+    place = torch.arange(tokens, device=runs.device)
     numbers = (runs.amax(3) + 1) if tokens > 0 else runs.new_zeros(expected)
     kept = numbers.amax((0, 2))
     # Up to the first token that joins another nothing changes, in any head or layer.
     joins = ((runs >= 0) & (runs != place)).any(0).any(1)
     changes = F.pad(joins, (0, 1))[:, 1:].cumsum(1) > 0
     targets = torch.where(changes & (place < kept[:, None]), place, -1)
-    targets = targets[:, : int(kept.max()) if kept.numel() > 0 else 0].contiguous()
+    targets = targets[:, : int(kept.max()) if kept.numel() > 0 else 0].cpu().contiguous()
     with pool._lock:
         if cache._claim(targets):
             cache._copy()
-        places = sent(targets, pool.device)
         for layer, (key_pages, value_pages) in enumerate(pool._layers):
             key, value, bias = merge_runs(
                 stored(key_pages),
@@ -238,7 +236,8 @@ def merge_similar_(
             source = torch.minimum(place[: targets.shape[1]], last)[..., None]
             key, value = (x.gather(2, source.expand(-1, -1, -1, x.shape[3])) for x in (key, value))
             bias = F.pad(bias, (0, targets.shape[1] - bias.shape[2]), value=-torch.inf)
-            _paged_write_(key_pages, value_pages, key, value, cache.block_table, places)
+            where = cache.block_table, cache._mirror.positions(targets)
+            _paged_write_(key_pages, value_pages, key, value, *where)
             cache._store_bias(layer, targets, bias)
         cache.truncate_(kept)
         cache._written(targets)

@@ -368,14 +368,15 @@ class PagedKVCache:
     def _claim(self, positions: Tensor) -> bool:
         """Make the blocks of positions, -1 for none, this cache's; whether it has new ones.
 
-        The pool's lock is held from here until what moves has been stored.
+        Called with the pool's lock, which is held until the tokens are stored.
         """
         self._check_not_waiting()
-        tokens, address = positions.shape[1], positions.data_ptr()
-        renewed = self.pool._with_room(self, self._native.write, 0, tokens, address, True)
-        if renewed:
+        positions = positions.contiguous()
+        arguments = 0, positions.shape[1], positions.data_ptr(), True
+        fresh = self.pool._with_room(self, self._native.write, *arguments)
+        if fresh:
             self._mirror.follow()
-        return renewed
+        return fresh
 
     def _written(self, positions: Tensor) -> None:
         """Tell autograd and the summaries of all layers what has been stored."""
@@ -392,9 +393,8 @@ class PagedKVCache:
             bias = pages.new_zeros(()).expand(self.batch_size, self._heads, positions.shape[1])
         # Keys of one dimension and values of none.
         tokens = bias[..., None]
-        mirror = self._mirror
-        places = mirror.positions(positions)
-        _paged_write_(pages, pages[..., :0], tokens, tokens[..., :0], mirror.table, places)
+        where = self._mirror.table, self._mirror.positions(positions)
+        _paged_write_(pages, pages[..., :0], tokens, tokens[..., :0], *where)
         _mark_written(self.pool.key_bias)
 
     def _summarise(self, layer: int, positions: Tensor) -> None:
@@ -402,13 +402,12 @@ class PagedKVCache:
         summaries = self.pool.summaries
         if summaries is None:
             return
-        mirror = self._mirror
         _update_block_summaries_(
             summaries[layer],
             self.pool._layers[layer][0],
-            mirror.table,
-            mirror.lengths,
-            mirror.positions(positions),
+            self._mirror.table,
+            self._mirror.lengths,
+            self._mirror.positions(positions),
         )
         _mark_written(summaries)
 
