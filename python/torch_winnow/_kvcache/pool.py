@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
+from torch import Tensor
 
 from torch_winnow import _core
 from torch_winnow._kvcache.arguments import integer
@@ -32,14 +35,27 @@ class BlockPool:
         dtype: float32, bfloat16, float16 or float64.
         device: where the pages lie; this release has the CPU only.
         value_head_dim: of values; ``head_dim`` by default.
+        summaries: keep a summary of every block's keys, ``"minmax"`` or ``"mean"`` as in
+            :func:`block_summaries`, up to date with what caches store.
+        key_bias: keep a bias for every key, as :func:`paged_attention` adds it, for tokens that
+            stand for several (:func:`merge_similar_`).
 
     Attributes:
         key_pages: ``(num_layers, num_blocks, num_kv_heads, block_size, head_dim)``.
         value_pages: likewise with ``value_head_dim``.
+        summaries: ``(num_layers, num_blocks, num_kv_heads, 2, head_dim)`` (minimum, maximum) or,
+            of means, ``(num_layers, num_blocks, num_kv_heads, head_dim)``, float32 (float64 for
+            float64); None without. For the tokens that rows hold they are what
+            :func:`block_summaries` would compute. Dropping tokens (``truncate_``) leaves them: a
+            minimum and maximum then still bound every key, a mean still counts what was dropped,
+            until the block is written to again.
+        summary_kind: ``"minmax"``, ``"mean"`` or None.
+        key_bias: ``(num_layers, num_blocks, num_kv_heads, block_size)`` float32 (float64 for
+            float64), None without; ``append`` and ``write`` store 0.
 
     Raises:
         ValueError: on a size below 1 (``num_blocks`` may be 0) or that is no integer, on another
-            dtype or device.
+            dtype, device or kind of summary.
 
     Example:
         >>> import torch
@@ -60,6 +76,8 @@ class BlockPool:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
         value_head_dim: int | None = None,
+        summaries: Literal["minmax", "mean"] | None = None,
+        key_bias: bool = False,
     ) -> None:
         num_blocks = integer("num_blocks", num_blocks)
         num_layers = _size("num_layers", num_layers)
@@ -75,6 +93,8 @@ class BlockPool:
             raise ValueError(
                 f"device: expected cpu, where this release's operators run, got {device}"
             )
+        if summaries not in ("minmax", "mean", None):
+            raise ValueError(f"summaries: expected 'minmax', 'mean' or None, got {summaries!r}")
         self._native = _core.BlockPool(num_blocks)
         self.num_layers = num_layers
         self.num_kv_heads = num_kv_heads
@@ -86,7 +106,21 @@ class BlockPool:
         shape = (num_layers, num_blocks, num_kv_heads, block_size)
         self.key_pages = torch.zeros(*shape, head_dim, dtype=dtype, device=device)
         self.value_pages = torch.zeros(*shape, value_head_dim, dtype=dtype, device=device)
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        self.summary_kind = summaries
+        self.summaries: Tensor | None = None
+        if summaries is not None:
+            bounds = (2,) if summaries == "minmax" else ()
+            self.summaries = torch.zeros(*shape[:3], *bounds, head_dim, dtype=wide, device=device)
+        self.key_bias: Tensor | None = None
+        if key_bias:
+            self.key_bias = torch.zeros(*shape, dtype=wide, device=device)
         self._split()
+
+    def _pages(self) -> dict[str, Tensor]:
+        """Everything that a block owns, ``(num_layers, num_blocks, ...)`` each, by its name."""
+        names = ("key_pages", "value_pages", "summaries", "key_bias")
+        return {name: pages for name in names if (pages := getattr(self, name)) is not None}
 
     def _split(self) -> None:
         self._layers = list(zip(self.key_pages.unbind(), self.value_pages.unbind(), strict=True))
@@ -105,12 +139,12 @@ class BlockPool:
         if num_blocks < before:
             raise ValueError(f"num_blocks: expected at least {before}, got {num_blocks}")
         # All memory first, so that a want of it changes nothing; it is touched by the copies only.
-        larger = [
-            pages.new_empty(pages.shape[0], num_blocks, *pages.shape[2:])
-            for pages in (self.key_pages, self.value_pages)
-        ]
+        larger = {
+            name: pages.new_empty(pages.shape[0], num_blocks, *pages.shape[2:])
+            for name, pages in self._pages().items()
+        }
         self._native.grow(num_blocks)
-        for name, pages in zip(("key_pages", "value_pages"), larger, strict=True):
+        for name, pages in larger.items():
             pages[:, :before] = getattr(self, name)
             pages[:, before:] = 0
             setattr(self, name, pages)
@@ -145,5 +179,7 @@ class BlockPool:
             f"BlockPool({self.num_blocks}, num_layers={self.num_layers}, "
             f"num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, "
             f"block_size={self.block_size}, dtype={self.dtype}, "
-            f"value_head_dim={self.value_head_dim}; {self.num_free_blocks} free)"
+            f"value_head_dim={self.value_head_dim}, summaries={self.summary_kind!r}, "
+            f"key_bias={self.key_bias is not None}; "
+            f"{self.num_free_blocks} free)"
         )

@@ -166,8 +166,8 @@ def _attend(
         chosen = blocks.transpose(1, 2).flatten(0, 1)
         ahead = chosen * storage.block_size >= lengths[:, None, None]
         chosen = chosen.masked_fill(ahead, -1).sort(-1).values.int()
-    elif storage.summaries is not None and tokens == 1 and window is None:
-        chosen = storage.summaries[layer].select(query, cache, storage.block_size)
+    elif storage.sparse is not None and tokens == 1 and window is None:
+        chosen = storage.sparse.select(query, cache, layer)
     out, lse = paged_attention(
         query,
         key_pages,

@@ -111,7 +111,8 @@ class WinnowCache(Cache):  # type: ignore[misc]
             first forward pass. Default: the pool grows as needed, by a quarter.
         block_size: tokens in a block.
         sparse: :class:`BlockSparse` decoding. Default: every step attends everything.
-        pool: a pool to share with other caches; it does not grow. Its block size counts.
+        pool: a pool to share with other caches; it does not grow. Its block size counts, and its
+            ``summaries`` are those of ``sparse``.
 
     Attributes:
         pages: the :class:`PagedKVCache`, once there is one.
@@ -171,6 +172,10 @@ class WinnowCache(Cache):  # type: ignore[misc]
             if pool.num_layers != len(layer_types):
                 raise ValueError(
                     f"pool: expected num_layers={len(layer_types)} as in config, got {pool!r}"
+                )
+            if sparse is not None and pool.summary_kind != sparse.summary:
+                raise ValueError(
+                    f"pool: expected summaries={sparse.summary!r} as in sparse, got {pool!r}"
                 )
             block_size = pool.block_size
         self.storage = PagedStorage(len(layer_types), block_size, max_cache_len, sparse, pool)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torch_winnow.integrations.transformers.sparse import BlockSparse, Summaries
+from torch_winnow.integrations.transformers.sparse import BlockSparse
 from torch_winnow.kvcache import BlockPool, BlockPoolExhausted, PagedKVCache
 
 
@@ -36,7 +36,6 @@ class PagedStorage:
         self.sparse = sparse
         self.columns = [0] * num_layers
         self.dropped: list[int] | None = None
-        self.summaries = [Summaries(sparse) for _ in range(num_layers)] if sparse else None
         self._grows = pool is None
         self._pool = pool
         self._pages: PagedKVCache | None = None
@@ -140,8 +139,6 @@ class PagedStorage:
             before = self.dropped or [0] * len(padding)
             self.dropped = [a + b for a, b in zip(before, padding, strict=True)]
         self.columns[layer] = start + tokens
-        if self.summaries is not None:
-            self.summaries[layer].refresh(self.pages, self.pool._layers[layer][0], tokens)
 
     def _create(self, key: Tensor, value: Tensor) -> None:
         rows, heads, tokens, dim = key.shape
@@ -158,6 +155,7 @@ class PagedStorage:
                 block_size=self.block_size,
                 dtype=key.dtype,
                 device=key.device,
+                summaries=self.sparse.summary if self.sparse else None,
             )
         self._pages = PagedKVCache(self._pool, rows)
 
@@ -221,7 +219,7 @@ class PagedStorage:
         """A storage that continues every row and shares its blocks."""
         twin = PagedStorage.__new__(PagedStorage)
         twin.__dict__.update(self.__dict__)
-        twin.columns = list(self.columns)  # summaries go by place in the pool: both keep them
+        twin.columns = list(self.columns)
         if self._pages is not None:
             twin._pages = self._pages.fork(range(self.rows))
         return twin
