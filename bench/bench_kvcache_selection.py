@@ -5,6 +5,8 @@ The limit is the bytes that each must read over the read bandwidth of the same r
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
@@ -14,6 +16,7 @@ from torch_winnow.kvcache import (
     PagedKVCache,
     attention_mass,
     block_summaries,
+    paged_attention,
     score_blocks,
     score_select_blocks,
     select_blocks,
@@ -114,7 +117,7 @@ def composed_mass(query, key):
     return scores.masked_fill(hidden, -torch.inf).softmax(-1, dtype=torch.float32).sum(2)
 
 
-@pytest.mark.parametrize("impl", ["winnow", "torch", "torch.compile"])
+@pytest.mark.parametrize("impl", ["winnow", "winnow, lse given", "torch", "torch.compile"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("queries", [1, 32])
 def test_attention_mass(measure, queries, dtype, impl):
@@ -125,8 +128,11 @@ def test_attention_mass(measure, queries, dtype, impl):
     table = torch.randperm(count).int().view(1, count)
     lengths = torch.tensor([length], dtype=torch.int32)
     query = torch.randn(1, HEADS, queries, DIM, dtype=pages.dtype)
-    if impl == "winnow":
-        function, inputs = attention_mass, (query, pages, table, lengths)
+    if impl.startswith("winnow"):
+        inputs = (query, pages, table, lengths)
+        _, lse = paged_attention(query, pages, *inputs[1:], return_lse=True)
+        options = {} if impl == "winnow" else {"lse": lse}
+        function = functools.partial(attention_mass, **options)
     else:
         function = composed_mass if impl == "torch" else torch.compile(composed_mass)
         inputs = (query, pages[table.long()].transpose(1, 2).flatten(2, 3))
@@ -141,7 +147,7 @@ def test_attention_mass(measure, queries, dtype, impl):
         function,
         inputs=[inputs],
         moved_bytes=pages.nbytes,
-        operations=2.0 * HEADS * queries * length * DIM,  # the scores twice: their lse, their share
+        operations=1.0 * HEADS * queries * length * DIM,
         bf16=dtype == "bfloat16",
         rounds=7,
     )
