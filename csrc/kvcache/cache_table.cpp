@@ -60,6 +60,7 @@ class CacheTable::Claim {
     table_.copies_.reserve(table_.shared_.size());
     pool_.require(fresh + static_cast<int64_t>(table_.shared_.size()));
     taken_ = true;
+    table_.changed_ = !table_.shared_.empty();
     table_.copy_shared();
   }
 
@@ -134,6 +135,7 @@ void CacheTable::append(int64_t layer, int64_t tokens, const Integers* lengths,
     row.released = false;
     if (start <= row.length) continue;
     row.length = start;
+    changed_ = true;
     if (lengths_) lengths_[r] = static_cast<int32_t>(start);
     const size_t needed = static_cast<size_t>((start + block_size_ - 1) / block_size_);
     while (row.blocks.size() < needed) {

@@ -61,6 +61,8 @@ class CacheTable {
   // holds: what free() gives back, at once or, of a registered block, as soon as it is needed.
   Integers marginal(const Integers* kept) const;
 
+  // Whether the last append or write changed the table or the lengths.
+  bool changed() const { return changed_; }
   // Copies that the last append or write asks for, in any order, before the tokens are stored.
   const std::vector<Copy>& copies() const { return copies_; }
 
@@ -100,6 +102,7 @@ class CacheTable {
   std::vector<Shared> shared_;
   std::vector<int32_t> written_;  // blocks that the prefix index will have to forget
   std::vector<Copy> copies_;
+  bool changed_ = false;
   int64_t width_ = 0;
   int32_t* table_ = nullptr;
   int32_t* lengths_ = nullptr;

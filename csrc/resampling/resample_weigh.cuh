@@ -39,7 +39,7 @@ WINNOW_DEVICE float exp_weight(float x) {
 }
 
 // exp_wide.
-WINNOW_DEVICE double exp_weight(double x) {
+WINNOW_CALLED double exp_weight(double x) {
   if (!(x >= -708.0)) return 0.0;
   const double magic = 0x1.8p52;
   const double n = (x * 1.44269504088896340736 + magic) - magic;
@@ -64,7 +64,7 @@ WINNOW_DEVICE double exp_weight(double x) {
 }
 
 // log_wide.
-WINNOW_DEVICE double log_number(double x) {
+WINNOW_CALLED double log_number(double x) {
   constexpr double kInverseOdd[] = {1.0 / 3,  1.0 / 5,  1.0 / 7,  1.0 / 9,  1.0 / 11,
                                     1.0 / 13, 1.0 / 15, 1.0 / 17, 1.0 / 19, 1.0 / 21};
   constexpr int64_t kRootHalf = 0x3fe6a09e667f3bcd;
@@ -79,21 +79,20 @@ WINNOW_DEVICE double log_number(double x) {
   return e * 6.93147180369123816490e-01 + 2.0 * (s + tail);
 }
 
-// block_weights of one particle.
-template <typename Real>
-WINNOW_DEVICE Real weight_of(Real x, Real top) {
-  if (top == std::numeric_limits<Real>::infinity()) return x == top ? Real(1) : Real(0);
-  return exp_weight(x - top);
+// block_weights of one particle: in float where the weights are.
+WINNOW_DEVICE double weight_of(double x, double top, bool narrow) {
+  if (top == std::numeric_limits<double>::infinity()) return x == top ? 1.0 : 0.0;
+  if (!narrow) return exp_weight(x - top);
+  return static_cast<double>(exp_weight(static_cast<float>(x) - static_cast<float>(top)));
 }
 
 // A NaN as no weight.
-template <typename Real>
-WINNOW_DEVICE Real carried(Real x) {
-  return x == x ? x : -std::numeric_limits<Real>::infinity();
+WINNOW_DEVICE double carried(double x) {
+  return x == x ? x : -std::numeric_limits<double>::infinity();
 }
 
 // The sums of n weights and of their squares in the order of block_sums: sixteen running sums, then
-// halves. One half of a warp has the weights, the other the squares; lane 0 gets both.
+// halves. One half of a warp has the weights, the other the squares; every lane gets both.
 template <typename Real>
 WINNOW_DEVICE void ordered_sums(Global<const Real> weights, int64_t n, double* sum,
                                 double* squares) {
