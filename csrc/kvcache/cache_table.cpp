@@ -342,10 +342,12 @@ int64_t CacheTable::match_prefix(int64_t row, const Integers& tokens) {
   return held.length;
 }
 
-std::vector<bool> CacheTable::blocks_of(const Integers& rows) const {
+std::vector<bool> CacheTable::blocks_of(const char* argument, const Integers& rows) const {
   std::vector<bool> held(static_cast<size_t>(pool_->num_blocks()), false);
   for (const int64_t r : rows) {
-    if (r < 0 || r >= num_rows()) fail("rows: expected 0 <= row < ", num_rows(), ", got ", r);
+    if (r < 0 || r >= num_rows()) {
+      fail(argument, ": expected 0 <= row < ", num_rows(), ", got ", r);
+    }
     for (const int32_t block : rows_[static_cast<size_t>(r)].blocks) {
       held[static_cast<size_t>(block)] = true;
     }
@@ -355,13 +357,13 @@ std::vector<bool> CacheTable::blocks_of(const Integers& rows) const {
 
 int64_t CacheTable::retained(const Integers& rows) const {
   const auto lock = pool_->lock();
-  const std::vector<bool> held = blocks_of(rows);
+  const std::vector<bool> held = blocks_of("rows", rows);
   return std::count(held.begin(), held.end(), true);
 }
 
 CacheTable::Integers CacheTable::marginal(const Integers* kept) const {
   const auto lock = pool_->lock();
-  const std::vector<bool> held = kept ? blocks_of(*kept) : std::vector<bool>();
+  const std::vector<bool> held = kept ? blocks_of("kept", *kept) : std::vector<bool>();
   Integers counts(rows_.size(), 0);
   for (size_t r = 0; r < rows_.size(); ++r) {
     for (const int32_t block : rows_[r].blocks) {

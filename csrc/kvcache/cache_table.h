@@ -85,7 +85,7 @@ class CacheTable {
   // The registered blocks that the tokens begin with.
   std::vector<int32_t> find_prefix(const Integers& tokens) const;
   void check_count(const char* argument, const Integers& values) const;
-  std::vector<bool> blocks_of(const Integers& rows) const;
+  std::vector<bool> blocks_of(const char* argument, const Integers& rows) const;
   // What a write is about to change. It gives shares of blocks up to find out what it needs, and
   // takes them back unless the write comes about.
   class Claim;
