@@ -21,7 +21,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from gpu_bench_attention import cat_attention
+from gpu_bench_attention import block_diagonal_attention, cat_attention, chunk_attention
+from gpu_bench_memory import block_selection, gather_particles, paged_write
 from gpu_case import DEVICE, Case, close, compiled, scaled
 from gpu_timing import limits, rotation, seconds
 from torch_winnow import kvcache, reference, resampling, unmasking
@@ -112,6 +113,46 @@ def logit_stats() -> Iterator[Case]:
         {},
         scaled(32, 2) * vocab * 2,
         lambda logits: None,
+    )
+
+
+def unmask_step() -> Iterator[Case]:
+    """A block of 32 masked positions of each sequence, those below an entropy at once."""
+    vocab, batch, length = scaled(126_464, 9000), scaled(8, 2), 32
+    rule = unmasking.EntropyThreshold(3.0)
+
+    def make() -> tuple:
+        logits = 4 * torch.randn(batch, length, vocab, device=DEVICE, dtype=torch.bfloat16)
+        return torch.full((batch, length), vocab, device=DEVICE), logits
+
+    def ours(tokens, logits) -> torch.Tensor:
+        tokens.fill_(vocab)  # the step writes them
+        return unmasking.unmask_step_(tokens, logits, mask_id=vocab, rule=rule).count
+
+    def eager(tokens, logits) -> torch.Tensor:
+        tokens.fill_(vocab)
+        log_p = logits.float().log_softmax(-1)
+        entropy = -(log_p.exp() * log_p).sum(-1)
+        masked = tokens == vocab
+        entropy = entropy.masked_fill(~masked, float("inf"))
+        best = entropy == entropy.amin(-1, keepdim=True)
+        transfer = masked & ((entropy < rule.threshold) | best)
+        tokens.copy_(torch.where(transfer, logits.argmax(-1), tokens))
+        return transfer.sum(-1)
+
+    def check(tokens, logits) -> None:
+        ours(tokens, logits)
+        written = tokens.clone()
+        eager(tokens, logits)
+        assert (written == tokens).float().mean() > 0.98  # entropies next to the threshold
+
+    yield Case(
+        f"unmask_step_ EntropyThreshold {batch}x{length}x{vocab} bfloat16",
+        make,
+        ours,
+        {"eager": eager, "compiled": compiled(eager)},
+        batch * length * vocab * 2.0,
+        check,
     )
 
 
@@ -229,8 +270,14 @@ CASES = (
     logit_stats,
     speculative_verify,
     soft_embedding,
+    unmask_step,
     paged_decode,
+    paged_write,
+    block_selection,
+    gather_particles,
     cat_attention,
+    chunk_attention,
+    block_diagonal_attention,
 )
 
 
