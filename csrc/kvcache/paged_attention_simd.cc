@@ -23,6 +23,10 @@ int64_t padded_dim(const PagedAttention& call) {
   return round_up(call.head_dim, 2 * kLanes);
 }
 
+int64_t padded_values(const PagedAttention& call) {
+  return round_up(call.value_dim, kStep);
+}
+
 template <typename T>
 void load_queries(const PagedAttention& call, const PagedAttentionTask& task,
                   QueryElement<T>* queries) {
@@ -37,9 +41,12 @@ void load_queries(const PagedAttention& call, const PagedAttentionTask& task,
     if constexpr (std::is_same_v<QueryElement<T>, T>) {
       std::memcpy(static_cast<void*>(to), from, static_cast<size_t>(call.head_dim) * sizeof *to);
     } else {
-      int64_t d = 0;
-      for (; d + kWide <= call.head_dim; d += kWide) store_part(to + d, load_part(from + d));
-      if (d < call.head_dim) store_part(to + d, load_part(from + d, call.head_dim - d));
+      for (int64_t d = 0; d < call.head_dim; d += kStep) {
+        FloatPart two[2];
+        load_two(from + d, smaller(kStep, call.head_dim - d), two);
+        store_part(to + d, two[0]);
+        store_part(to + d + kWide, two[1]);
+      }
     }
   }
 }
@@ -82,7 +89,7 @@ struct Scratch {
   float* next;
 
   Scratch(const PagedAttention& call, void* memory)
-      : sums_stride(round_up(call.value_dim, kLanes)), next(static_cast<float*>(memory)) {
+      : sums_stride(padded_values(call)), next(static_cast<float*>(memory)) {
     scores = take(4 * kKeys);
     bias = take(kKeys);
   }
@@ -131,6 +138,16 @@ void attend_rows(const PagedAttention& call, const PagedAttentionTask& task, con
                     state.shrink + first,
                     ahead_of(value_row<T>(call, next.tile, next.key_head), call.value_dim,
                              call.value_stride[2], next.tile.keys));
+}
+
+// Sums of columns in their own order instead of that of load_two.
+template <typename T>
+void sort_columns(const PagedAttention& call, float* sums) {
+  for (int64_t c = 0; c < call.value_dim; c += kStep) {
+    float sorted[kStep];
+    for (int i = 0; i < kStep; ++i) sorted[place_of<T>(i)] = sums[c + i];
+    std::memcpy(sums + c, sorted, sizeof sorted);
+  }
 }
 
 // Divides by the normaliser and stores a row of the result and its lse.
@@ -211,6 +228,7 @@ void finish_task(const PagedAttention& call, const Progress<T>& progress, int64_
   const RowState& state = progress.rows.state;
   for (int64_t r = 0; r < task.rows; ++r) {
     float* sums = progress.rows.sums + r * sums_stride;
+    sort_columns<T>(call, sums);
     if (task.partial < 0) {
       finish_row<T>(call, task, task.first_row + r, sums, state.top[r], state.total[r]);
     } else {
@@ -342,8 +360,8 @@ void run_double(const PagedAttention& call, const PagedAttentionTask& task, doub
 
 void paged_attention_scratch(const PagedAttention& call, int64_t tasks, int64_t rows,
                              int64_t* floats) {
-  *floats = 5 * kKeys + tasks * (rows * (padded_dim(call) + round_up(call.value_dim, kLanes)) +
-                                 3 * round_up(rows, kLanes));
+  *floats = 5 * kKeys +
+            tasks * (rows * (padded_dim(call) + padded_values(call)) + 3 * round_up(rows, kLanes));
 }
 
 void paged_attention_tasks(const PagedAttention& call, const PagedAttentionTask* tasks,
