@@ -121,11 +121,18 @@ void attend_rows(const PagedAttention& call, const PagedAttentionTask& task, con
   const int64_t head = task.key_head;
   float* scores = scratch.scores;
   const RowState& state = rows.state;
+  const T* values = value_row<T>(call, tile, head);
+  const auto keys_ahead = [&](const Tile& of, int64_t of_head) {
+    return ahead_of(key_row<T>(call, of, of_head), call.head_dim, call.key_stride[2], of.keys);
+  };
+  const auto values_ahead = [&](const Tile& of, int64_t of_head) {
+    return ahead_of(value_row<T>(call, of, of_head), call.value_dim, call.value_stride[2], of.keys);
+  };
+  // This tile's values once more: the processor drops what it has no room for, and they come next.
   dot_rows<NR, T>(rows.queries + first * padded_dim(call), padded_dim(call),
                   key_row<T>(call, tile, head), call.key_stride[2], tile.keys, call.head_dim,
-                  scores,
-                  ahead_of(key_row<T>(call, next.tile, next.key_head), call.head_dim,
-                           call.key_stride[2], next.tile.keys));
+                  scores, keys_ahead(next.tile, next.key_head),
+                  next.tile.keys > 0 ? values_ahead(tile, head) : Ahead{});
   const int64_t length = call.seq_lens[task.batch];
   for (int r = 0; r < NR; ++r) {
     const int64_t row = first + r;
@@ -133,11 +140,9 @@ void attend_rows(const PagedAttention& call, const PagedAttentionTask& task, con
           static_cast<float>(call.scale), call.key_bias ? scratch.bias : nullptr, state.top + row,
           state.total + row, state.shrink + row);
   }
-  add_values<NR, T>(scores, value_row<T>(call, tile, head), call.value_stride[2], tile.keys,
-                    call.value_dim, rows.sums + first * scratch.sums_stride, scratch.sums_stride,
-                    state.shrink + first,
-                    ahead_of(value_row<T>(call, next.tile, next.key_head), call.value_dim,
-                             call.value_stride[2], next.tile.keys));
+  add_values<NR, T>(scores, values, call.value_stride[2], tile.keys, call.value_dim,
+                    rows.sums + first * scratch.sums_stride, scratch.sums_stride,
+                    state.shrink + first, values_ahead(next.tile, next.key_head));
 }
 
 // Sums of columns in their own order instead of that of load_two.
@@ -145,7 +150,7 @@ template <typename T>
 void sort_columns(const PagedAttention& call, float* sums) {
   for (int64_t c = 0; c < call.value_dim; c += kStep) {
     float sorted[kStep];
-    for (int i = 0; i < kStep; ++i) sorted[place_of<T>(i)] = sums[c + i];
+    for (int i = 0; i < kStep; ++i) sorted[element_in<T>(i)] = sums[c + i];
     std::memcpy(sums + c, sorted, sizeof sorted);
   }
 }

@@ -88,7 +88,7 @@ inline void store_part(float* p, FloatPart v) {
   std::memcpy(p, &v, sizeof v);
 }
 
-// Two registers out of 2 * kWide elements, in the order that costs least: that of place_of.
+// Two registers out of 2 * kWide elements, in the order that costs least: that of element_in.
 template <typename T>
 inline void load_two(const T* p, FloatPart* v) {
   v[0] = load_part(p);
@@ -113,7 +113,7 @@ inline void load_two(const T* p, int64_t n, FloatPart* v) {
 
 // Which of 2 * kWide elements lies in lane i of the two registers.
 template <typename T>
-constexpr int place_of(int i) {
+constexpr int element_in(int i) {
   if (std::is_same_v<T, c10::BFloat16>) return i < kWide ? 2 * i : 2 * (i - kWide) + 1;
   return i;
 }

@@ -81,20 +81,23 @@ inline void dot_step(const QueryElement<T>* q, int64_t q_stride, const T* const*
 // scores[r][j] = q_r . k_j for NR rows, as many keys at a time as fill a register with sums.
 template <int NR, typename T>
 void dot_rows(const QueryElement<T>* q, int64_t q_stride, const T* keys, int64_t key_stride,
-              int64_t count, int64_t dim, float* scores, Ahead ahead) {
+              int64_t count, int64_t dim, float* scores, Ahead ahead, Ahead again = {}) {
   constexpr int NK = kWide / NR;
   for (int64_t j = 0; j < count; j += NK) {
     const T* k[NK];
     for (int n = 0; n < NK; ++n) {
       const int64_t row = smaller(j + n, count - 1);
       k[n] = keys + row * key_stride;
-      ahead.fetch(ahead.bytes);
     }
     FloatPart sums[kWide];
 #pragma GCC unroll 16
     for (int i = 0; i < kWide; ++i) sums[i] = FloatPart{};
     int64_t d = 0;
-    for (; d + kStep <= dim; d += kStep) dot_step<NR>(q, q_stride, k, d, kStep, sums);
+    for (; d + kStep <= dim; d += kStep) {
+      ahead.fetch(NK * kStep * static_cast<int64_t>(sizeof(T)));
+      again.fetch(NK * kStep * static_cast<int64_t>(sizeof(T)));
+      dot_step<NR>(q, q_stride, k, d, kStep, sums);
+    }
     if (d < dim) dot_step<NR>(q, q_stride, k, d, dim - d, sums);
     float products[kWide];
     store_part(products, sum_each(sums));
@@ -157,8 +160,11 @@ inline void sum_values(const float* weights, const T* values, int64_t stride, in
     std::memcpy(&bits, weights + r * kKeys + j, sizeof bits);
     return bits == kHidden;
   };
+  constexpr int64_t kBytes = NC * kWide * static_cast<int64_t>(sizeof(T));
   for (int64_t j = 0; j < count; ++j) {
-    if (!kCareful) ahead->fetch(NC * kWide * static_cast<int64_t>(sizeof(T)));
+    if (!kCareful && (kBytes >= 64 || j % 2 == 0)) {
+      ahead->fetch(kBytes >= 64 ? kBytes : 64);
+    }
     const T* row = values + j * stride;
     FloatPart v[NC];
 #pragma GCC unroll 16
