@@ -105,10 +105,15 @@ STABLE_TORCH_LIBRARY(winnow, m) {
   m.def(
       "paged_attention(Tensor query, Tensor key_pages, Tensor value_pages, Tensor block_table, "
       "Tensor seq_lens, bool causal=True, Tensor? block_indices=None, int? window=None, "
-      "int sinks=0, Tensor? key_bias=None, float? scale=None) -> (Tensor out, Tensor lse)");
+      "int sinks=0, Tensor? key_bias=None, float? scale=None, Tensor? key_scales=None, "
+      "Tensor? value_scales=None) -> (Tensor out, Tensor lse)");
   m.def(
       "paged_write_(Tensor(a!) key_pages, Tensor(b!) value_pages, Tensor key, Tensor value, "
       "Tensor block_table, Tensor positions) -> ()");
+  m.def(
+      "paged_quantise_(Tensor(a!) key_pages, Tensor(b!) value_pages, Tensor(c!) key_scales, "
+      "Tensor(d!) value_scales, Tensor key, Tensor value, Tensor block_table, Tensor positions) "
+      "-> ()");
   m.def(
       "copy_blocks_(Tensor(a!) key_pages, Tensor(b!) value_pages, Tensor source, Tensor target) "
       "-> ()");

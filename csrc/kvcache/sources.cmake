@@ -7,14 +7,17 @@ list(APPEND WINNOW_HOST_SOURCES
 list(APPEND WINNOW_CPU_SOURCES
   csrc/kvcache/block_scores.cpp
   csrc/kvcache/paged_attention.cpp
+  csrc/kvcache/paged_quantise.cpp
   csrc/kvcache/paged_write.cpp
 )
 list(APPEND WINNOW_SIMD_SOURCES
   csrc/kvcache/block_scores_simd.cc
   csrc/kvcache/paged_attention_simd.cc
+  csrc/kvcache/paged_quantise_simd.cc
 )
 list(APPEND WINNOW_CUDA_SOURCES
   csrc/kvcache/block_scores.cu
   csrc/kvcache/paged_attention.cu
+  csrc/kvcache/paged_quantise.cu
   csrc/kvcache/paged_write.cu
 )

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from torch_winnow import _core
 from torch_winnow._kvcache.arguments import integer
 
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_QUANTISED = (torch.int8, torch.float8_e4m3fn)
 
 
 def _size(argument: str, value: int) -> int:
@@ -29,13 +31,17 @@ class BlockPool:
         num_kv_heads: key/value heads.
         head_dim: of keys.
         block_size: tokens in a block.
-        dtype: float32, bfloat16, float16 or float64.
+        dtype: float32, bfloat16, float16 or float64; or int8 or float8_e4m3fn, which hold codes of
+            one byte and a scale per block and head (``docs/kvcache/quantised.md``).
         device: where the pages lie; this release has the CPU only.
         value_head_dim: of values; ``head_dim`` by default.
 
     Attributes:
         key_pages: ``(num_layers, num_blocks, num_kv_heads, block_size, head_dim)``.
         value_pages: likewise with ``value_head_dim``.
+        key_scales: ``(num_layers, num_blocks, num_kv_heads)`` float32, by which the codes of a
+            block are multiplied; None where pages are not quantised.
+        value_scales: likewise.
 
     Raises:
         ValueError: on a size below 1 (``num_blocks`` may be 0) or that is no integer, on another
@@ -69,8 +75,11 @@ class BlockPool:
         value_head_dim = (
             head_dim if value_head_dim is None else _size("value_head_dim", value_head_dim)
         )
-        if dtype not in _FLOATING:
-            raise ValueError(f"dtype: expected float32, bfloat16, float16 or float64, got {dtype}")
+        if dtype not in _FLOATING + _QUANTISED:
+            raise ValueError(
+                "dtype: expected float32, bfloat16, float16, float64, int8 or float8_e4m3fn, got "
+                f"{dtype}"
+            )
         if torch.device(device).type != "cpu":
             raise ValueError(
                 f"device: expected cpu, where this release's operators run, got {device}"
@@ -86,10 +95,25 @@ class BlockPool:
         shape = (num_layers, num_blocks, num_kv_heads, block_size)
         self.key_pages = torch.zeros(*shape, head_dim, dtype=dtype, device=device)
         self.value_pages = torch.zeros(*shape, value_head_dim, dtype=dtype, device=device)
+        self.key_scales: Tensor | None = None
+        self.value_scales: Tensor | None = None
+        if self.quantised:
+            self.key_scales = torch.zeros(*shape[:3], device=device)
+            self.value_scales = torch.zeros(*shape[:3], device=device)
         self._split()
+
+    @property
+    def quantised(self) -> bool:
+        """Whether pages hold codes, to be multiplied by scales."""
+        return self.dtype in _QUANTISED
 
     def _split(self) -> None:
         self._layers = list(zip(self.key_pages.unbind(), self.value_pages.unbind(), strict=True))
+        self._scales: list[tuple[Tensor, ...]] = [()] * self.num_layers
+        if self.key_scales is not None and self.value_scales is not None:
+            self._scales = list(
+                zip(self.key_scales.unbind(), self.value_scales.unbind(), strict=True)
+            )
 
     def grow(self, num_blocks: int) -> None:
         """Enlarge the pool to ``num_blocks``; every cache on it goes on as before.
@@ -105,12 +129,13 @@ class BlockPool:
         if num_blocks < before:
             raise ValueError(f"num_blocks: expected at least {before}, got {num_blocks}")
         # All memory first, so that a want of it changes nothing; it is touched by the copies only.
-        larger = [
-            pages.new_empty(pages.shape[0], num_blocks, *pages.shape[2:])
-            for pages in (self.key_pages, self.value_pages)
-        ]
+        names = ("key_pages", "value_pages", *(("key_scales", "value_scales") * self.quantised))
+        larger = {}
+        for name in names:
+            pages = getattr(self, name)
+            larger[name] = pages.new_empty(pages.shape[0], num_blocks, *pages.shape[2:])
         self._native.grow(num_blocks)
-        for name, pages in zip(("key_pages", "value_pages"), larger, strict=True):
+        for name, pages in larger.items():
             pages[:, :before] = getattr(self, name)
             pages[:, before:] = 0
             setattr(self, name, pages)

@@ -15,9 +15,11 @@ from torch_winnow._kvcache.pool import BlockPool
 
 # Bound once: a look-up through torch.ops costs as much as a small op.
 _paged_write_ = torch.ops.winnow.paged_write_
+_paged_quantise_ = torch.ops.winnow.paged_quantise_
 _copy_blocks_ = torch.ops.winnow.copy_blocks_
 
-_COPIES, _RESHAPED = 1, 2  # what CacheTable.append reports
+_COPIES, _RESHAPED, _FRESH = 1, 2, 4  # what CacheTable.append reports
+_TO_QUANTISE = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _mark_written(*pages: Tensor) -> None:
@@ -122,7 +124,8 @@ class PagedKVCache:
 
         Args:
             layer: which layer.
-            key: ``(B, Hkv, T, D)`` in the pool's dtype, last dimension contiguous.
+            key: ``(B, Hkv, T, D)`` in the pool's dtype (float32, bfloat16 or float16 for a
+                quantised pool), last dimension contiguous.
             value: ``(B, Hkv, T, Dv)``.
             lengths: ``B`` counts from 0 to ``T``: row ``b`` stores its first ``lengths[b]`` tokens
                 only. Default: all of them.
@@ -147,16 +150,17 @@ class PagedKVCache:
                 self._reshape()
             if changes & _COPIES:
                 self._copy()
-        key_pages, value_pages = self.pool._layers[layer]
-        _paged_write_(key_pages, value_pages, key, value, self._block_table, positions)
-        _mark_written(key_pages, value_pages)
+            if changes & _FRESH and self.pool.quantised:
+                self._start_anew()
+        self._store(layer, key, value, positions)
 
     def write(self, layer: int, key: Tensor, value: Tensor, positions: Tensor) -> None:
         """Overwrite tokens of one layer in place.
 
         Args:
             layer: which layer.
-            key: ``(B, Hkv, T, D)`` in the pool's dtype, last dimension contiguous.
+            key: ``(B, Hkv, T, D)`` in the pool's dtype (float32, bfloat16 or float16 for a
+                quantised pool), last dimension contiguous.
             value: ``(B, Hkv, T, Dv)``.
             positions: ``(B, T)`` integers, ``0 <= position < seq_lens[b]``, in any order; of equal
                 ones the last wins.
@@ -185,9 +189,7 @@ class PagedKVCache:
         positions = positions.to(device="cpu", dtype=torch.int64).contiguous()
         if self._native.write(layer, tokens, positions.data_ptr()):
             self._copy()
-        key_pages, value_pages = self.pool._layers[layer]
-        _paged_write_(key_pages, value_pages, key, value, self._block_table, positions)
-        _mark_written(key_pages, value_pages)
+        self._store(layer, key, value, positions)
 
     def fork(self, parents: Sequence[int] | Tensor) -> PagedKVCache:
         """A new cache whose row ``r`` continues this one's row ``parents[r]``; rows may repeat.
@@ -292,6 +294,30 @@ class PagedKVCache:
             pool.key_pages, pool.value_pages, torch.tensor(sources), torch.tensor(targets)
         )
         _mark_written(pool.key_pages, pool.value_pages)
+        if pool.key_scales is not None and pool.value_scales is not None:
+            # A scale is a page of one number.
+            key_scales, value_scales = pool.key_scales, pool.value_scales
+            _copy_blocks_(
+                key_scales[..., None, None],
+                value_scales[..., None, None],
+                torch.tensor(sources),
+                torch.tensor(targets),
+            )
+            _mark_written(key_scales, value_scales)
+
+    def _start_anew(self) -> None:
+        # What a block's last owner needed is no measure for the next one.
+        for scales in (self.pool.key_scales, self.pool.value_scales):
+            assert scales is not None
+            scales[:, self._native.fresh] = 0
+
+    def _store(self, layer: int, key: Tensor, value: Tensor, positions: Tensor) -> None:
+        pages, scales = self.pool._layers[layer], self.pool._scales[layer]
+        if scales:
+            _paged_quantise_(*pages, *scales, key, value, self._block_table, positions)
+        else:
+            _paged_write_(*pages, key, value, self._block_table, positions)
+        _mark_written(*pages, *scales)
 
     def _check(self, key: Tensor, value: Tensor) -> None:
         """Everything that the store could refuse, before anything is changed."""
@@ -305,9 +331,11 @@ class PagedKVCache:
                     f"{name}: expected (B, Hkv, T, D) = ({self.batch_size}, {self._heads}, "
                     f"{tokens if name == 'value' else 'T'}, {dim}), got {tuple(tensor.shape)}"
                 )
-            if tensor.dtype != self.pool.dtype or tensor.device != self.pool.device:
+            dtypes = _TO_QUANTISE if self.pool.quantised else (self.pool.dtype,)
+            if tensor.dtype not in dtypes or tensor.device != self.pool.device:
+                expected = " or ".join(map(str, dtypes))
                 raise ValueError(
-                    f"{name}: expected {self.pool.dtype} on {self.pool.device} as in the pool, got "
+                    f"{name}: expected {expected} on {self.pool.device} as in the pool, got "
                     f"{tensor.dtype} on {tensor.device}"
                 )
             if dim > 1 and tensor.stride(3) != 1 and tensor.numel() > 0:
@@ -331,6 +359,22 @@ def _(
     positions: Tensor,
 ) -> None:
     check_same_device(key_pages=key_pages, value_pages=value_pages, key=key, value=value)
+    check_same_device(key_pages=key_pages, block_table=block_table, positions=positions)
+
+
+@torch.library.register_fake("winnow::paged_quantise_")
+def _(
+    key_pages: Tensor,
+    value_pages: Tensor,
+    key_scales: Tensor,
+    value_scales: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_table: Tensor,
+    positions: Tensor,
+) -> None:
+    check_same_device(key_pages=key_pages, value_pages=value_pages, key=key, value=value)
+    check_same_device(key_pages=key_pages, key_scales=key_scales, value_scales=value_scales)
     check_same_device(key_pages=key_pages, block_table=block_table, positions=positions)
 
 

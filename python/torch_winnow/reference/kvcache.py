@@ -19,6 +19,8 @@ def paged_attention(
     sinks: int = 0,
     key_bias: Tensor | None = None,
     scale: float | None = None,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention of each query head over the keys that its query may see."""
@@ -26,6 +28,9 @@ def paged_attention(
     blocks, key_heads, block_size, _ = key_pages.shape
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
     scale = dim**-0.5 if scale is None else scale
+    if key_scales is not None and value_scales is not None:
+        key_pages = key_pages.to(wide) * key_scales[..., None, None]
+        value_pages = value_pages.to(wide) * value_scales[..., None, None]
     out = query.new_zeros(batch, heads, queries, value_pages.shape[-1])
     lse = torch.full((batch, heads, queries), -torch.inf, dtype=wide, device=query.device)
     if key_bias is not None:
