@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 
 from conftest import TOLERANCE
 from test_kvcache_attention import make
-from torch_winnow import _library
-from torch_winnow.kvcache import BlockPool, PagedKVCache, paged_attention
-from torch_winnow.reference import paged_attention as defined_attention
+from torch_winnow import _library, reference
+from torch_winnow.kvcache import BlockPool, PagedKVCache, block_summaries, paged_attention
 from torch_winnow.reference.quantised import code_scale, paged_quantise_
 
 CODES = (torch.int8, torch.float8_e4m3fn)
@@ -141,7 +140,9 @@ def test_attention_matches_definition(
     finally:
         _library.set_cpu_capability(before)
     assert out.dtype == dtype
-    expected, expected_lse = defined_attention(query.double(), *pages, table, seq_lens, **options)
+    expected, expected_lse = reference.paged_attention(
+        query.double(), *pages, table, seq_lens, **options
+    )
     tolerance = {k: 4 * v for k, v in TOLERANCE[dtype].items()}
     torch.testing.assert_close(out.double(), expected, **tolerance)
     torch.testing.assert_close(lse.double(), expected_lse, rtol=2e-5, atol=2e-5)
@@ -277,6 +278,25 @@ def test_not_a_number(code):
     others = torch.ones_like(got, dtype=torch.bool)
     others[0, 1, 2:5] = False
     close(got[others], key[0][others], code)
+
+
+@codes
+@pytest.mark.parametrize("kind", ["minmax", "mean"])
+def test_summaries(code, kind, cpu_capability):
+    """Of the numbers, not of the codes; a pool keeps them in step with scales that rise."""
+    pool = BlockPool(
+        6, num_layers=1, num_kv_heads=2, head_dim=20, block_size=4, dtype=code, summaries=kind
+    )
+    cache = PagedKVCache(pool, 2)
+    for spread in (1.0, 5.0, 0.1):
+        cache.append(0, *tokens_of(2, 3, dim=20, spread=spread))
+        call = (pool.key_pages[0], cache.block_table, cache.seq_lens, kind)
+        expected = reference.block_summaries(*call, key_scales=pool.key_scales[0])
+        ours = block_summaries(*call, key_scales=pool.key_scales[0])
+        torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-6)
+        kept = pool.summaries[0][cache.block_table.long()].transpose(1, 2)
+        assert torch.equal(kept, ours)
+    refuses("key_scales: expected those of the quantised pages", lambda: block_summaries(*call))
 
 
 # Relative errors (norm of the difference over norm of the result) against float32 keys and values,

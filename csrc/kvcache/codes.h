@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #ifdef __CUDACC__
 #define WINNOW_CODES __host__ __device__ inline
@@ -26,7 +27,16 @@ struct Float8 {
 
 namespace {
 
+template <typename T>
+constexpr bool kCoded = std::is_same_v<T, int8_t> || std::is_same_v<T, Float8>;
+
 constexpr float kLargestFloat = 0x1.fffffep127f;
+
+template <typename Code>
+WINNOW_CODES CodeType code_type_of() {
+  static_assert(kCoded<Code>);
+  return std::is_same_v<Code, int8_t> ? CodeType::kInt8 : CodeType::kFloat8;
+}
 
 WINNOW_CODES float largest_code(CodeType type) {
   return type == CodeType::kInt8 ? 127.0f : 448.0f;

@@ -59,21 +59,22 @@ struct Tile {
 
 // The tiles of a task in ascending order, without those that none of its rows sees.
 struct Walk {
-  const PagedAttention& call;
   const int32_t* table;
   const int32_t* list;
+  int64_t block_size;
   int64_t length;
   Span span;
   int64_t entry;
   int64_t end;
   int64_t slot;
 
+  Walk() = default;
   Walk(const PagedAttention& c, const PagedAttentionTask& task)
-      : call(c),
-        table(c.block_table + task.batch * c.table_stride),
+      : table(c.block_table + task.batch * c.table_stride),
         list(c.block_indices ? c.block_indices + task.batch * c.indices_stride[0] +
                                    task.key_head * c.indices_stride[1]
                              : nullptr),
+        block_size(c.block_size),
         length(c.seq_lens[task.batch]),
         span(span_of(c, length, task.first_row)),
         entry(task.begin),
@@ -88,8 +89,8 @@ struct Walk {
     for (; entry < end; ++entry, slot = 0) {
       const int64_t logical = list ? list[entry] : entry;
       if (logical < 0) continue;
-      const int64_t start = logical * call.block_size;
-      const int64_t stop = smaller(call.block_size, length - start);
+      const int64_t start = logical * block_size;
+      const int64_t stop = smaller(block_size, length - start);
       while (slot < stop) {
         const int64_t keys = smaller(kKeys, stop - slot);
         *tile = {start + slot, keys, table[logical], slot};

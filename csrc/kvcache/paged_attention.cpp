@@ -1,6 +1,7 @@
 // winnow::paged_attention on the CPU. A task is the rows of one key head against a fixed number of
 // keys: few queries over a long cache still fill every core, and because the split depends on
-// the shape alone, the result does not depend on the number of threads.
+// the shape alone, the result does not depend on the number of threads. Tasks of several sequences
+// that share blocks run together (a cascade), so that a shared block is read once for all.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -88,40 +89,99 @@ void check_indices(const Tensor& indices, const Tensor& seq_lens, int64_t block_
   }
 }
 
-std::vector<PagedAttentionTask> make_tasks(const PagedAttention& call, int64_t batch,
-                                           int64_t list_length, int64_t split,
-                                           std::vector<PagedAttentionTask>* merges,
-                                           std::vector<int64_t>* merge_splits,
-                                           int64_t* partial_rows) {
-  const int64_t rows = call.queries * call.group;
+// The tasks of a call. Cascades are runs of tasks, [cascades[i], cascades[i + 1]), that a thread
+// takes through the keys together; merges join the splits of a row.
+struct Plan {
   std::vector<PagedAttentionTask> tasks;
-  tasks.reserve(static_cast<size_t>(batch * call.key_heads * ((rows - 1) / kAttentionRows + 1)));
+  std::vector<int64_t> cascades;
+  std::vector<PagedAttentionTask> merges;
+  std::vector<int64_t> merge_splits;
+  int64_t partial_rows = 0;
+  int64_t longest = 1;  // tasks of a cascade
+};
+
+// Batch rows with the same first block in split `begin` next to each other: rows that share blocks
+// are forks, and forks share a beginning. Lists differ in length and choice, so that the table
+// decides for them.
+void order_by_block(const PagedAttention& call, int64_t begin, std::vector<int64_t>* rows,
+                    std::vector<int32_t>* first_block) {
+  const int64_t entry = call.block_indices ? 0 : begin;
+  const auto block = [&](int64_t b) {
+    return call.seq_lens[b] > entry * call.block_size
+               ? call.block_table[b * call.table_stride + entry]
+               : -1;
+  };
+  std::stable_sort(rows->begin(), rows->end(),
+                   [&](int64_t a, int64_t b) { return block(a) < block(b); });
+  first_block->clear();
+  for (const int64_t b : *rows) first_block->push_back(block(b));
+}
+
+// Splits depend on the lengths alone, so that neither threads nor other rows of the batch change a
+// result; which tasks go together is free.
+Plan make_plan(const PagedAttention& call, int64_t batch, int64_t list_length, int64_t split,
+               int64_t threads) {
+  const int64_t rows = call.queries * call.group;
+  Plan plan;
+  std::vector<int64_t> splits(static_cast<size_t>(batch), 1);
+  std::vector<int64_t> partial(static_cast<size_t>(batch), -1);  // of the row's first task
+  const auto entries_of = [&](int64_t b) {
+    return call.block_indices ? list_length
+                              : (call.seq_lens[b] + call.block_size - 1) / call.block_size;
+  };
+  int64_t most_splits = 1;
+  int64_t tasks = 0;
   for (int64_t b = 0; b < batch; ++b) {
-    const int64_t blocks = (call.seq_lens[b] + call.block_size - 1) / call.block_size;
-    const int64_t entries = call.block_indices ? list_length : blocks;
-    const int64_t splits = split > 0 ? std::max<int64_t>(1, (entries + split - 1) / split) : 1;
+    const auto i = static_cast<size_t>(b);
+    if (split > 0) splits[i] = std::max<int64_t>(1, (entries_of(b) + split - 1) / split);
+    most_splits = std::max(most_splits, splits[i]);
+    tasks += splits[i];
+    if (splits[i] == 1) continue;
+    partial[i] = plan.partial_rows;
+    plan.partial_rows += call.key_heads * splits[i] * rows;
     for (int64_t h = 0; h < call.key_heads; ++h) {
-      for (int64_t first = 0; first < rows; first += kAttentionRows) {
-        PagedAttentionTask task{b, h,       first, std::min(kAttentionRows, rows - first),
-                                0, entries, -1};
-        if (splits == 1) {
-          tasks.push_back(task);
-          continue;
-        }
-        task.partial = *partial_rows;
-        merges->push_back(task);
-        merge_splits->push_back(splits);
-        for (int64_t s = 0; s < splits; ++s) {
-          task.begin = s * split;
-          task.end = std::min(entries, (s + 1) * split);
-          task.partial = *partial_rows;
-          *partial_rows += task.rows;
-          tasks.push_back(task);
+      plan.merges.push_back({b, h, 0, rows, 0, 0, partial[i] + h * splits[i] * rows});
+      plan.merge_splits.push_back(splits[i]);
+    }
+  }
+  tasks *= call.key_heads * ((rows - 1) / kAttentionRows + 1);
+  plan.tasks.reserve(static_cast<size_t>(tasks));
+  // Many queries are worth more than the bytes of a block, and their sums would not fit together.
+  const int64_t most =
+      rows <= kAttentionRows
+          ? std::min({kCascadeTasks, kCascadeRows / rows, std::max<int64_t>(1, tasks / threads)})
+          : 1;
+  std::vector<int64_t> order;
+  std::vector<int32_t> first_block;
+  for (int64_t s = 0; s < most_splits; ++s) {
+    order.clear();
+    for (int64_t b = 0; b < batch; ++b) {
+      if (splits[static_cast<size_t>(b)] > s) order.push_back(b);
+    }
+    if (most > 1) order_by_block(call, s * split, &order, &first_block);
+    for (int64_t h = 0; h < call.key_heads; ++h) {
+      for (size_t i = 0; i < order.size(); ++i) {
+        const int64_t b = order[i];
+        const int64_t count = splits[static_cast<size_t>(b)];
+        const int64_t entries = entries_of(b);
+        for (int64_t first = 0; first < rows; first += kAttentionRows) {
+          const auto place = static_cast<int64_t>(plan.tasks.size());
+          const bool joins = most > 1 && i > 0 && first_block[i] >= 0 &&
+                             first_block[i] == first_block[i - 1] &&
+                             place - plan.cascades.back() < most;
+          if (!joins) plan.cascades.push_back(place);
+          plan.longest = std::max(plan.longest, place + 1 - plan.cascades.back());
+          const int64_t begin = count > 1 ? s * split : 0;
+          const int64_t end = count > 1 ? std::min(entries, begin + split) : entries;
+          plan.tasks.push_back(
+              {b, h, first, std::min(kAttentionRows, rows - first), begin, end,
+               count > 1 ? partial[static_cast<size_t>(b)] + (h * count + s) * rows : -1});
         }
       }
     }
   }
-  return tasks;
+  plan.cascades.push_back(static_cast<int64_t>(plan.tasks.size()));
+  return plan;
 }
 
 void attend(const PagedAttention& call, int64_t batch, int64_t list_length) {
@@ -129,23 +189,22 @@ void attend(const PagedAttention& call, int64_t batch, int64_t list_length) {
   if (batch == 0 || rows == 0 || call.key_heads == 0) return;
   // Many queries fill the cores by themselves, and their partial results would be large.
   const bool split = rows <= kAttentionRows && call.type != ElementType::kDouble;
-  std::vector<PagedAttentionTask> merges;
-  std::vector<int64_t> merge_splits;
-  int64_t partial_rows = 0;
-  const std::vector<PagedAttentionTask> tasks = make_tasks(
-      call, batch, list_length, split ? std::max<int64_t>(1, kSplitKeys / call.block_size) : 0,
-      &merges, &merge_splits, &partial_rows);
-  const AlignedFloats partial = aligned_floats(partial_rows * (call.value_dim + 2));
+  const auto available = static_cast<int64_t>(torch::stable::get_num_threads());
+  const Plan plan =
+      make_plan(call, batch, list_length,
+                split ? std::max<int64_t>(1, kSplitKeys / call.block_size) : 0, available);
+  const AlignedFloats partial = aligned_floats(plan.partial_rows * (call.value_dim + 2));
 
   int64_t keys = 0;
-  for (const PagedAttentionTask& task : tasks) keys += (task.end - task.begin) * call.block_size;
+  for (const PagedAttentionTask& task : plan.tasks) {
+    keys += (task.end - task.begin) * call.block_size;
+  }
   const int64_t work = keys * std::min(rows, kAttentionRows) * (call.head_dim + call.value_dim);
-  const int64_t count = static_cast<int64_t>(tasks.size());
-  const int64_t threads =
-      std::max<int64_t>(1, std::min({static_cast<int64_t>(torch::stable::get_num_threads()), count,
-                                     work / kThreadWork}));
+  const auto count = static_cast<int64_t>(plan.cascades.size()) - 1;
+  const int64_t threads = std::max<int64_t>(1, std::min({available, count, work / kThreadWork}));
   int64_t scratch_floats = 0;
-  WINNOW_SIMD(paged_attention_scratch)(call, std::min(rows, kAttentionRows), &scratch_floats);
+  WINNOW_SIMD(paged_attention_scratch)(call, plan.longest, std::min(rows, kAttentionRows),
+                                       &scratch_floats);
   const int64_t stride = (scratch_floats + 15) / 16 * 16 * 2;  // room for doubles
   const AlignedFloats scratch = aligned_floats(threads * stride);
 
@@ -164,15 +223,18 @@ void attend(const PagedAttention& call, int64_t batch, int64_t list_length) {
       }
     });
   };
-  const auto run = WINNOW_SIMD(paged_attention_task);
+  const auto run = WINNOW_SIMD(paged_attention_tasks);
   for_each(count, [&](int64_t i, bool more, float* memory) {
-    run(call, tasks[static_cast<size_t>(i)], more ? &tasks[static_cast<size_t>(i + 1)] : nullptr,
+    const int64_t* cascade = &plan.cascades[static_cast<size_t>(i)];
+    const PagedAttentionTask* tasks = plan.tasks.data();
+    run(call, tasks + cascade[0], cascade[1] - cascade[0], more ? tasks + cascade[1] : nullptr,
         memory, partial.get());
   });
   const auto merge = WINNOW_SIMD(paged_attention_merge);
-  for_each(static_cast<int64_t>(merges.size()), [&](int64_t i, bool, float* memory) {
-    const PagedAttentionTask& rows_of = merges[static_cast<size_t>(i)];
-    merge(call, rows_of, merge_splits[static_cast<size_t>(i)], rows_of.rows, memory, partial.get());
+  for_each(static_cast<int64_t>(plan.merges.size()), [&](int64_t i, bool, float* memory) {
+    const PagedAttentionTask& rows_of = plan.merges[static_cast<size_t>(i)];
+    merge(call, rows_of, plan.merge_splits[static_cast<size_t>(i)], rows_of.rows, memory,
+          partial.get());
   });
 }
 

@@ -18,7 +18,8 @@ constexpr int64_t kMostDim = 256;
 constexpr int64_t kUnbounded = int64_t{1} << 40;
 
 template <int kElements, int N, int kRows, int kSteps, typename T, typename Real>
-void run(PagedCall<T, Real>& call, int64_t pairs, const Tensor& query, const Stream& stream) {
+void run(PagedCall<T, Real>& call, const Tensor& query, const Stream& stream) {
+  const int64_t pairs = call.batch * call.key_heads;
   const int64_t rows = call.queries * call.group;
   call.splits = 1;
   call.split_entries = call.entries;
@@ -70,31 +71,31 @@ AnyFloating<Memory> any_floating(const Tensor& tensor) {
 }
 
 template <typename T, typename Real>
-void pick(PagedCall<T, Real>& call, int64_t pairs, const Tensor& query, const Tensor& key_pages,
+void pick(PagedCall<T, Real>& call, const Tensor& query, const Tensor& key_pages,
           const Tensor& value_pages, const Stream& stream) {
   const int64_t dim = call.head_dim > call.value_dim ? call.head_dim : call.value_dim;
   constexpr int N = 16 / sizeof(T);
   // As many rows and steps as fit 255 registers without spilling.
   constexpr int kSteps = sizeof(T) == 2 ? 4 : 2;
   if constexpr (std::is_same_v<T, double>) {
-    return run<32, 1, 1, 1>(call, pairs, query, stream);
+    return run<32, 1, 1, 1>(call, query, stream);
   } else if constexpr (kCoded<T>) {
     // Queries are read one by one, so that only the pages have to be aligned.
     if (dim <= 64 && aligned<8>(key_pages) && aligned<8>(value_pages)) {
-      return run<8, 8, 4, 4>(call, pairs, query, stream);
+      return run<8, 8, 4, 4>(call, query, stream);
     }
     if (!aligned<16>(key_pages) || !aligned<16>(value_pages)) {
-      return run<32, 1, 1, 2>(call, pairs, query, stream);
+      return run<32, 1, 1, 2>(call, query, stream);
     }
-    if (dim <= 128) return run<16, 16, 4, 4>(call, pairs, query, stream);
-    return run<32, 16, 2, 2>(call, pairs, query, stream);
+    if (dim <= 128) return run<16, 16, 4, 4>(call, query, stream);
+    return run<32, 16, 2, 2>(call, query, stream);
   } else {
     if (!aligned<N>(query) || !aligned<N>(key_pages) || !aligned<N>(value_pages)) {
-      return run<32, 1, 1, 2>(call, pairs, query, stream);
+      return run<32, 1, 1, 2>(call, query, stream);
     }
-    if (dim <= 64) return run<8, N, 4, 4>(call, pairs, query, stream);
-    if (dim <= 128) return run<16, N, 4, kSteps>(call, pairs, query, stream);
-    return run<32, N, 2, kSteps / 2>(call, pairs, query, stream);
+    if (dim <= 64) return run<8, N, 4, 4>(call, query, stream);
+    if (dim <= 128) return run<16, N, 4, kSteps>(call, query, stream);
+    return run<32, N, 2, kSteps / 2>(call, query, stream);
   }
 }
 
@@ -250,6 +251,7 @@ std::tuple<Tensor, Tensor> paged_attention_cuda(
     call.key_bias = bias;
     call.num_blocks = key_pages.size(0);
     call.block_size = key_pages.size(2);
+    call.batch = batch;
     call.key_heads = key_heads;
     call.group = heads / key_heads;
     call.queries = queries;
@@ -262,7 +264,7 @@ std::tuple<Tensor, Tensor> paged_attention_cuda(
         scale ? *scale : 1.0 / std::sqrt(static_cast<double>(std::max<int64_t>(1, head_dim)));
     call.scale = static_cast<Real>(factor * 1.4426950408889634);
     call.lse = global<Real>(lse);
-    pick(call, batch * key_heads, query, key_pages, value_pages, stream);
+    pick(call, query, key_pages, value_pages, stream);
   };
   if (!quantised) {
     dispatch_floating(query, attend_pages);

@@ -20,11 +20,8 @@ constexpr int kWarps = kThreads / kWarp;
 constexpr int kSharers = 8;                     // lanes per key
 constexpr int kKeysAbreast = kWarp / kSharers;  // keys that a warp works on at once
 
-// Pages of codes; their queries and results are of a dtype that is looked up at run time.
-template <typename T>
-constexpr bool kCoded = std::is_same_v<T, int8_t> || std::is_same_v<T, Float8>;
-
-// One of the pointers is set. `Memory` is float or const float.
+// Queries and results over pages of codes, whose dtype is looked up at run time. One of the
+// pointers is set. `Memory` is float or const float.
 template <typename Memory>
 struct AnyFloating {
   template <typename T>
@@ -91,6 +88,7 @@ struct PagedCall {
   KeyBias key_bias;
   int64_t num_blocks;
   int64_t block_size;
+  int64_t batch;
   int64_t key_heads;
   int64_t group;
   int64_t queries;
@@ -191,11 +189,13 @@ attend(PagedCall<T, Real> call) {
   if (task >= call.tasks) return;
   const int64_t rows = call.queries * call.group;
   const int64_t row_tiles = ceil_div<int64_t>(rows, kRows);
-  const int64_t split = task % call.splits;
-  const int64_t first_row = task / call.splits % row_tiles * kRows;
-  const int64_t pair = task / call.splits / row_tiles;
-  const int64_t head = pair % call.key_heads;
-  const int64_t batch = pair / call.key_heads;
+  // Sequences before splits: what forks share is read by neighbouring warps, once from memory.
+  const int64_t first_row = task % row_tiles * kRows;
+  const int64_t batch = task / row_tiles % call.batch;
+  const int64_t part = task / row_tiles / call.batch;
+  const int64_t split = part % call.splits;
+  const int64_t head = part / call.splits;
+  const int64_t pair = batch * call.key_heads + head;
   const int sharer = lane_index() % kSharers;
   const int abreast = lane_index() / kSharers;
   const Real none = -std::numeric_limits<Real>::infinity();

@@ -12,6 +12,7 @@
 
 #include "common/dispatch_simd.h"
 #include "common/lanes.h"
+#include "kvcache/code_numbers.h"
 #include "kvcache/page_walk.h"
 #include "kvcache/tile_codes.h"
 #include "kvcache/tile_lanes.h"
@@ -87,28 +88,39 @@ void load_bias(const PagedAttention& call, const Tile& tile, int64_t head, float
   });
 }
 
+// The memory of one task.
+template <typename T>
+struct Rows {
+  RowElement<T>* queries;
+  float* sums;
+  RowState state;
+};
+
+// What the tasks of a thread have in turn, and the memory of each.
 template <typename T>
 struct Scratch {
-  RowElement<T>* queries;
   float* scores;
-  float* sums;
   float* bias;
-  RowState state;
   int64_t sums_stride;
+  float* next;
 
-  Scratch(const PagedAttention& call, int64_t rows, void* memory) {
-    float* p = static_cast<float*>(memory);
-    const auto take = [&](int64_t floats) {
-      float* taken = p;
-      p += round_up(floats, kLanes);
-      return taken;
-    };
-    sums_stride = round_up(call.value_dim, kLanes);
-    queries = reinterpret_cast<RowElement<T>*>(take(rows * padded_dim(call)));
+  Scratch(const PagedAttention& call, void* memory)
+      : sums_stride(round_up(call.value_dim, kLanes)), next(static_cast<float*>(memory)) {
     scores = take(4 * kKeys);
-    sums = take(rows * sums_stride);
     bias = take(kKeys);
-    state = {take(rows), take(rows), take(rows)};
+  }
+
+  Rows<T> rows(const PagedAttention& call, int64_t count) {
+    auto* queries = reinterpret_cast<RowElement<T>*>(take(count * padded_dim(call)));
+    float* sums = take(count * sums_stride);
+    return {queries, sums, {take(count), take(count), take(count)}};
+  }
+
+ private:
+  float* take(int64_t floats) {
+    float* taken = next;
+    next += round_up(floats, kLanes);
+    return taken;
   }
 };
 
@@ -120,12 +132,13 @@ struct Upcoming {
 
 template <int NR, typename T>
 void attend_rows(const PagedAttention& call, const PagedAttentionTask& task, const Tile& tile,
-                 const Upcoming& next, int64_t first, const Scratch<T>& scratch) {
+                 const Upcoming& next, int64_t first, const Scratch<T>& scratch,
+                 const Rows<T>& rows) {
   using Page = PageElement<T>;
   const int64_t head = task.key_head;
   float* scores = scratch.scores;
-  const RowState& state = scratch.state;
-  const RowElement<T>* queries = scratch.queries + first * padded_dim(call);
+  const RowState& state = rows.state;
+  const RowElement<T>* queries = rows.queries + first * padded_dim(call);
   const Page* keys = key_row<Page>(call, tile, head);
   const Ahead keys_ahead = ahead_of(key_row<Page>(call, next.tile, next.key_head), call.head_dim,
                                     call.key_stride[2], next.tile.keys);
@@ -149,7 +162,7 @@ void attend_rows(const PagedAttention& call, const PagedAttentionTask& task, con
   const Page* values = value_row<Page>(call, tile, head);
   const Ahead values_ahead = ahead_of(value_row<Page>(call, next.tile, next.key_head),
                                       call.value_dim, call.value_stride[2], next.tile.keys);
-  float* sums = scratch.sums + first * scratch.sums_stride;
+  float* sums = rows.sums + first * scratch.sums_stride;
   add_weighted<NR, T>(scores, values, call.value_stride[2], tile.keys, call.value_dim, sums,
                       scratch.sums_stride, state.shrink + first, values_ahead);
 }
@@ -177,54 +190,71 @@ void finish_row(const PagedAttention& call, const PagedAttentionTask& task, int6
   static_cast<float*>(call.lse)[index] = total == 0.0f ? kNone : top + __builtin_logf(total);
 }
 
+// A task on its way through its tiles.
 template <typename T>
-void run_task(const PagedAttention& call, const PagedAttentionTask& task,
-              const PagedAttentionTask* after, void* memory, float* partial) {
-  const Scratch<T> scratch(call, task.rows, memory);
-  const RowState& state = scratch.state;
-  load_queries<T>(call, task, scratch.queries);
-  std::memset(scratch.sums, 0,
-              static_cast<size_t>(task.rows * scratch.sums_stride) * sizeof(float));
-  for (int64_t r = 0; r < task.rows; ++r) {
-    state.top[r] = kNone;
-    state.total[r] = 0.0f;
+struct Progress {
+  const PagedAttentionTask* task;
+  Rows<T> rows;
+  Walk walk;
+  Tile tile;  // the present one; no keys at the end
+  Tile next;
+
+  void begin(const PagedAttention& call, const PagedAttentionTask& of, Scratch<T>* scratch) {
+    task = &of;
+    rows = scratch->rows(call, of.rows);
+    walk = Walk(call, of);
+    load_queries<T>(call, of, rows.queries);
+    std::memset(rows.sums, 0, static_cast<size_t>(of.rows * scratch->sums_stride) * sizeof(float));
+    for (int64_t r = 0; r < of.rows; ++r) {
+      rows.state.top[r] = kNone;
+      rows.state.total[r] = 0.0f;
+    }
+    advance();
+    advance();
   }
-  const int64_t length = call.seq_lens[task.batch];
-  Walk walk(call, task);
-  Tile tile;
-  Tile next{};
-  bool more = walk.next(&tile);
-  while (more) {
-    more = walk.next(&next);
-    if (call.key_bias) load_bias(call, tile, task.key_head, scratch.bias);
-    Upcoming ahead{next, task.key_head};
-    if (!more) {
-      ahead = {Tile{}, 0};  // no keys
-      if (after && Walk(call, *after).next(&next)) ahead = {next, after->key_head};
-    }
-    for (int64_t r = 0; r < task.rows;) {
-      const int64_t step = task.rows - r >= 4 ? 4 : task.rows - r >= 2 ? 2 : 1;
-      // Rows ascend in position, so their spans do: the last one's end and the first one's start.
-      Span span = span_of(call, length, task.first_row + r);
-      const Span last = span_of(call, length, task.first_row + r + step - 1);
-      span.high = last.high;
-      span.sinks = last.sinks;
-      if (!span.misses(tile.position, tile.keys)) {
-        if (step == 4) {
-          attend_rows<4, T>(call, task, tile, ahead, r, scratch);
-        } else if (step == 2) {
-          attend_rows<2, T>(call, task, tile, ahead, r, scratch);
-        } else {
-          attend_rows<1, T>(call, task, tile, ahead, r, scratch);
-        }
-        ahead.tile.keys = 0;  // once is enough
-      }
-      r += step;
-    }
+
+  void advance() {
     tile = next;
+    if (!walk.next(&next)) next = Tile{};
   }
+};
+
+// The present tile for all rows of a task.
+template <typename T>
+void attend_tile(const PagedAttention& call, const Progress<T>& progress, Upcoming ahead,
+                 const Scratch<T>& scratch) {
+  const PagedAttentionTask& task = *progress.task;
+  const Tile& tile = progress.tile;
+  const int64_t length = call.seq_lens[task.batch];
+  if (call.key_bias) load_bias(call, tile, task.key_head, scratch.bias);
+  for (int64_t r = 0; r < task.rows;) {
+    const int64_t step = task.rows - r >= 4 ? 4 : task.rows - r >= 2 ? 2 : 1;
+    // Rows ascend in position, so their spans do: the last one's end and the first one's start.
+    Span span = span_of(call, length, task.first_row + r);
+    const Span last = span_of(call, length, task.first_row + r + step - 1);
+    span.high = last.high;
+    span.sinks = last.sinks;
+    if (!span.misses(tile.position, tile.keys)) {
+      if (step == 4) {
+        attend_rows<4, T>(call, task, tile, ahead, r, scratch, progress.rows);
+      } else if (step == 2) {
+        attend_rows<2, T>(call, task, tile, ahead, r, scratch, progress.rows);
+      } else {
+        attend_rows<1, T>(call, task, tile, ahead, r, scratch, progress.rows);
+      }
+      ahead.tile.keys = 0;  // once is enough
+    }
+    r += step;
+  }
+}
+
+template <typename T>
+void finish_task(const PagedAttention& call, const Progress<T>& progress, int64_t sums_stride,
+                 float* partial) {
+  const PagedAttentionTask& task = *progress.task;
+  const RowState& state = progress.rows.state;
   for (int64_t r = 0; r < task.rows; ++r) {
-    float* sums = scratch.sums + r * scratch.sums_stride;
+    float* sums = progress.rows.sums + r * sums_stride;
     if (task.partial < 0) {
       finish_row<T>(call, task, task.first_row + r, sums, state.top[r], state.total[r]);
     } else {
@@ -234,6 +264,42 @@ void run_task(const PagedAttention& call, const PagedAttentionTask& task,
       to[call.value_dim + 1] = state.total[r];
     }
   }
+}
+
+// Positions outside, tasks inside: a tile that several tasks share comes from memory for the first
+// and from the cache for the others. What a task computes does not depend on its company.
+template <typename T>
+void run_tasks(const PagedAttention& call, const PagedAttentionTask* tasks, int64_t count,
+               const PagedAttentionTask* after, void* memory, float* partial) {
+  Scratch<T> scratch(call, memory);
+  Progress<T> all[kCascadeTasks];
+  for (int64_t i = 0; i < count; ++i) all[i].begin(call, tasks[i], &scratch);
+  const int64_t key_head = tasks->key_head;
+  for (;;) {
+    int64_t position = INT64_MAX;
+    for (int64_t i = 0; i < count; ++i) {
+      if (all[i].tile.keys > 0) position = smaller(position, all[i].tile.position);
+    }
+    if (position == INT64_MAX) break;
+    Tile fetched{};
+    for (int64_t i = 0; i < count; ++i) {
+      Progress<T>& one = all[i];
+      if (one.tile.keys == 0 || one.tile.position != position) continue;
+      Upcoming ahead{one.next, key_head};
+      if (one.next.block == fetched.block && one.next.position == fetched.position) {
+        ahead.tile.keys = 0;  // no keys
+      }
+      if (one.next.keys > 0) {
+        fetched = one.next;
+      } else if (after && i == 0) {
+        Walk walk(call, *after);
+        if (walk.next(&ahead.tile)) ahead.key_head = after->key_head;
+      }
+      attend_tile(call, one, ahead, scratch);
+      one.advance();
+    }
+  }
+  for (int64_t i = 0; i < count; ++i) finish_task(call, all[i], scratch.sums_stride, partial);
 }
 
 template <typename T>
@@ -316,15 +382,6 @@ void run_double(const PagedAttention& call, const PagedAttentionTask& task, doub
   }
 }
 
-template <typename Fn>
-void dispatch_codes(CodeType codes, const Fn& fn) {
-  if (codes == CodeType::kInt8) {
-    fn(int8_t{});
-  } else {
-    fn(Float8{});
-  }
-}
-
 // fn receives T{} of the loops: the dtype of query and pages, or what Coded says.
 template <typename Fn>
 void dispatch_pages(const PagedAttention& call, const Fn& fn) {
@@ -340,19 +397,23 @@ void dispatch_pages(const PagedAttention& call, const Fn& fn) {
 
 }  // namespace
 
-void paged_attention_scratch(const PagedAttention& call, int64_t rows, int64_t* floats) {
-  *floats = rows * (padded_dim(call) + round_up(call.value_dim, kLanes)) + 5 * kKeys +
-            3 * round_up(rows, kLanes) + 8 * kLanes;
+void paged_attention_scratch(const PagedAttention& call, int64_t tasks, int64_t rows,
+                             int64_t* floats) {
+  *floats = 5 * kKeys + tasks * (rows * (padded_dim(call) + round_up(call.value_dim, kLanes)) +
+                                 3 * round_up(rows, kLanes));
 }
 
-void paged_attention_task(const PagedAttention& call, const PagedAttentionTask& task,
-                          const PagedAttentionTask* after, void* scratch, void* partial) {
+void paged_attention_tasks(const PagedAttention& call, const PagedAttentionTask* tasks,
+                           int64_t count, const PagedAttentionTask* after, void* scratch,
+                           void* partial) {
   dispatch_pages(call, [&](auto zero) {
     using T = decltype(zero);
     if constexpr (std::is_same_v<T, double>) {
-      run_double(call, task, static_cast<double*>(scratch));
+      for (int64_t i = 0; i < count; ++i) {
+        run_double(call, tasks[i], static_cast<double*>(scratch));
+      }
     } else {
-      run_task<T>(call, task, after, scratch, static_cast<float*>(partial));
+      run_tasks<T>(call, tasks, count, after, scratch, static_cast<float*>(partial));
     }
   });
 }

@@ -58,16 +58,21 @@ struct PagedAttentionTask {
 };
 
 constexpr int64_t kAttentionRows = 64;  // rows of a task: scores and sums stay in the L2 cache
+// Tasks that go through the keys together, so that a block which several of them share is read from
+// memory once. Their queries and sums stay in the L2 cache too.
+constexpr int64_t kCascadeTasks = 64;
+constexpr int64_t kCascadeRows = 256;
 
-// Floats of scratch memory that a task needs, 64-byte aligned; of doubles for double.
-WINNOW_SIMD_DECLARE(paged_attention_scratch, const PagedAttention& call, int64_t rows,
-                    int64_t* floats)
+// Floats of scratch memory that `tasks` tasks of up to `rows` rows need together, 64-byte aligned;
+// of doubles for double.
+WINNOW_SIMD_DECLARE(paged_attention_scratch, const PagedAttention& call, int64_t tasks,
+                    int64_t rows, int64_t* floats)
 
-// `after`, or null, is the task that this thread will be given next: its first keys are fetched at
-// the end of this one.
-WINNOW_SIMD_DECLARE(paged_attention_task, const PagedAttention& call,
-                    const PagedAttentionTask& task, const PagedAttentionTask* after, void* scratch,
-                    void* partial)
+// Runs `count` tasks of one key head, at most kCascadeTasks. `after`, or null, is the first task
+// that this thread will be given next: its first keys are fetched at the end of these.
+WINNOW_SIMD_DECLARE(paged_attention_tasks, const PagedAttention& call,
+                    const PagedAttentionTask* tasks, int64_t count, const PagedAttentionTask* after,
+                    void* scratch, void* partial)
 
 // Joins the partial results of the same rows, `splits` of them `stride` rows apart, in order.
 WINNOW_SIMD_DECLARE(paged_attention_merge, const PagedAttention& call,

@@ -24,7 +24,7 @@ CodePages pages_of(const char* name, const Tensor& pages, const char* scales_nam
   check_scales(scales_name, scales, pages);
   CodePages result{};
   result.type = code_type(name, pages);
-  result.codes = static_cast<uint8_t*>(pages.data_ptr());
+  result.codes = pages.data_ptr();
   for (int64_t d = 0; d < 3; ++d) result.stride[d] = pages.stride(d);
   result.scales = static_cast<float*>(scales.data_ptr());
   for (int64_t d = 0; d < 2; ++d) result.scale_stride[d] = scales.stride(d);

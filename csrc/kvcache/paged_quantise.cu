@@ -55,11 +55,6 @@ struct Positions {
   }
 };
 
-template <typename Code>
-WINNOW_DEVICE CodeType type_of() {
-  return std::is_same_v<Code, int8_t> ? CodeType::kInt8 : CodeType::kFloat8;
-}
-
 // What one row stores in one block.
 struct Visit {
   int64_t row;
@@ -97,7 +92,7 @@ WINNOW_DEVICE void store(const CodePages<Code>& pages, const NewTokens& from,
   });
   largest = warp_reduce(largest, [](float a, float b) { return a > b ? a : b; });
   const float before = visit.whole ? 0.0f : static_cast<float>(*stored);
-  const float needed = scale_for(type_of<Code>(), largest);
+  const float needed = scale_for(code_type_of<Code>(), largest);
   const float scale = needed > before ? needed : before;
   warp_sync(kFullWarp);  // everyone has read the scale
   if (before > 0.0f && scale > before) {

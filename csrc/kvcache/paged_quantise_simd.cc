@@ -7,6 +7,7 @@
 
 #include "common/dispatch_simd.h"
 #include "common/lanes.h"
+#include "kvcache/code_numbers.h"
 #include "kvcache/codes.h"
 
 namespace winnow::CPU_CAPABILITY {
@@ -14,11 +15,11 @@ namespace {
 
 constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
 
-template <CodeType kType>
+template <typename Code>
 i32x16 encode(f32x16 x, float factor) {
-  const f32x16 most = largest_code(kType);
+  const f32x16 most = largest_code(code_type_of<Code>());
   const f32x16 y = max_lanes(min_lanes(x, kLargestFloat), -kLargestFloat) * factor;
-  if constexpr (kType == CodeType::kInt8) {
+  if constexpr (std::is_same_v<Code, int8_t>) {
     const f32x16 whole = max_lanes(min_lanes(y, most), f32x16(-127.0f)) + f32x16(kRound);
     return select(x == x, as_bits(whole) - as_bits(f32x16(kRound)), i32x16(0));
   } else {
@@ -34,31 +35,12 @@ i32x16 encode(f32x16 x, float factor) {
   }
 }
 
-template <CodeType kType>
-f32x16 decode(i32x16 byte) {
-  if constexpr (kType == CodeType::kInt8) {
-    return to_float((byte << 24) >> 24);
-  } else {
-    const i32x16 magnitude = byte & 0x7f;
-    const i32x16 normal = (magnitude << 20) + (120 << 23);
-    const i32x16 small = as_bits(to_float(magnitude) * f32x16(0x1p-9f));
-    const i32x16 finite = select(magnitude < 8, small, normal);
-    return as_float(select(magnitude == 0x7f, i32x16(0x7fc00000), finite) | ((byte & 0x80) << 24));
-  }
-}
-
-i32x16 load_codes(const uint8_t* p, int64_t n) {
-  int32_t wide[kLanes] = {};
-  for (int64_t i = 0; i < n; ++i) wide[i] = p[i];
-  i32x16 v;
-  std::memcpy(&v, wide, sizeof v);
-  return v;
-}
-
-void store_codes(uint8_t* p, i32x16 codes, int64_t n) {
+template <typename Code>
+void store_codes(Code* p, i32x16 codes, int64_t n) {
   int32_t wide[kLanes];
   std::memcpy(wide, &codes, sizeof codes);
-  for (int64_t i = 0; i < n; ++i) p[i] = static_cast<uint8_t>(wide[i]);
+  auto* bytes = reinterpret_cast<uint8_t*>(p);
+  for (int64_t i = 0; i < n; ++i) bytes[i] = static_cast<uint8_t>(wide[i]);
 }
 
 int64_t lanes_of(int64_t left) {
@@ -83,12 +65,13 @@ float largest_of(const T* token, int64_t dim) {
   return max_lane(largest);
 }
 
-template <CodeType kType, typename T>
+template <typename Code, typename T>
 void write_block(const CodePages& pages, const NewTokens& from, const BlockWrite& write,
                  int64_t head) {
   const T* tokens =
       static_cast<const T*>(from.tokens) + write.row * from.stride[0] + head * from.stride[1];
-  uint8_t* codes = pages.codes + write.block * pages.stride[0] + head * pages.stride[1];
+  Code* codes =
+      static_cast<Code*>(pages.codes) + write.block * pages.stride[0] + head * pages.stride[1];
   float* stored = pages.scales + write.block * pages.scale_stride[0] + head * pages.scale_stride[1];
   float largest = 0.0f;
   for (int64_t i = 0; i < write.count; ++i) {
@@ -96,25 +79,25 @@ void write_block(const CodePages& pages, const NewTokens& from, const BlockWrite
     largest = own > largest ? own : largest;
   }
   const float before = write.whole ? 0.0f : *stored;
-  const float needed = scale_for(kType, largest);
+  const float needed = scale_for(code_type_of<Code>(), largest);
   const float scale = needed > before ? needed : before;
   if (before > 0.0f && scale > before) {
     const float ratio = before / scale;
     for (int64_t slot = 0; slot < pages.block_size; ++slot) {
-      uint8_t* row = codes + slot * pages.stride[2];
+      Code* row = codes + slot * pages.stride[2];
       for (int64_t d = 0; d < from.dim; d += kLanes) {
         const int64_t n = lanes_of(from.dim - d);
-        store_codes(row + d, encode<kType>(decode<kType>(load_codes(row + d, n)), ratio), n);
+        store_codes(row + d, encode<Code>(load(row + d, n), ratio), n);
       }
     }
   }
   const float inverse = inverse_of(scale);
   for (int64_t i = 0; i < write.count; ++i) {
     const T* token = tokens + write.tokens[i].token * from.stride[2];
-    uint8_t* row = codes + write.tokens[i].slot * pages.stride[2];
+    Code* row = codes + write.tokens[i].slot * pages.stride[2];
     for (int64_t d = 0; d < from.dim; d += kLanes) {
       const int64_t n = lanes_of(from.dim - d);
-      store_codes(row + d, encode<kType>(load(token + d, n), inverse), n);
+      store_codes(row + d, encode<Code>(load(token + d, n), inverse), n);
     }
   }
   *stored = scale;
@@ -127,11 +110,8 @@ void quantise_block(const CodePages& pages, const NewTokens& from, const BlockWr
   dispatch_element(from.type, [&](auto zero) {
     using T = decltype(zero);
     if constexpr (!std::is_same_v<T, double>) {
-      if (pages.type == CodeType::kInt8) {
-        write_block<CodeType::kInt8, T>(pages, from, write, head);
-      } else {
-        write_block<CodeType::kFloat8, T>(pages, from, write, head);
-      }
+      dispatch_codes(pages.type,
+                     [&](auto code) { write_block<decltype(code), T>(pages, from, write, head); });
     }
   });
 }

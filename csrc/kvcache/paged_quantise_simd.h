@@ -11,7 +11,7 @@ namespace winnow {
 // The codes and scales of one layer's keys or values.
 struct CodePages {
   CodeType type;
-  uint8_t* codes;
+  void* codes;
   int64_t stride[3];  // block, head, slot
   float* scales;
   int64_t scale_stride[2];  // block, head

@@ -18,18 +18,20 @@ inline CodeType code_type(const char* name, const Tensor& pages) {
   return pages.scalar_type() == ScalarType::Char ? CodeType::kInt8 : CodeType::kFloat8;
 }
 
-// Whether pages come with scales, which they need where they hold codes.
+// Pages that hold codes come with scales, and no others do. Returns whether they do.
+inline bool check_presence(const char* name, bool present, const Tensor& key_pages) {
+  const bool quantised = holds_codes(key_pages);
+  WINNOW_CHECK(present == quantised, name, ": ",
+               quantised ? "expected those of the quantised pages, got None"
+                         : "expected None, because key_pages are not quantised (int8 or "
+                           "float8_e4m3fn), got a tensor");
+  return quantised;
+}
+
 inline bool check_quantised(const Tensor& query, const Tensor& key_pages, bool has_key_scales,
                             bool has_value_scales) {
-  const bool quantised = holds_codes(key_pages);
-  WINNOW_CHECK(has_key_scales == quantised, "key_scales: ",
-               quantised ? "expected those of the quantised pages, got None"
-                         : "expected None, because key_pages are not quantised (int8 or "
-                           "float8_e4m3fn), got a tensor");
-  WINNOW_CHECK(has_value_scales == quantised, "value_scales: ",
-               quantised ? "expected those of the quantised pages, got None"
-                         : "expected None, because key_pages are not quantised (int8 or "
-                           "float8_e4m3fn), got a tensor");
+  const bool quantised = check_presence("key_scales", has_key_scales, key_pages);
+  check_presence("value_scales", has_value_scales, key_pages);
   WINNOW_CHECK(!quantised || query.scalar_type() != ScalarType::Double,
                "query: expected float32, bfloat16 or float16 over quantised pages, got float64");
   return quantised;

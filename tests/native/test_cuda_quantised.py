@@ -47,7 +47,7 @@ def test_writes(gpu, dtype, code, on_every_order):
 
     first, *others = on_every_order(run)
     for other in others:
-        same(first, [x if x.dtype == torch.float32 else x for x in other])
+        same(first, other)
 
 
 @codes
@@ -76,3 +76,21 @@ def test_attention(gpu, dtype, code, head_dim, group):
         assert out.dtype == dtype
         torch.testing.assert_close(out.cpu().double(), expected, **TOLERANCE[dtype])
         torch.testing.assert_close(lse.cpu().double(), expected_lse, **TOLERANCE[torch.float32])
+
+
+@codes
+@pytest.mark.parametrize("kind", ["minmax", "mean"])
+def test_summaries(gpu, code, kind):
+    pages = torch.randint(-127, 128, (5, 2, 4, 7)).to(torch.int8)
+    pages = pages if code == torch.int8 else (pages / 40).to(code)
+    table, lengths = torch.tensor([[4, 0], [2, -1]], dtype=torch.int32), torch.tensor([6, 4]).int()
+    scales = torch.rand(5, 2)
+    expected = reference.block_summaries(pages, table, lengths, kind, key_scales=scales)
+    call = [x.to(gpu) for x in (pages, table, lengths)]
+    ours = kvcache.block_summaries(*call, kind, key_scales=scales.to(gpu))
+    torch.testing.assert_close(ours.cpu(), expected)
+    kept = torch.zeros(5, 2, *expected.shape[3:], device=gpu)
+    positions = torch.tensor([[5, 0], [-1, 1]], device=gpu)
+    torch.ops.winnow.update_block_summaries_(kept, *call, positions, scales.to(gpu))
+    assert torch.equal(kept[[4, 0]], ours[0].transpose(0, 1))
+    assert torch.equal(kept[2], ours[1, :, 0])

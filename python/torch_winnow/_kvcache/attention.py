@@ -72,8 +72,9 @@ def paged_attention(
 
     Query ``t`` of row ``b`` stands at position ``i = seq_lens[b] - T + t``. It sees the keys
     ``j < seq_lens[b]`` with ``j <= i`` (unless ``causal=False``), within ``window``, and in the
-    chosen blocks. Each key is read once for all query heads of its group. Where a block lies in the
-    pool never changes a result, nor does the number of threads. What a query may not see never
+    chosen blocks. Each key is read once for all query heads of its group, and where rows share
+    blocks (forks of one prefix) once for all of those rows. Where a block lies in the pool never
+    changes a result, nor do the other rows or the number of threads. What a query may not see never
     reaches its result, even NaN.
 
     Args:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -35,6 +37,8 @@ class BlockPool:
             one byte and a scale per block and head (``docs/kvcache/quantised.md``).
         device: where the pages lie; this release has the CPU only.
         value_head_dim: of values; ``head_dim`` by default.
+        summaries: keep a summary of every block's keys, ``"minmax"`` or ``"mean"`` as in
+            :func:`block_summaries`, up to date with what caches store.
 
     Attributes:
         key_pages: ``(num_layers, num_blocks, num_kv_heads, block_size, head_dim)``.
@@ -42,10 +46,17 @@ class BlockPool:
         key_scales: ``(num_layers, num_blocks, num_kv_heads)`` float32, by which the codes of a
             block are multiplied; None where pages are not quantised.
         value_scales: likewise.
+        summaries: ``(num_layers, num_blocks, num_kv_heads, 2, head_dim)`` (minimum, maximum) or,
+            of means, ``(num_layers, num_blocks, num_kv_heads, head_dim)``, float32 (float64 for
+            float64); None without. For the tokens that rows hold they are what
+            :func:`block_summaries` would compute. Dropping tokens (``truncate_``) leaves them: a
+            minimum and maximum then still bound every key, a mean still counts what was dropped,
+            until the block is written to again.
+        summary_kind: ``"minmax"``, ``"mean"`` or None.
 
     Raises:
         ValueError: on a size below 1 (``num_blocks`` may be 0) or that is no integer, on another
-            dtype or device.
+            dtype, device or kind of summary.
 
     Example:
         >>> import torch
@@ -66,6 +77,7 @@ class BlockPool:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
         value_head_dim: int | None = None,
+        summaries: Literal["minmax", "mean"] | None = None,
     ) -> None:
         num_blocks = integer("num_blocks", num_blocks)
         num_layers = _size("num_layers", num_layers)
@@ -84,6 +96,8 @@ class BlockPool:
             raise ValueError(
                 f"device: expected cpu, where this release's operators run, got {device}"
             )
+        if summaries not in ("minmax", "mean", None):
+            raise ValueError(f"summaries: expected 'minmax', 'mean' or None, got {summaries!r}")
         self._native = _core.BlockPool(num_blocks)
         self.num_layers = num_layers
         self.num_kv_heads = num_kv_heads
@@ -100,12 +114,23 @@ class BlockPool:
         if self.quantised:
             self.key_scales = torch.zeros(*shape[:3], device=device)
             self.value_scales = torch.zeros(*shape[:3], device=device)
+        self.summary_kind = summaries
+        self.summaries: Tensor | None = None
+        if summaries is not None:
+            bounds = (2,) if summaries == "minmax" else ()
+            wide = torch.float64 if dtype == torch.float64 else torch.float32
+            self.summaries = torch.zeros(*shape[:3], *bounds, head_dim, dtype=wide, device=device)
         self._split()
 
     @property
     def quantised(self) -> bool:
         """Whether pages hold codes, to be multiplied by scales."""
         return self.dtype in _QUANTISED
+
+    def _pages(self) -> dict[str, Tensor]:
+        """Everything that a block owns, ``(num_layers, num_blocks, ...)`` each, by its name."""
+        names = ("key_pages", "value_pages", "key_scales", "value_scales", "summaries")
+        return {name: pages for name in names if (pages := getattr(self, name)) is not None}
 
     def _split(self) -> None:
         self._layers = list(zip(self.key_pages.unbind(), self.value_pages.unbind(), strict=True))
@@ -129,11 +154,10 @@ class BlockPool:
         if num_blocks < before:
             raise ValueError(f"num_blocks: expected at least {before}, got {num_blocks}")
         # All memory first, so that a want of it changes nothing; it is touched by the copies only.
-        names = ("key_pages", "value_pages", *(("key_scales", "value_scales") * self.quantised))
-        larger = {}
-        for name in names:
-            pages = getattr(self, name)
-            larger[name] = pages.new_empty(pages.shape[0], num_blocks, *pages.shape[2:])
+        larger = {
+            name: pages.new_empty(pages.shape[0], num_blocks, *pages.shape[2:])
+            for name, pages in self._pages().items()
+        }
         self._native.grow(num_blocks)
         for name, pages in larger.items():
             pages[:, :before] = getattr(self, name)
@@ -170,5 +194,6 @@ class BlockPool:
             f"BlockPool({self.num_blocks}, num_layers={self.num_layers}, "
             f"num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, "
             f"block_size={self.block_size}, dtype={self.dtype}, "
-            f"value_head_dim={self.value_head_dim}; {self.num_free_blocks} free)"
+            f"value_head_dim={self.value_head_dim}, summaries={self.summary_kind!r}; "
+            f"{self.num_free_blocks} free)"
         )

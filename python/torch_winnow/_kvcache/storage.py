@@ -17,6 +17,7 @@ from torch_winnow._kvcache.pool import BlockPool
 _paged_write_ = torch.ops.winnow.paged_write_
 _paged_quantise_ = torch.ops.winnow.paged_quantise_
 _copy_blocks_ = torch.ops.winnow.copy_blocks_
+_update_block_summaries_ = torch.ops.winnow.update_block_summaries_
 
 _COPIES, _RESHAPED, _FRESH = 1, 2, 4  # what CacheTable.append reports
 _TO_QUANTISE = (torch.float32, torch.bfloat16, torch.float16)
@@ -294,16 +295,9 @@ class PagedKVCache:
             pool.key_pages, pool.value_pages, torch.tensor(sources), torch.tensor(targets)
         )
         _mark_written(pool.key_pages, pool.value_pages)
-        if pool.key_scales is not None and pool.value_scales is not None:
-            # A scale is a page of one number.
-            key_scales, value_scales = pool.key_scales, pool.value_scales
-            _copy_blocks_(
-                key_scales[..., None, None],
-                value_scales[..., None, None],
-                torch.tensor(sources),
-                torch.tensor(targets),
-            )
-            _mark_written(key_scales, value_scales)
+        for name, pages in pool._pages().items():
+            if name not in ("key_pages", "value_pages"):
+                pages[:, targets] = pages[:, sources]
 
     def _start_anew(self) -> None:
         # What a block's last owner needed is no measure for the next one.
@@ -318,6 +312,22 @@ class PagedKVCache:
         else:
             _paged_write_(*pages, key, value, self._block_table, positions)
         _mark_written(*pages, *scales)
+        self._summarise(layer, positions)
+
+    def _summarise(self, layer: int, positions: Tensor) -> None:
+        """Describe the blocks anew whose tokens at ``positions`` have been stored."""
+        summaries = self.pool.summaries
+        if summaries is None:
+            return
+        _update_block_summaries_(
+            summaries[layer],
+            self.pool._layers[layer][0],
+            self._block_table,
+            self._seq_lens,
+            positions,
+            *self.pool._scales[layer][:1],
+        )
+        _mark_written(summaries)
 
     def _check(self, key: Tensor, value: Tensor) -> None:
         """Everything that the store could refuse, before anything is changed."""
