@@ -150,12 +150,13 @@ void CacheTable::append(int64_t layer, int64_t tokens, const Integers* lengths,
   if (grew) update_width();
 }
 
-void CacheTable::write(int64_t layer, int64_t tokens, const int64_t* positions) {
+void CacheTable::write(int64_t layer, int64_t tokens, const int64_t* positions, bool absent) {
   const auto lock = pool_->lock();
   check_layer(layer);
   for (size_t r = 0; r < rows_.size(); ++r) {
     for (int64_t t = 0; t < tokens; ++t) {
       const int64_t position = positions[static_cast<int64_t>(r) * tokens + t];
+      if (absent && position == -1) continue;
       if (position < 0 || position >= rows_[r].length) {
         fail("positions: expected 0 <= position < ", rows_[r].length, " (the length of row ", r,
              "), got ", position);
@@ -166,10 +167,18 @@ void CacheTable::write(int64_t layer, int64_t tokens, const int64_t* positions) 
   for (size_t r = 0; r < rows_.size(); ++r) {
     for (int64_t t = 0; t < tokens; ++t) {
       const int64_t position = positions[static_cast<int64_t>(r) * tokens + t];
-      claim.unshare(r, static_cast<size_t>(position / block_size_));
+      if (position >= 0) claim.unshare(r, static_cast<size_t>(position / block_size_));
     }
   }
   claim.take(0);
+}
+
+bool CacheTable::even() const {
+  const auto lock = pool_->lock();
+  for (size_t i = 0; i < filled_.size(); ++i) {
+    if (filled_[i] != rows_[i % rows_.size()].length) return false;
+  }
+  return true;
 }
 
 std::unique_ptr<CacheTable> CacheTable::fork(const Integers& parents) const {

@@ -40,8 +40,10 @@ class CacheTable {
   // Makes room behind what `layer` has filled, lengths[r] of `tokens` in row r (all of them without
   // lengths), and tells each token's position, positions (rows, tokens), -1 for none.
   void append(int64_t layer, int64_t tokens, const Integers* lengths, int64_t* positions);
-  // Makes the blocks of positions (rows, tokens) this cache's alone.
-  void write(int64_t layer, int64_t tokens, const int64_t* positions);
+  // Makes the blocks of positions (rows, tokens) this cache's alone; with `absent`, -1 is none.
+  void write(int64_t layer, int64_t tokens, const int64_t* positions, bool absent = false);
+  // Whether every layer has stored as much as the furthest one, in every row.
+  bool even() const;
   std::unique_ptr<CacheTable> fork(const Integers& parents) const;
   void permute(const Integers& ancestors);
   void truncate(const Integers& lengths);

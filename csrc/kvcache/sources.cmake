@@ -8,6 +8,7 @@ list(APPEND WINNOW_CPU_SOURCES
   csrc/kvcache/attention_mass.cpp
   csrc/kvcache/block_scores.cpp
   csrc/kvcache/block_summaries.cpp
+  csrc/kvcache/compact_pages.cpp
   csrc/kvcache/paged_attention.cpp
   csrc/kvcache/paged_quantise.cpp
   csrc/kvcache/paged_write.cpp
@@ -22,6 +23,7 @@ list(APPEND WINNOW_CUDA_SOURCES
   csrc/kvcache/attention_mass.cu
   csrc/kvcache/block_scores.cu
   csrc/kvcache/block_summaries.cu
+  csrc/kvcache/compact_pages.cu
   csrc/kvcache/paged_attention.cu
   csrc/kvcache/paged_quantise.cu
   csrc/kvcache/paged_write.cu

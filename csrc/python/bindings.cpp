@@ -94,11 +94,14 @@ void bind_kvcache(py::module_& m) {
              return (table.copies().empty() ? 0 : 1) + (table.width() == width ? 0 : 2) +
                     (table.fresh().empty() ? 0 : 4);
            })
-      .def("write",
-           [](CacheTable& table, int64_t layer, int64_t tokens, uintptr_t positions) {
-             table.write(layer, tokens, pointer<const int64_t>(positions));
-             return !table.copies().empty();
-           })
+      .def(
+          "write",
+          [](CacheTable& table, int64_t layer, int64_t tokens, uintptr_t positions, bool absent) {
+            table.write(layer, tokens, pointer<const int64_t>(positions), absent);
+            return !table.copies().empty();
+          },
+          py::arg("layer"), py::arg("tokens"), py::arg("positions"), py::arg("absent") = false)
+      .def("even", &CacheTable::even)
       .def("copies",
            [](const CacheTable& table) {
              py::list sources;

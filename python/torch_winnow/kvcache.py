@@ -32,6 +32,7 @@ from torch_winnow._core import BlockPoolExhausted
 from torch_winnow._kvcache.attention import paged_attention
 from torch_winnow._kvcache.attention_mass import attention_mass
 from torch_winnow._kvcache.eviction import fastkv_positions, h2o_positions, snapkv_positions
+from torch_winnow._kvcache.merging import merge_runs, merge_similar_, similar_runs
 from torch_winnow._kvcache.pool import BlockPool
 from torch_winnow._kvcache.selection import (
     block_summaries,
@@ -49,9 +50,12 @@ __all__ = [
     "block_summaries",
     "fastkv_positions",
     "h2o_positions",
+    "merge_runs",
+    "merge_similar_",
     "paged_attention",
     "score_blocks",
     "score_select_blocks",
     "select_blocks",
+    "similar_runs",
     "snapkv_positions",
 ]

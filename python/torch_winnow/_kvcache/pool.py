@@ -39,6 +39,8 @@ class BlockPool:
         value_head_dim: of values; ``head_dim`` by default.
         summaries: keep a summary of every block's keys, ``"minmax"`` or ``"mean"`` as in
             :func:`block_summaries`, up to date with what caches store.
+        key_bias: keep a bias for every key, as :func:`paged_attention` adds it, for tokens that
+            stand for several (:func:`merge_similar_`).
 
     Attributes:
         key_pages: ``(num_layers, num_blocks, num_kv_heads, block_size, head_dim)``.
@@ -53,6 +55,8 @@ class BlockPool:
             minimum and maximum then still bound every key, a mean still counts what was dropped,
             until the block is written to again.
         summary_kind: ``"minmax"``, ``"mean"`` or None.
+        key_bias: ``(num_layers, num_blocks, num_kv_heads, block_size)`` float32 (float64 for
+            float64), None without; ``append`` and ``write`` store 0.
 
     Raises:
         ValueError: on a size below 1 (``num_blocks`` may be 0) or that is no integer, on another
@@ -78,6 +82,7 @@ class BlockPool:
         device: torch.device | str = "cpu",
         value_head_dim: int | None = None,
         summaries: Literal["minmax", "mean"] | None = None,
+        key_bias: bool = False,
     ) -> None:
         num_blocks = integer("num_blocks", num_blocks)
         num_layers = _size("num_layers", num_layers)
@@ -114,12 +119,15 @@ class BlockPool:
         if self.quantised:
             self.key_scales = torch.zeros(*shape[:3], device=device)
             self.value_scales = torch.zeros(*shape[:3], device=device)
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
         self.summary_kind = summaries
         self.summaries: Tensor | None = None
         if summaries is not None:
             bounds = (2,) if summaries == "minmax" else ()
-            wide = torch.float64 if dtype == torch.float64 else torch.float32
             self.summaries = torch.zeros(*shape[:3], *bounds, head_dim, dtype=wide, device=device)
+        self.key_bias: Tensor | None = None
+        if key_bias:
+            self.key_bias = torch.zeros(*shape, dtype=wide, device=device)
         self._split()
 
     @property
@@ -127,9 +135,16 @@ class BlockPool:
         """Whether pages hold codes, to be multiplied by scales."""
         return self.dtype in _QUANTISED
 
+    def _refuse_codes(self, operation: str) -> None:
+        if self.quantised:
+            raise ValueError(
+                f"{operation}: expected a pool of floating numbers, because tokens would have to "
+                f"be quantised anew, got {self.dtype}"
+            )
+
     def _pages(self) -> dict[str, Tensor]:
         """Everything that a block owns, ``(num_layers, num_blocks, ...)`` each, by its name."""
-        names = ("key_pages", "value_pages", "key_scales", "value_scales", "summaries")
+        names = ("key_pages", "value_pages", "key_scales", "value_scales", "summaries", "key_bias")
         return {name: pages for name in names if (pages := getattr(self, name)) is not None}
 
     def _split(self) -> None:
@@ -194,6 +209,7 @@ class BlockPool:
             f"BlockPool({self.num_blocks}, num_layers={self.num_layers}, "
             f"num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, "
             f"block_size={self.block_size}, dtype={self.dtype}, "
-            f"value_head_dim={self.value_head_dim}, summaries={self.summary_kind!r}; "
+            f"value_head_dim={self.value_head_dim}, summaries={self.summary_kind!r}, "
+            f"key_bias={self.key_bias is not None}; "
             f"{self.num_free_blocks} free)"
         )

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch_winnow import _core
 from torch_winnow._fake import check_same_device
 from torch_winnow._kvcache.arguments import integer, integers, refuse_gradients
+from torch_winnow._kvcache.compaction import compact
 from torch_winnow._kvcache.pool import BlockPool
 
 # Bound once: a look-up through torch.ops costs as much as a small op.
@@ -225,6 +226,40 @@ class PagedKVCache:
         self._native.truncate(integers("lengths", lengths))
         self._reshape()
 
+    def compact_(self, keep: Tensor) -> None:
+        """Keep some tokens of each row, in their order, and give up the blocks that this empties.
+
+        The kept tokens move to positions 0, 1, ... of their row; blocks that others hold too are
+        left as they are. Keys keep the rotation of the position at which they were stored, so a
+        model with rotary embeddings goes on counting its own positions: ``seq_lens`` is no longer
+        the number of tokens seen, and a ``window`` counts stored tokens.
+
+        Args:
+            keep: positions, ascending, padded with -1 at the end: ``(B, K)``, per key head
+                ``(B, Hkv, K)``, or per layer ``(num_layers, B, Hkv, K)``, int32 or int64; as many
+                for every head and layer of a row.
+
+        Raises:
+            BlockPoolExhausted: if shared blocks must be replaced and the pool has too few.
+            ValueError: on a wrong shape, dtype or position, on different counts within a row,
+                while some layer has stored less than the others, and of a quantised pool.
+
+        Example:
+            >>> import torch
+            >>> from torch_winnow.kvcache import BlockPool, PagedKVCache
+            >>> pool = BlockPool(4, num_layers=1, num_kv_heads=1, head_dim=1, block_size=2,
+            ...                  dtype=torch.float32)
+            >>> cache = PagedKVCache(pool, batch_size=1)
+            >>> key = torch.arange(7.0).view(1, 1, 7, 1)
+            >>> cache.append(0, key, key)
+            >>> cache.compact_(torch.tensor([[0, 3, 6]]))
+            >>> pool.key_pages[0, cache.block_table[0]].flatten()[:3], cache.seq_lens
+            (tensor([0., 3., 6.]), tensor([3], dtype=torch.int32))
+            >>> pool.num_free_blocks
+            2
+        """
+        compact(self, keep)
+
     def free(self, rows: Sequence[int] | Tensor) -> None:
         """Empty rows and give up their blocks; a freed row can be appended to again.
 
@@ -312,7 +347,31 @@ class PagedKVCache:
         else:
             _paged_write_(*pages, key, value, self._block_table, positions)
         _mark_written(*pages, *scales)
+        self._store_bias(layer, positions)
         self._summarise(layer, positions)
+
+    def _claim(self, positions: Tensor) -> bool:
+        """Make the blocks of positions, -1 for none, this cache's; whether it has new ones."""
+        positions = positions.contiguous()
+        return self._native.write(0, positions.shape[1], positions.data_ptr(), absent=True)
+
+    def _written(self, positions: Tensor) -> None:
+        """Tell autograd and the summaries of all layers what has been stored."""
+        _mark_written(self.pool.key_pages, self.pool.value_pages)
+        for layer in range(self.pool.num_layers):
+            self._summarise(layer, positions)
+
+    def _store_bias(self, layer: int, positions: Tensor, bias: Tensor | None = None) -> None:
+        """The bias ``(B, Hkv, T)`` of the tokens at ``positions``; 0, that of one token."""
+        if self.pool.key_bias is None:
+            return
+        pages = self.pool.key_bias[layer, ..., None]
+        if bias is None:
+            bias = pages.new_zeros(()).expand(self.batch_size, self._heads, positions.shape[1])
+        # Keys of one dimension and values of none.
+        tokens = bias[..., None]
+        _paged_write_(pages, pages[..., :0], tokens, tokens[..., :0], self._block_table, positions)
+        _mark_written(self.pool.key_bias)
 
     def _summarise(self, layer: int, positions: Tensor) -> None:
         """Describe the blocks anew whose tokens at ``positions`` have been stored."""

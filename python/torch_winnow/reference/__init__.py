@@ -12,6 +12,7 @@ from torch_winnow.reference.attention import (
 from torch_winnow.reference.kvcache import (
     attention_mass,
     block_summaries,
+    compact_pages_,
     paged_attention,
     score_blocks,
     score_select_blocks,
@@ -56,6 +57,7 @@ __all__ = [
     "block_summaries",
     "cat_attention",
     "chunk_attention",
+    "compact_pages_",
     "conditional_effective_sample_size",
     "effective_sample_size",
     "fk_potential",

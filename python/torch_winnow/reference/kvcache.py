@@ -221,3 +221,18 @@ def score_select_blocks(
         sink_blocks=sink_blocks,
         recent_blocks=recent_blocks,
     )
+
+
+def compact_pages_(pages: Tensor, source_table: Tensor, target_table: Tensor, keep: Tensor) -> None:
+    """The i-th kept token of each row moves to position i, in the blocks of ``target_table``."""
+    layers, _, heads, block_size, _ = pages.shape
+    before = pages.clone()
+    keep = keep.expand(layers, -1, heads, -1)
+    for layer in range(layers):
+        for b in range(keep.shape[1]):
+            for h in range(heads):
+                for i, j in enumerate(keep[layer, b, h].tolist()):
+                    if j >= 0:
+                        source = source_table[b, j // block_size], h, j % block_size
+                        target = target_table[b, i // block_size], h, i % block_size
+                        pages[layer][target] = before[layer][source]
