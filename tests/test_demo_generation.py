@@ -35,7 +35,8 @@ def context(monkeypatch):
 
 
 def test_every_setting_is_measured(context):
-    outcomes = generation.measure(context.models, context.text)
+    contenders = generation.contenders_of(context.models)
+    outcomes = generation.measure(contenders, context.text)
     assert list(outcomes) == ["dense", "CAT, chunks of 4", "CAT, chunks of 16"]
     assert all(outcome.tokens_per_second > 0 for outcome in outcomes.values())
     # Untrained models guess: 8 bits per byte, near enough.

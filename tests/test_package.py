@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import abi_gate
 import torch_winnow
 from torch_winnow import __main__ as self_check
 from torch_winnow import _library
@@ -66,15 +67,12 @@ def test_an_old_torch_is_refused():
     assert "pip install" in result.stderr
 
 
-def test_the_operator_library_needs_only_the_stable_abi():
-    path = _library._path_of("_cpu")
-    symbols = subprocess.run(
-        ["nm", "-DC", "--undefined-only", path], capture_output=True, text=True
-    )
-    if symbols.returncode:
-        pytest.skip("nm is not installed")
-    foreign = [line for line in symbols.stdout.splitlines() if " at::" in line or " c10::" in line]
-    assert not foreign
+@pytest.mark.skipif(not shutil.which("nm"), reason="reads the libraries with nm")
+@pytest.mark.parametrize("name", ["_cpu", "_core"])
+def test_libraries_need_only_the_stable_abi(name):
+    found = abi_gate.undefined(Path(_library._path_of(name)))
+    assert found["system"]
+    assert not found["foreign"]
 
 
 OBJECTS = sorted(Path(__file__).parents[1].glob("build/*/CMakeFiles/_cpu_*.dir/**/*_simd.cc.o"))

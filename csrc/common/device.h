@@ -11,6 +11,9 @@
 //   dynamic_shared<T>(offset, count)          a piece, from a byte offset on, of Grid::shared_bytes
 //   block_sync() warp_sync(mask)
 //   block_any(flag)                           a barrier that says whether any thread's flag is set
+//   blocks_sync(counter, blocks)              a barrier of that many blocks of launch_together,
+//   which
+//                                             name the same counter: one uint32_t, zero at launch
 //   shuffle(mask, value, lane) shuffle_xor(mask, value, offset) shuffle_up(mask, value, offset)
 //   ballot(mask, flag)
 //   atomic_add(pointer, value) atomic_or(pointer, bits)
@@ -36,6 +39,10 @@
 //
 // For launchers:
 //   launch(name, kernel, Grid{x, y}, threads, stream, arguments...)
+//   launch_together(...)                      the same, all blocks being on the GPU at once; there
+//   is
+//                                             room for blocks_at_once(name, kernel, threads)
+//   zeroed<T>(name, tensor, stream)           global<T>, after zeros have been written
 //   Stream stream(tensor)                     the current stream of the tensor's device, made
 //                                             current; every operator has one before its pointers
 //   global<T>(tensor)                         the memory that its sizes and strides span

@@ -44,6 +44,18 @@ WINNOW_DEVICE int warp_index() {
 WINNOW_DEVICE void block_sync() {
   __syncthreads();
 }
+// Monotone, so that a block that is late still sees that its meeting is over.
+WINNOW_DEVICE void blocks_sync(uint32_t* counter, int64_t blocks) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    const auto members = static_cast<uint32_t>(blocks);
+    __threadfence();
+    const uint32_t goal = (atomicAdd(counter, 1u) / members + 1) * members;
+    while (*static_cast<volatile uint32_t*>(counter) < goal) __nanosleep(20);
+    __threadfence();
+  }
+  __syncthreads();
+}
 WINNOW_DEVICE bool block_any(bool flag) {
   return __syncthreads_or(flag) != 0;
 }
@@ -273,6 +285,26 @@ inline Seed seed_of(const Tensor& seed) {
   return {global<const int64_t>(seed), 0};
 }
 
+template <typename T>
+T* zeroed(const char* name, const Tensor& tensor, const Stream& stream) {
+  T* memory = global<T>(tensor);
+  const auto bytes = static_cast<size_t>(tensor.numel() * tensor.element_size());
+  check_cuda_call(name, cudaMemsetAsync(memory, 0, bytes, stream.get()));
+  return memory;
+}
+
+template <typename... Parameters>
+int64_t blocks_at_once(const char* name, void (*kernel)(Parameters...), int threads) {
+  int device = 0;
+  int processors = 0;
+  int each = 0;
+  check_cuda_call(name, cudaGetDevice(&device));
+  check_cuda_call(name,
+                  cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
+  check_cuda_call(name, cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, threads, 0));
+  return int64_t{processors} * each;
+}
+
 template <typename... Parameters, typename... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), Grid grid, int threads,
             const Stream& stream, const Arguments&... arguments) {
@@ -286,6 +318,23 @@ void launch(const char* name, void (*kernel)(Parameters...), Grid grid, int thre
   kernel<<<dim3(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y)), threads, bytes,
            stream.get()>>>(static_cast<Parameters>(arguments)...);
   check_cuda_call(name, cudaGetLastError());
+}
+
+template <typename... Parameters, typename... Arguments>
+void launch_together(const char* name, void (*kernel)(Parameters...), Grid grid, int threads,
+                     const Stream& stream, const Arguments&... arguments) {
+  if (grid.x == 0 || grid.y == 0) return;
+  check_grid(name, grid);
+  cudaLaunchAttribute together = {};
+  together.id = cudaLaunchAttributeCooperative;
+  together.val.cooperative = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.stream = stream.get();
+  config.attrs = &together;
+  config.numAttrs = 1;
+  check_cuda_call(name, cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...));
 }
 
 }  // namespace winnow

@@ -57,7 +57,7 @@ void BlockPool::add_prefix(int32_t block, int32_t parent, const int64_t* tokens,
 }
 
 void BlockPool::forget_prefix(int32_t block) {
-  for (const int32_t gone : prefixes_.remove(block)) release(gone);
+  prefixes_.remove(block, [this](int32_t gone) { release(gone); });
 }
 
 int32_t BlockPool::allocate() {

@@ -20,6 +20,55 @@ constexpr int64_t kMaxLength = std::numeric_limits<int32_t>::max();
 
 }  // namespace
 
+class CacheTable::Claim {
+ public:
+  explicit Claim(CacheTable& table) : table_(table), pool_(*table.pool_) {
+    table.shared_.clear();
+    table.written_.clear();
+    table.copies_.clear();
+  }
+  Claim(const Claim&) = delete;
+  Claim& operator=(const Claim&) = delete;
+  ~Claim() {
+    if (taken_) return;
+    for (const Shared& share : table_.shared_) {
+      pool_.retain(table_.rows_[share.row].blocks[share.index]);
+    }
+  }
+
+  // Block `index` of a row is to be the row's alone.
+  void unshare(size_t row, size_t index) {
+    const int32_t block = table_.rows_[row].blocks[index];
+    if (pool_.owners(block) == 1) return;
+    // A block that came twice has already given its share up.
+    std::vector<Shared>& shared = table_.shared_;
+    for (auto share = shared.rbegin(); share != shared.rend() && share->row == row; ++share) {
+      if (share->index == index) return;
+    }
+    // What nobody else but the prefix index holds is forgotten there instead of copied.
+    if (pool_.owners(block) == 2 && pool_.prefixes().has(block)) {
+      std::vector<int32_t>& written = table_.written_;
+      if (written.empty() || written.back() != block) written.push_back(block);
+      return;
+    }
+    shared.push_back({row, index});
+    pool_.release(block);
+  }
+
+  // Takes `fresh` blocks and one for each shared one. The last thing that may throw.
+  void take(int64_t fresh) {
+    table_.copies_.reserve(table_.shared_.size());
+    pool_.require(fresh + static_cast<int64_t>(table_.shared_.size()));
+    taken_ = true;
+    table_.copy_shared();
+  }
+
+ private:
+  CacheTable& table_;
+  BlockPool& pool_;
+  bool taken_ = false;
+};
+
 CacheTable::CacheTable(std::shared_ptr<BlockPool> pool, int64_t rows, int64_t layers,
                        int64_t block_size)
     : pool_(std::move(pool)), layers_(layers), block_size_(block_size) {
@@ -29,46 +78,50 @@ CacheTable::CacheTable(std::shared_ptr<BlockPool> pool, int64_t rows, int64_t la
 }
 
 CacheTable::~CacheTable() {
+  const auto lock = pool_->lock();
   for (const Row& row : rows_) {
     for (const int32_t block : row.blocks) pool_->release(block);
   }
 }
 
 void CacheTable::attach(int32_t* table, int64_t capacity, int32_t* lengths) {
+  const auto lock = pool_->lock();
+  if (width_ > capacity) fail("capacity: expected at least ", width_, ", got ", capacity);
   table_ = table;
   capacity_ = capacity;
   lengths_ = lengths;
-  if (width_ > capacity_) fail("capacity: expected at least ", width_, ", got ", capacity);
   for (size_t r = 0; r < rows_.size(); ++r) mirror(r);
 }
 
 void CacheTable::append(int64_t layer, int64_t tokens, const Integers* lengths,
                         int64_t* positions) {
+  const auto lock = pool_->lock();
   check_layer(layer);
   if (lengths) check_count("lengths", *lengths);
-  shared_.clear();
-  written_.clear();
-  copies_.clear();
+  fresh_.clear();
+  Claim claim(*this);
   int64_t fresh = 0;
   for (size_t r = 0; r < rows_.size(); ++r) {
     const int64_t count = lengths ? (*lengths)[r] : tokens;
     const int64_t start = filled(layer, r);
-    if (count < 0 || count > tokens || start + count > kMaxLength) {
-      restore_shared();
-      if (count >= 0 && count <= tokens) fail("key: row ", r, " would hold more than 2**31 tokens");
+    if (count < 0 || count > tokens) {
       fail("lengths: expected 0 <= length <= ", tokens, " (the tokens in key), got ", count,
            " for row ", r);
     }
+    if (start + count > kMaxLength) fail("key: row ", r, " would hold more than 2**31 tokens");
     if (count == 0) continue;
-    const int64_t held = static_cast<int64_t>(rows_[r].blocks.size());
+    std::vector<int32_t>& blocks = rows_[r].blocks;
+    const int64_t held = static_cast<int64_t>(blocks.size());
     const int64_t last = (start + count - 1) / block_size_;
     fresh += std::max<int64_t>(0, last + 1 - held);
+    if (static_cast<size_t>(last) >= blocks.capacity()) {
+      blocks.reserve(std::max(static_cast<size_t>(last) + 1, 2 * blocks.capacity()));
+    }
     for (int64_t i = start / block_size_; i <= std::min(last, held - 1); ++i) {
-      unshare(r, static_cast<size_t>(i));
+      claim.unshare(r, static_cast<size_t>(i));
     }
   }
-  require(fresh);
-  copy_shared();
+  claim.take(fresh);
 
   bool grew = false;
   for (size_t r = 0; r < rows_.size(); ++r) {
@@ -86,6 +139,7 @@ void CacheTable::append(int64_t layer, int64_t tokens, const Integers* lengths,
     const size_t needed = static_cast<size_t>((start + block_size_ - 1) / block_size_);
     while (row.blocks.size() < needed) {
       row.blocks.push_back(pool_->allocate());
+      fresh_.push_back(row.blocks.back());
       const int64_t index = static_cast<int64_t>(row.blocks.size()) - 1;
       if (index < capacity_) {
         table_[static_cast<int64_t>(r) * capacity_ + index] = row.blocks.back();
@@ -96,38 +150,48 @@ void CacheTable::append(int64_t layer, int64_t tokens, const Integers* lengths,
   if (grew) update_width();
 }
 
-void CacheTable::write(int64_t layer, int64_t tokens, const int64_t* positions) {
+void CacheTable::write(int64_t layer, int64_t tokens, const int64_t* positions, bool absent) {
+  const auto lock = pool_->lock();
   check_layer(layer);
   for (size_t r = 0; r < rows_.size(); ++r) {
     for (int64_t t = 0; t < tokens; ++t) {
       const int64_t position = positions[static_cast<int64_t>(r) * tokens + t];
+      if (absent && position == -1) continue;
       if (position < 0 || position >= rows_[r].length) {
         fail("positions: expected 0 <= position < ", rows_[r].length, " (the length of row ", r,
              "), got ", position);
       }
     }
   }
-  shared_.clear();
-  written_.clear();
-  copies_.clear();
+  Claim claim(*this);
   for (size_t r = 0; r < rows_.size(); ++r) {
     for (int64_t t = 0; t < tokens; ++t) {
-      unshare(r,
-              static_cast<size_t>(positions[static_cast<int64_t>(r) * tokens + t] / block_size_));
+      const int64_t position = positions[static_cast<int64_t>(r) * tokens + t];
+      if (position >= 0) claim.unshare(r, static_cast<size_t>(position / block_size_));
     }
   }
-  require(0);
-  copy_shared();
+  claim.take(0);
+}
+
+bool CacheTable::even() const {
+  const auto lock = pool_->lock();
+  for (size_t i = 0; i < filled_.size(); ++i) {
+    if (filled_[i] != rows_[i % rows_.size()].length) return false;
+  }
+  return true;
 }
 
 std::unique_ptr<CacheTable> CacheTable::fork(const Integers& parents) const {
+  // Ends after the lock: a child that is only half made gives its blocks back under it.
+  std::unique_ptr<CacheTable> child;
+  const auto lock = pool_->lock();
   for (const int64_t parent : parents) {
     if (parent < 0 || parent >= num_rows()) {
       fail("parents: expected 0 <= parent < ", num_rows(), ", got ", parent);
     }
   }
-  auto child = std::make_unique<CacheTable>(pool_, static_cast<int64_t>(parents.size()), layers_,
-                                            block_size_);
+  child = std::make_unique<CacheTable>(pool_, static_cast<int64_t>(parents.size()), layers_,
+                                       block_size_);
   for (size_t r = 0; r < parents.size(); ++r) {
     const size_t parent = static_cast<size_t>(parents[r]);
     child->rows_[r] = rows_[parent];
@@ -141,6 +205,7 @@ std::unique_ptr<CacheTable> CacheTable::fork(const Integers& parents) const {
 }
 
 void CacheTable::permute(const Integers& ancestors) {
+  const auto lock = pool_->lock();
   check_count("ancestors", ancestors);
   std::vector<int64_t> heirs(rows_.size(), 0);
   for (const int64_t ancestor : ancestors) {
@@ -149,30 +214,29 @@ void CacheTable::permute(const Integers& ancestors) {
     }
     ++heirs[static_cast<size_t>(ancestor)];
   }
-  std::vector<Row> old(rows_.size());
-  std::swap(old, rows_);
-  for (size_t r = 0; r < old.size(); ++r) {
-    if (heirs[r] > 0) continue;
-    for (const int32_t block : old[r].blocks) pool_->release(block);
-  }
-  // The last heir takes its ancestor's blocks over, the others share them.
-  for (size_t r = 0; r < rows_.size(); ++r) {
+  // The last heir takes its ancestor's blocks over, the others share copies of its list.
+  std::vector<Row> rows(rows_.size());
+  std::vector<int64_t> stored(filled_.size());
+  std::vector<int64_t> left = heirs;
+  for (size_t r = 0; r < rows.size(); ++r) {
     const size_t ancestor = static_cast<size_t>(ancestors[r]);
-    if (--heirs[ancestor] == 0) {
-      rows_[r] = std::move(old[ancestor]);
-    } else {
-      rows_[r] = old[ancestor];
-      for (const int32_t block : rows_[r].blocks) pool_->retain(block);
+    if (--left[ancestor] > 0) rows[r] = rows_[ancestor];
+    for (size_t layer = 0; layer < stored.size(); layer += rows.size()) {
+      stored[layer + r] = filled_[layer + ancestor];
     }
   }
-  std::vector<int64_t> before(rows_.size());
-  for (int64_t layer = 0; layer < layers_; ++layer) {
-    const auto begin = filled_.begin() + layer * num_rows();
-    std::copy(begin, begin + num_rows(), before.begin());
-    for (size_t r = 0; r < rows_.size(); ++r) {
-      filled(layer, r) = before[static_cast<size_t>(ancestors[r])];
-    }
+  // Nothing allocates from here on.
+  for (size_t r = 0; r < rows.size(); ++r) {
+    for (const int32_t block : rows[r].blocks) pool_->retain(block);
+    if (heirs[r] > 0) continue;
+    for (const int32_t block : rows_[r].blocks) pool_->release(block);
   }
+  for (size_t r = 0; r < rows.size(); ++r) {
+    const size_t ancestor = static_cast<size_t>(ancestors[r]);
+    if (--heirs[ancestor] == 0) rows[r] = std::move(rows_[ancestor]);
+  }
+  rows_.swap(rows);
+  filled_.swap(stored);
   for (size_t r = 0; r < rows_.size(); ++r) {
     if (ancestors[r] != static_cast<int64_t>(r)) mirror(r);
   }
@@ -180,6 +244,7 @@ void CacheTable::permute(const Integers& ancestors) {
 }
 
 void CacheTable::truncate(const Integers& lengths) {
+  const auto lock = pool_->lock();
   check_count("lengths", lengths);
   for (size_t r = 0; r < rows_.size(); ++r) {
     if (lengths[r] < 0 || lengths[r] > rows_[r].length) {
@@ -199,6 +264,7 @@ void CacheTable::truncate(const Integers& lengths) {
 }
 
 void CacheTable::free(const Integers& rows) {
+  const auto lock = pool_->lock();
   std::vector<bool> seen(rows_.size(), false);
   for (const int64_t r : rows) {
     if (r < 0 || r >= num_rows()) fail("rows: expected 0 <= row < ", num_rows(), ", got ", r);
@@ -217,6 +283,7 @@ void CacheTable::free(const Integers& rows) {
 }
 
 int64_t CacheTable::register_prefix(int64_t row, const Integers& tokens) {
+  const auto lock = pool_->lock();
   check_row(row);
   const Row& held = rows_[static_cast<size_t>(row)];
   const int64_t count = static_cast<int64_t>(tokens.size());
@@ -238,16 +305,23 @@ int64_t CacheTable::register_prefix(int64_t row, const Integers& tokens) {
       fail("token_ids: block ", i, " of row ", row, " is registered with other tokens");
     }
   }
-  for (size_t i = known; i < chain.size(); ++i) {
-    const int32_t parent = i == 0 ? PrefixIndex::kNone : chain[i - 1];
-    const int64_t start = static_cast<int64_t>(i) * block_size_;
-    pool_->add_prefix(chain[i], parent, tokens.data() + start, block_size_);
+  size_t added = known;
+  try {
+    for (; added < chain.size(); ++added) {
+      const int32_t parent = added == 0 ? PrefixIndex::kNone : chain[added - 1];
+      const int64_t start = static_cast<int64_t>(added) * block_size_;
+      pool_->add_prefix(chain[added], parent, tokens.data() + start, block_size_);
+    }
+  } catch (...) {
+    if (added > known) pool_->forget_prefix(chain[known]);  // and the others, which follow it
+    throw;
   }
   pool_->use_prefix(chain);
   return blocks * block_size_;
 }
 
 int64_t CacheTable::match_prefix(int64_t row, const Integers& tokens) {
+  const auto lock = pool_->lock();
   check_row(row);
   Row& held = rows_[static_cast<size_t>(row)];
   if (held.length > 0) {
@@ -266,6 +340,40 @@ int64_t CacheTable::match_prefix(int64_t row, const Integers& tokens) {
   mirror(static_cast<size_t>(row));
   update_width();
   return held.length;
+}
+
+std::vector<bool> CacheTable::blocks_of(const Integers& rows) const {
+  std::vector<bool> held(static_cast<size_t>(pool_->num_blocks()), false);
+  for (const int64_t r : rows) {
+    if (r < 0 || r >= num_rows()) fail("rows: expected 0 <= row < ", num_rows(), ", got ", r);
+    for (const int32_t block : rows_[static_cast<size_t>(r)].blocks) {
+      held[static_cast<size_t>(block)] = true;
+    }
+  }
+  return held;
+}
+
+int64_t CacheTable::retained(const Integers& rows) const {
+  const auto lock = pool_->lock();
+  const std::vector<bool> held = blocks_of(rows);
+  return std::count(held.begin(), held.end(), true);
+}
+
+CacheTable::Integers CacheTable::marginal(const Integers* kept) const {
+  const auto lock = pool_->lock();
+  const std::vector<bool> held = kept ? blocks_of(*kept) : std::vector<bool>();
+  Integers counts(rows_.size(), 0);
+  for (size_t r = 0; r < rows_.size(); ++r) {
+    for (const int32_t block : rows_[r].blocks) {
+      if (kept) {
+        counts[r] += !held[static_cast<size_t>(block)];
+      } else {
+        const int32_t owners = pool_->owners(block);
+        counts[r] += owners == 1 || (owners == 2 && pool_->prefixes().has(block));
+      }
+    }
+  }
+  return counts;
 }
 
 std::vector<int32_t> CacheTable::find_prefix(const Integers& tokens) const {
@@ -293,36 +401,6 @@ void CacheTable::check_layer(int64_t layer) const {
 void CacheTable::check_count(const char* argument, const Integers& values) const {
   if (static_cast<int64_t>(values.size()) != num_rows()) {
     fail(argument, ": expected one per row, ", num_rows(), ", got ", values.size());
-  }
-}
-
-void CacheTable::unshare(size_t row, size_t index) {
-  const int32_t block = rows_[row].blocks[index];
-  if (pool_->owners(block) == 1) return;
-  // A block that came twice has already given its share up.
-  for (auto share = shared_.rbegin(); share != shared_.rend() && share->row == row; ++share) {
-    if (share->index == index) return;
-  }
-  // What nobody else but the prefix index holds is forgotten there instead of copied.
-  if (pool_->owners(block) == 2 && pool_->prefixes().has(block)) {
-    if (written_.empty() || written_.back() != block) written_.push_back(block);
-    return;
-  }
-  pool_->release(block);
-  shared_.push_back({row, index});
-}
-
-void CacheTable::restore_shared() {
-  for (const Shared& share : shared_) pool_->retain(rows_[share.row].blocks[share.index]);
-  shared_.clear();
-}
-
-void CacheTable::require(int64_t fresh) {
-  try {
-    pool_->require(fresh + static_cast<int64_t>(shared_.size()));
-  } catch (...) {
-    restore_shared();
-    throw;
   }
 }
 

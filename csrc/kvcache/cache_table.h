@@ -1,7 +1,8 @@
 // The block table of one PagedKVCache: which blocks hold the tokens of each row, how far each layer
 // has filled them, and which blocks must be copied before a write. It owns its blocks; the last
-// owner returns a block to the pool. Every operation checks first and changes afterwards: one that
-// throws has changed nothing.
+// owner returns a block to the pool. Every operation checks and allocates first and changes
+// afterwards: one that throws, for want of memory too, has changed nothing. Every one holds the
+// pool's lock, so several threads may use tables on one pool, and read one table.
 //
 // The tables that kernels read are tensors of Python's. attach() gives their memory, and every
 // operation keeps them in step; the vectors here are what is true.
@@ -39,8 +40,10 @@ class CacheTable {
   // Makes room behind what `layer` has filled, lengths[r] of `tokens` in row r (all of them without
   // lengths), and tells each token's position, positions (rows, tokens), -1 for none.
   void append(int64_t layer, int64_t tokens, const Integers* lengths, int64_t* positions);
-  // Makes the blocks of positions (rows, tokens) this cache's alone.
-  void write(int64_t layer, int64_t tokens, const int64_t* positions);
+  // Makes the blocks of positions (rows, tokens) this cache's alone; with `absent`, -1 is none.
+  void write(int64_t layer, int64_t tokens, const int64_t* positions, bool absent = false);
+  // Whether every layer has stored as much as the furthest one, in every row.
+  bool even() const;
   std::unique_ptr<CacheTable> fork(const Integers& parents) const;
   void permute(const Integers& ancestors);
   void truncate(const Integers& lengths);
@@ -52,8 +55,16 @@ class CacheTable {
   // Gives an empty row the longest run of such blocks; returns the tokens they hold.
   int64_t match_prefix(int64_t row, const Integers& tokens);
 
+  // Distinct blocks that these rows hold.
+  int64_t retained(const Integers& rows) const;
+  // Per row, the blocks that no row of `kept` holds; without `kept`, that no other row of any table
+  // holds: what free() gives back, at once or, of a registered block, as soon as it is needed.
+  Integers marginal(const Integers* kept) const;
+
   // Copies that the last append or write asks for, in any order, before the tokens are stored.
   const std::vector<Copy>& copies() const { return copies_; }
+  // Blocks that the last append took from the pool and that are no copies.
+  const std::vector<int32_t>& fresh() const { return fresh_; }
 
  private:
   struct Row {
@@ -74,11 +85,10 @@ class CacheTable {
   // The registered blocks that the tokens begin with.
   std::vector<int32_t> find_prefix(const Integers& tokens) const;
   void check_count(const char* argument, const Integers& values) const;
-  // Gives up this row's share of a block that others hold too, and notes it.
-  void unshare(size_t row, size_t index);
-  void restore_shared();
-  // With unshare done: takes `fresh` blocks and one for each shared block, or throws.
-  void require(int64_t fresh);
+  std::vector<bool> blocks_of(const Integers& rows) const;
+  // What a write is about to change. It gives shares of blocks up to find out what it needs, and
+  // takes them back unless the write comes about.
+  class Claim;
   void copy_shared();
   void shrink(Row& row, int64_t length);
   void update_width();
@@ -92,6 +102,7 @@ class CacheTable {
   std::vector<Shared> shared_;
   std::vector<int32_t> written_;  // blocks that the prefix index will have to forget
   std::vector<Copy> copies_;
+  std::vector<int32_t> fresh_;
   int64_t width_ = 0;
   int32_t* table_ = nullptr;
   int32_t* lengths_ = nullptr;

@@ -53,27 +53,19 @@ void PrefixIndex::add(int32_t block, int32_t parent, const int64_t* tokens, int6
   if (siblings) siblings->push_back(block);
 }
 
-std::vector<int32_t> PrefixIndex::remove(int32_t block) {
-  const int32_t parent = nodes_.at(block).parent;
-  std::vector<int32_t> removed{block};
-  for (size_t i = 0; i < removed.size(); ++i) {
-    const std::vector<int32_t>& children = nodes_.at(removed[i]).children;
-    removed.insert(removed.end(), children.begin(), children.end());
+void PrefixIndex::erase(int32_t block) {
+  const Node& node = nodes_.at(block);
+  if (node.parent != kNone) {
+    std::vector<int32_t>& siblings = nodes_.at(node.parent).children;
+    // remove() comes from the last child, so this ends at once there.
+    siblings.erase(std::find(siblings.rbegin(), siblings.rend(), block).base() - 1);
   }
-  if (parent != kNone) {
-    std::vector<int32_t>& siblings = nodes_.at(parent).children;
-    siblings.erase(std::find(siblings.begin(), siblings.end(), block));
-  }
-  for (const int32_t gone : removed) {
-    const Node& node = nodes_.at(gone);
-    const int64_t count = static_cast<int64_t>(node.tokens.size());
-    auto place = places_.find(place_of(node.parent, node.tokens.data(), count));
-    while (place->second != gone) ++place;
-    places_.erase(place);
-    by_use_.erase(node.used);
-    nodes_.erase(gone);
-  }
-  return removed;
+  const int64_t count = static_cast<int64_t>(node.tokens.size());
+  auto place = places_.find(place_of(node.parent, node.tokens.data(), count));
+  while (place->second != block) ++place;
+  places_.erase(place);
+  by_use_.erase(node.used);
+  nodes_.erase(block);
 }
 
 void PrefixIndex::touch(const std::vector<int32_t>& chain) {

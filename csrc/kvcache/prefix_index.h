@@ -19,8 +19,23 @@ class PrefixIndex {
   bool has(int32_t block) const { return nodes_.count(block) > 0; }
   // `block` must have no place yet, `parent` one (or be kNone).
   void add(int32_t block, int32_t parent, const int64_t* tokens, int64_t count);
-  // Takes `block` and all that follow it out, and returns them.
-  std::vector<int32_t> remove(int32_t block);
+  // Takes `block` and all that follow it out, the last ones first, and hands each to `gone`.
+  // Allocates nothing, so it cannot stop halfway.
+  template <typename Gone>
+  void remove(int32_t block, const Gone& gone) {
+    for (int32_t at = block;;) {
+      const Node& node = nodes_.at(at);
+      if (!node.children.empty()) {
+        at = node.children.back();
+        continue;
+      }
+      const int32_t parent = node.parent;
+      erase(at);
+      gone(at);
+      if (at == block) return;
+      at = parent;
+    }
+  }
   // Marks a chain as used now; its end is forgotten before its beginning.
   void touch(const std::vector<int32_t>& chain);
   // All blocks by their last use, the oldest first.
@@ -35,6 +50,7 @@ class PrefixIndex {
   };
 
   bool holds(int32_t block, int32_t parent, const int64_t* tokens, int64_t count) const;
+  void erase(int32_t block);  // one that nothing follows
 
   std::unordered_map<int32_t, Node> nodes_;
   std::unordered_multimap<uint64_t, int32_t> places_;

@@ -31,6 +31,24 @@ using QueryElement = std::conditional_t<kPairs<T>, T, float>;
 
 constexpr int kStep = 2 * kWide;  // elements of a row that are multiplied at once
 
+// A query row as dot_rows wants it for keys of type K.
+template <typename K, typename T, typename Row>
+void load_query(const T* from, int64_t dim, Row* to) {
+  if constexpr (std::is_same_v<Row, T>) {
+    std::memcpy(static_cast<void*>(to), from, static_cast<size_t>(dim) * sizeof *to);
+  } else if constexpr (std::is_same_v<Row, float>) {
+    for (int64_t d = 0; d < dim; d += kStep) {
+      float natural[kStep];
+      for (int64_t i = 0; i < kStep; i += kWide) {
+        const int64_t left = larger(0, dim - d - i);
+        store_part(natural + i,
+                   left >= kWide ? load_part(from + d + i) : load_part(from + d + i, left));
+      }
+      for (int i = 0; i < kStep; ++i) to[d + i] = natural[element_in<K>(i)];
+    }
+  }
+}
+
 template <int NR, typename T>
 inline void dot_step(const QueryElement<T>* q, int64_t q_stride, const T* const* k, int64_t d,
                      int64_t left, FloatPart* sums) {
@@ -108,8 +126,8 @@ void dot_rows(const QueryElement<T>* q, int64_t q_stride, const T* keys, int64_t
 }
 
 // Turns the scores of one row into weights exp(score - top), kHidden where the row may not look.
-void weigh(float* scores, const Tile& tile, const Span& span, float scale, const float* bias,
-           float* top, float* total, float* shrink) {
+inline void weigh(float* scores, const Tile& tile, const Span& span, float scale, const float* bias,
+                  float* top, float* total, float* shrink) {
   const bool whole = span.covers(tile.position, tile.keys);
   const auto local = [&](int64_t bound) {
     return static_cast<int32_t>(larger(-1, smaller(bound - tile.position, kKeys)));

@@ -44,20 +44,39 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
+// A pool's own methods are called with its lock; tables take it themselves.
+template <typename Result, typename... Args>
+auto locked(Result (winnow::BlockPool::*method)(Args...)) {
+  return [method](winnow::BlockPool& pool, Args... args) -> Result {
+    const auto lock = pool.lock();
+    return (pool.*method)(args...);
+  };
+}
+
+template <typename Result, typename... Args>
+auto locked(Result (winnow::BlockPool::*method)(Args...) const) {
+  return [method](winnow::BlockPool& pool, Args... args) -> Result {
+    const auto lock = pool.lock();
+    return (pool.*method)(args...);
+  };
+}
+
 void bind_kvcache(py::module_& m) {
   using winnow::BlockPool;
   using winnow::CacheTable;
+  // What walks through whole tables lets other threads run; an append is over sooner than that.
+  using Released = py::call_guard<py::gil_scoped_release>;
   bind_block_pool_exhausted(m);
   py::class_<BlockPool, std::shared_ptr<BlockPool>>(m, "BlockPool")
       .def(py::init<int64_t>(), py::arg("num_blocks"))
-      .def_property_readonly("num_blocks", &BlockPool::num_blocks)
-      .def_property_readonly("num_free", &BlockPool::num_free)
-      .def_property_readonly("num_evictable", &BlockPool::num_evictable)
-      .def("grow", &BlockPool::grow, py::arg("num_blocks"))
-      .def("allocate", &BlockPool::allocate)
-      .def("retain", &BlockPool::retain, py::arg("block"))
-      .def("release", &BlockPool::release, py::arg("block"))
-      .def("owners", &BlockPool::owners, py::arg("block"));
+      .def_property_readonly("num_blocks", locked(&BlockPool::num_blocks))
+      .def_property_readonly("num_free", locked(&BlockPool::num_free))
+      .def_property_readonly("num_evictable", locked(&BlockPool::num_evictable))
+      .def("grow", locked(&BlockPool::grow), py::arg("num_blocks"))
+      .def("allocate", locked(&BlockPool::allocate))
+      .def("retain", locked(&BlockPool::retain), py::arg("block"))
+      .def("release", locked(&BlockPool::release), py::arg("block"))
+      .def("owners", locked(&BlockPool::owners), py::arg("block"));
   py::class_<CacheTable>(m, "CacheTable")
       .def(py::init<std::shared_ptr<BlockPool>, int64_t, int64_t, int64_t>(), py::arg("pool"),
            py::arg("rows"), py::arg("layers"), py::arg("block_size"))
@@ -72,13 +91,17 @@ void bind_kvcache(py::module_& m) {
              const int64_t width = table.width();
              table.append(layer, tokens, lengths ? &*lengths : nullptr,
                           pointer<int64_t>(positions));
-             return (table.copies().empty() ? 0 : 1) + (table.width() == width ? 0 : 2);
+             return (table.copies().empty() ? 0 : 1) + (table.width() == width ? 0 : 2) +
+                    (table.fresh().empty() ? 0 : 4);
            })
-      .def("write",
-           [](CacheTable& table, int64_t layer, int64_t tokens, uintptr_t positions) {
-             table.write(layer, tokens, pointer<const int64_t>(positions));
-             return !table.copies().empty();
-           })
+      .def(
+          "write",
+          [](CacheTable& table, int64_t layer, int64_t tokens, uintptr_t positions, bool absent) {
+            table.write(layer, tokens, pointer<const int64_t>(positions), absent);
+            return !table.copies().empty();
+          },
+          py::arg("layer"), py::arg("tokens"), py::arg("positions"), py::arg("absent") = false)
+      .def("even", &CacheTable::even)
       .def("copies",
            [](const CacheTable& table) {
              py::list sources;
@@ -89,12 +112,20 @@ void bind_kvcache(py::module_& m) {
              }
              return py::make_tuple(sources, targets);
            })
-      .def("fork", &CacheTable::fork)
-      .def("permute", &CacheTable::permute)
-      .def("truncate", &CacheTable::truncate)
-      .def("free", &CacheTable::free)
-      .def("register_prefix", &CacheTable::register_prefix)
-      .def("match_prefix", &CacheTable::match_prefix);
+      .def_property_readonly("fresh", &CacheTable::fresh)
+      .def("fork", &CacheTable::fork, Released())
+      .def("permute", &CacheTable::permute, Released())
+      .def("truncate", &CacheTable::truncate, Released())
+      .def("free", &CacheTable::free, Released())
+      .def("register_prefix", &CacheTable::register_prefix, Released())
+      .def("match_prefix", &CacheTable::match_prefix, Released())
+      .def("retained", &CacheTable::retained, Released())
+      .def(
+          "marginal",
+          [](const CacheTable& table, const std::optional<CacheTable::Integers>& kept) {
+            return table.marginal(kept ? &*kept : nullptr);
+          },
+          Released());
 }
 
 }  // namespace

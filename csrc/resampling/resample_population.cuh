@@ -1,33 +1,56 @@
-// One population on the GPU, for a block of threads: what its parts of kBlock particles weigh, and
-// the decision to resample. The parts may be one block's, one after another, or a block's each with
-// a launch between the steps; what a step finds of a part lies in global memory.
+// One population on the GPU: what its particles weigh, and the decision to resample. A population
+// has a team of blocks, of one mostly. Each has a share of the particles, whole parts of kBlock,
+// and they meet between the steps; what a step finds of a share lies in global memory. Sums of
+// weights are made part by part and added in order, all others are integers: nothing depends on the
+// team.
 #pragma once
 
 #include "common/philox.h"
+#include "resampling/numbers.cuh"
 #include "resampling/resample_weigh.cuh"
 
 namespace winnow {
 namespace {
 
 struct PartSums {
-  double top;
   double sum;
   double squares;
-  uint64_t total;
-  int64_t nan;
 };
 
-template <typename T>
+// What a member of a team tells the others.
+struct Tally {
+  uint64_t first;
+  uint64_t second;
+};
+
+// Of two numbers per member, sums over the whole team and over the members before this one.
+struct TeamSums {
+  Tally all;
+  Tally before;
+};
+
+struct AddTeamSums {
+  WINNOW_DEVICE TeamSums operator()(const TeamSums& a, const TeamSums& b) const {
+    return {{a.all.first + b.all.first, a.all.second + b.all.second},
+            {a.before.first + b.before.first, a.before.second + b.before.second}};
+  }
+};
+
+struct Range {
+  int64_t begin;
+  int64_t end;
+};
+
 struct ResampleLaunch {
-  using Real = std::conditional_t<std::is_same_v<T, double>, double, float>;
-  Global<const T> log_weights;
+  Numbers log_weights;
   int64_t stride;
+  int64_t rows;
   int64_t particles;
   int64_t samples;
   Global<const uint8_t> mask;  // null: all live
   int64_t mask_stride;
-  Global<const float> uniforms;  // both null: drawn from the seed
-  Global<const double> wide_uniforms;
+  bool uniforms_given;  // else drawn from the seed
+  Numbers uniforms;
   int64_t uniforms_stride;
   Global<const int64_t> pinned;  // null: none
   Seed seed;
@@ -38,29 +61,35 @@ struct ResampleLaunch {
   bool keep_slots;
   Global<int64_t> ancestors;
   Global<uint64_t> offspring;
-  Global<Real> new_log_weights;
-  Global<Real> log_z;
-  Global<Real> ess;
+  Reals new_log_weights;
+  Reals log_z;
+  Reals ess;
   Global<uint8_t> resampled;
   Global<int32_t> status;
+  // Blocks of a population, and where they meet.
+  int64_t team;
+  Global<uint32_t> meetings;  // one per population
+  Global<Tally> tallies;      // (2, rows, team)
   // Scratch: of each population, parts, weights (padded to 16), and three numbers per particle.
   int64_t parts;
   Global<PartSums> part;
   int64_t padded;
-  Global<Real> weights;
+  Reals weights;
   Global<uint64_t> cumulative;  // weights, or remainders
   Global<int64_t> ends;         // cumulative slots, or owners of remainders
   Global<int64_t> slots;        // of the live particles; null without mask
 };
 
-template <typename T, int kThreads>
+template <int kThreads>
 struct PopulationBlock {
-  using Real = typename ResampleLaunch<T>::Real;
   static constexpr int kSize = kThreads;
-  const ResampleLaunch<T>& call;
+  const ResampleLaunch& call;
   int64_t row;
+  int64_t member;
   Shared<uint64_t> words;  // kThreads / 32 each
-  Shared<double> numbers;
+  Shared<double> doubles;
+  Shared<TeamSums> sums;
+  int64_t turn = 0;   // of the tallies
   int64_t live = 0;   // particles
   int64_t count = 0;  // samples
   int64_t pinned = -1;
@@ -72,45 +101,105 @@ struct PopulationBlock {
   double ess = 0.0;
   double scale = 0.0;
   uint64_t total = 0;
+  uint64_t before = 0;         // total of the shares before this block's
+  uint64_t before_pinned = 0;  // total of the particles before the pinned one
   Forced forced = {};
 
-  // ---- reductions; every thread gets the result ----
+  // ---- the team ----
 
-  WINNOW_DEVICE uint64_t sum_of(uint64_t value) const {
-    return block_reduce<kThreads>(value, words, [](uint64_t a, uint64_t b) { return a + b; });
+  WINNOW_DEVICE void sync() const {
+    if (call.team > 1) {
+      blocks_sync(call.meetings + row, call.team);
+    } else {
+      block_sync();
+    }
   }
-  WINNOW_DEVICE uint64_t sum_before(uint64_t value, uint64_t* all) const {
+
+  // This block's share of n elements.
+  WINNOW_DEVICE Range share(int64_t n) const {
+    const int64_t parts = ceil_div<int64_t>(n, kBlock);
+    const int64_t end = parts * (member + 1) / call.team * kBlock;
+    return {parts * member / call.team * kBlock, end < n ? end : n};
+  }
+
+  // take(member, its numbers) for every member, each by one thread; a barrier too. Two turns of
+  // tallies suffice: nobody is two barriers ahead of another.
+  template <typename Take>
+  WINNOW_DEVICE void exchange(const Tally& mine, const Take& take) {
+    turn = 1 - turn;
+    const Global<Tally> tallies = call.tallies + (turn * call.rows + row) * call.team;
+    if (thread_index() == 0) tallies[member] = mine;
+    sync();
+    for (int64_t i = thread_index(); i < call.team; i += kThreads) {
+      const Tally other = tallies[i];
+      take(i, other);
+    }
+  }
+
+  // Sums of what the threads of the whole team bring, for each of them; a barrier too.
+  WINNOW_DEVICE TeamSums add_up(uint64_t first, uint64_t second) {
+    const TeamSums own = block_reduce<kThreads>(TeamSums{{first, second}, {}}, sums, AddTeamSums{});
+    if (call.team == 1) {
+      sync();
+      return own;
+    }
+    TeamSums seen = {};
+    exchange(own.all, [&](int64_t i, const Tally& other) {
+      seen = AddTeamSums{}(seen, {other, i < member ? other : Tally{}});
+    });
+    return block_reduce<kThreads>(seen, sums, AddTeamSums{});
+  }
+
+  // The sum of number(k) over the shares before this block's.
+  template <typename Number>
+  WINNOW_DEVICE uint64_t sum_before_share(const Range& mine, const Number& number) {
+    if (call.team == 1) return 0;
+    uint64_t found = 0;
+    for (int64_t k = mine.begin + thread_index(); k < mine.end; k += kThreads) found += number(k);
+    return add_up(found, 0).before.first;
+  }
+
+  WINNOW_DEVICE uint64_t scan(uint64_t value, uint64_t* all) const {
     return block_scan<kThreads>(value, words, all);
+  }
+
+  // take(k, number, sum of the numbers before it) for the elements of a share, by a thread each;
+  // the first has `start` before it.
+  template <typename Number, typename Take>
+  WINNOW_DEVICE void cumulate(const Range& mine, uint64_t start, const Number& number,
+                              const Take& take) const {
+    for (int64_t first = mine.begin; first < mine.end; first += kThreads) {
+      const int64_t k = first + thread_index();
+      const uint64_t value = k < mine.end ? number(k) : 0;
+      uint64_t all;
+      const uint64_t behind = start + scan(value, &all);
+      if (k < mine.end) take(k, value, behind);
+      start += all;
+    }
   }
 
   // ---- the population's elements ----
 
+  WINNOW_DEVICE bool is_live(int64_t at) const {
+    const uint8_t set = call.mask[row * call.mask_stride + at];
+    return set != 0;
+  }
   WINNOW_DEVICE int64_t slot(int64_t k) const {
     if (!call.slots) return k;
     const int64_t at = call.slots[row * call.particles + k];
     return at;
   }
-  WINNOW_DEVICE Real log_weight(int64_t at) const {
-    const T x = call.log_weights[row * call.stride + at];
-    return static_cast<Real>(x);
+  WINNOW_DEVICE double log_weight(int64_t at) const {
+    return call.log_weights[row * call.stride + at];
   }
   WINNOW_DEVICE uint64_t fixed_weight(int64_t k) const {
-    const Real weight = call.weights[row * call.padded + k];
-    return static_cast<uint64_t>(static_cast<double>(weight) * scale);
+    return static_cast<uint64_t>(call.weights[row * call.padded + k] * scale);
   }
   WINNOW_DEVICE Global<uint64_t> cumulative() const {
     return call.cumulative + row * call.particles;
   }
   WINNOW_DEVICE Global<int64_t> ends() const { return call.ends + row * call.particles; }
   WINNOW_DEVICE Global<uint64_t> offspring() const { return call.offspring + row * call.particles; }
-  WINNOW_DEVICE int64_t part_end(int64_t b) const {
-    return (b + 1) * kBlock < live ? (b + 1) * kBlock : live;
-  }
-  WINNOW_DEVICE int64_t parts() const { return ceil_div<int64_t>(live, kBlock); }
-  WINNOW_DEVICE PartSums part(int64_t b) const {
-    const PartSums found = call.part[row * call.parts + b];
-    return found;
-  }
 
   // ---- uniforms ----
 
@@ -120,19 +209,13 @@ struct PopulationBlock {
   }
   WINNOW_DEVICE uint64_t uniform_bits(int64_t element) const {
     if (element == forced.element) return forced.bits;
-    if (!call.uniforms && !call.wide_uniforms) return drawn_bits(element);
-    double u;
-    if (call.uniforms) {
-      const float narrow = call.uniforms[row * call.uniforms_stride + element];
-      u = static_cast<double>(narrow);
-    } else {
-      u = call.wide_uniforms[row * call.uniforms_stride + element];
-    }
+    if (!call.uniforms_given) return drawn_bits(element);
+    const double u = call.uniforms[row * call.uniforms_stride + element];
     if (!(u > 0.0)) return 0;
     return u < 1.0 ? static_cast<uint64_t>(u * 0x1p64) : ~uint64_t{0};
   }
 
-  // ---- steps ----
+  // ---- steps; the team meets behind each ----
 
   // The live particles and where the pinned one is among them.
   WINNOW_DEVICE void list_live() {
@@ -143,49 +226,47 @@ struct PopulationBlock {
       if (pinned < 0 || pinned >= live || pinned >= count) pinned = -1;
     }
     if (!call.mask) return;
-    live = 0;
-    uint64_t among = 0;  // one more than the pinned particle's rank
-    for (int64_t first = 0; first < call.particles; first += kThreads) {
-      const int64_t k = first + thread_index();
-      uint8_t set = 0;
-      if (k < call.particles) set = call.mask[row * call.mask_stride + k];
-      uint64_t all;
-      const int64_t rank =
-          live + static_cast<int64_t>(sum_before(static_cast<uint64_t>(set != 0), &all));
-      if (set != 0) call.slots[row * call.particles + rank] = k;
-      if (set != 0 && k == pinned) among = static_cast<uint64_t>(rank) + 1;
-      live += static_cast<int64_t>(all);
+    const auto one_if_live = [&](int64_t k) { return static_cast<uint64_t>(is_live(k) ? 1 : 0); };
+    const Range mine = share(call.particles);
+    uint64_t set = 0;
+    uint64_t set_before = 0;
+    for (int64_t k = mine.begin + thread_index(); k < mine.end; k += kThreads) {
+      const uint64_t one = one_if_live(k);
+      set += one;
+      if (k < pinned) set_before += one;
     }
-    pinned = static_cast<int64_t>(sum_of(among)) - 1;
-    count = live;
+    const TeamSums found = add_up(set, set_before);
+    cumulate(mine, found.before.first, one_if_live, [&](int64_t k, uint64_t one, uint64_t rank) {
+      if (one != 0) call.slots[row * call.particles + static_cast<int64_t>(rank)] = k;
+    });
+    live = count = static_cast<int64_t>(found.all.first);
+    if (pinned >= 0) pinned = is_live(pinned) ? static_cast<int64_t>(found.all.second) : -1;
+    sync();
   }
 
-  WINNOW_DEVICE void find_top(int64_t b) {
-    double best = -std::numeric_limits<double>::infinity();
-    uint64_t nan = 0;
-    for (int64_t k = b * kBlock + thread_index(); k < part_end(b); k += kThreads) {
-      const auto x = static_cast<double>(log_weight(slot(k)));
-      if (x > best) best = x;
-      if (x != x) nan = 1;
-    }
-    best = block_reduce<kThreads>(best, numbers, [](double a, double c) { return a > c ? a : c; });
-    nan = sum_of(nan);
-    if (thread_index() == 0) {
-      call.part[row * call.parts + b] = PartSums{best, 0.0, 0.0, 0, nan != 0 ? 1 : 0};
-    }
-  }
-
-  WINNOW_DEVICE void read_tops() {
-    top = -std::numeric_limits<double>::infinity();
-    uint64_t nan = 0;
-    for (int64_t b = thread_index(); b < parts(); b += kThreads) {
-      const PartSums found = part(b);
-      if (found.top > top) top = found.top;
-      nan += static_cast<uint64_t>(found.nan);
-    }
-    top = block_reduce<kThreads>(top, numbers, [](double a, double c) { return a > c ? a : c; });
+  WINNOW_DEVICE void find_top() {
+    const auto larger = [](double a, double b) { return a > b ? a : b; };
     const double infinity = std::numeric_limits<double>::infinity();
-    status = sum_of(nan) != 0 ? kStatusNan : 0;
+    double best = -infinity;
+    bool nan = false;
+    const Range mine = share(live);
+    for (int64_t k = mine.begin + thread_index(); k < mine.end; k += kThreads) {
+      const double x = log_weight(slot(k));
+      if (x > best) best = x;
+      if (x != x) nan = true;
+    }
+    top = block_reduce<kThreads>(best, doubles, larger);
+    nan = block_any(nan);
+    if (call.team > 1) {
+      best = -infinity;
+      exchange({bits_as<uint64_t>(top), nan ? uint64_t{1} : 0}, [&](int64_t, const Tally& other) {
+        best = larger(best, bits_as<double>(other.first));
+        if (other.second != 0) nan = true;
+      });
+      top = block_reduce<kThreads>(best, doubles, larger);
+      nan = block_any(nan);
+    }
+    status = nan ? kStatusNan : 0;
     if (live == 0) {
       status |= kStatusNothingLive;
     } else if (top == infinity) {
@@ -194,37 +275,47 @@ struct PopulationBlock {
       status |= kStatusNoWeight;
     }
   }
+
   WINNOW_DEVICE bool weightless() const {
     return (status & (kStatusNoWeight | kStatusNothingLive)) != 0;
   }
 
-  WINNOW_DEVICE void weigh(int64_t b) {
+  WINNOW_DEVICE void weigh() {
     if (weightless()) return;
-    const Global<Real> weights = call.weights + row * call.padded;
-    for (int64_t k = b * kBlock + thread_index(); k < part_end(b); k += kThreads) {
-      weights[k] = weight_of(log_weight(slot(k)), static_cast<Real>(top));
+    const Range mine = share(live);
+    const bool narrow = static_cast<bool>(call.weights.narrow);
+    for (int64_t k = mine.begin + thread_index(); k < mine.end; k += kThreads) {
+      call.weights.store(row * call.padded + k, weight_of(log_weight(slot(k)), top, narrow));
     }
     block_sync();
-    if (warp_index() != 0) return;
-    double part_sum;
-    double squares;
-    ordered_sums<Real>(weights + b * kBlock, part_end(b) - b * kBlock, &part_sum, &squares);
-    if (lane_index() == 0) {
-      PartSums found = part(b);
-      found.sum = part_sum;
-      found.squares = squares;
-      call.part[row * call.parts + b] = found;
+    for (int64_t first = mine.begin + warp_index() * kBlock; first < mine.end;
+         first += kThreads / kWarp * kBlock) {
+      const int64_t n = mine.end - first < kBlock ? mine.end - first : kBlock;
+      const int64_t at = row * call.padded + first;
+      PartSums found;
+      if (narrow) {
+        ordered_sums<float>(call.weights.narrow + at, n, &found.sum, &found.squares);
+      } else {
+        ordered_sums<double>(call.weights.wide + at, n, &found.sum, &found.squares);
+      }
+      if (lane_index() == 0) call.part[row * call.parts + first / kBlock] = found;
     }
+    sync();
   }
 
   WINNOW_DEVICE void decide() {
     if (weightless()) return;
-    sum = 0.0;
+    const int64_t parts = ceil_div<int64_t>(live, kBlock);
     double squares = 0.0;
-    for (int64_t b = 0; b < parts(); ++b) {  // in order: every thread the same sums
-      const PartSums found = part(b);
-      sum += found.sum;
-      squares += found.squares;
+    for (int64_t first = 0; first < parts;
+         first += kWarp) {  // in order: every thread the same sums
+      PartSums mine = {};
+      if (first + lane_index() < parts) mine = call.part[row * call.parts + first + lane_index()];
+      const int here = parts - first < kWarp ? static_cast<int>(parts - first) : kWarp;
+      for (int i = 0; i < here; ++i) {
+        sum += shuffle(kFullWarp, mine.sum, i);
+        squares += shuffle(kFullWarp, mine.squares, i);
+      }
     }
     ess = sum * sum / squares;
     resampled = call.ess_threshold < 0 || ess < call.ess_threshold * static_cast<double>(live);
@@ -234,71 +325,32 @@ struct PopulationBlock {
     scale = bits_as<double>((59 - exponent + 1023) << 52);
   }
 
-  WINNOW_DEVICE void add_up(int64_t b) {
-    if (!resampled) return;
-    if (pinned >= b * kBlock && pinned < part_end(b)) {  // one without weight gets the least
+  // Totals in fixed point, and what the pinned particle decides.
+  WINNOW_DEVICE void add_weights() {
+    const Range mine = share(live);
+    if (pinned >= mine.begin && pinned < mine.end) {  // one without weight gets the least
       if (thread_index() == 0) {
-        const Real least = static_cast<Real>(1.0 / scale);
-        const Real weight = call.weights[row * call.padded + pinned];
-        if (weight < least) call.weights[row * call.padded + pinned] = least;
+        const int64_t at = row * call.padded + pinned;
+        double least = 1.0 / scale;
+        if (call.weights.narrow) least = static_cast<double>(static_cast<float>(least));
+        if (call.weights[at] < least) call.weights.store(at, least);
       }
       block_sync();
     }
-    uint64_t part_total = 0;
-    for (int64_t k = b * kBlock + thread_index(); k < part_end(b); k += kThreads) {
-      part_total += fixed_weight(k);
-    }
-    part_total = sum_of(part_total);
-    if (thread_index() == 0) {
-      PartSums found = part(b);
-      found.total = part_total;
-      call.part[row * call.parts + b] = found;
-    }
-  }
-
-  // Sum of the totals of the parts before b; that of all into `total`.
-  WINNOW_DEVICE uint64_t read_totals(int64_t b) {
-    uint64_t before = 0;
-    uint64_t all = 0;
-    for (int64_t i = thread_index(); i < parts() && resampled; i += kThreads) {
-      const PartSums found = part(i);
-      all += found.total;
-      if (i < b) before += found.total;
-    }
-    total = sum_of(all);
-    return sum_of(before);
-  }
-
-  // take(particle, weight, sum of the weights before it) for particles [begin, end), by a thread
-  // each; returns the sum behind them.
-  template <typename Take>
-  WINNOW_DEVICE uint64_t each_cumulative(int64_t begin, int64_t end, uint64_t before,
-                                         const Take& take) const {
-    for (int64_t first = begin; first < end; first += kThreads) {
-      const int64_t k = first + thread_index();
-      const uint64_t weight = k < end ? fixed_weight(k) : 0;
-      uint64_t all;
-      const uint64_t mine = before + sum_before(weight, &all);
-      if (k < end) take(k, weight, mine);
-      before += all;
-    }
-    return before;
-  }
-
-  // The total of the weights below `threshold` before the pinned particle.
-  WINNOW_DEVICE uint64_t total_before_pinned(uint64_t threshold) const {
-    uint64_t before = 0;
-    for (int64_t k = thread_index(); k < pinned; k += kThreads) {
+    uint64_t own = 0;
+    uint64_t own_before_pinned = 0;
+    for (int64_t k = mine.begin + thread_index(); k < mine.end; k += kThreads) {
       const uint64_t weight = fixed_weight(k);
-      if (weight < threshold) before += weight;
+      own += weight;
+      if (k < pinned) own_before_pinned += weight;
     }
-    return sum_of(before);
-  }
-
-  WINNOW_DEVICE void decide_by_pinned() {
-    if (pinned < 0 || call.scheme == Scheme::kKilling) return;
-    forced = force(call.scheme, pinned, count, fixed_weight(pinned),
-                   total_before_pinned(~uint64_t{0}), total, drawn_bits(kPinnedPoint));
+    const TeamSums found = add_up(own, own_before_pinned);
+    total = found.all.first;
+    before = found.before.first;
+    before_pinned = found.all.second;
+    if (pinned < 0 || call.scheme == Scheme::kKilling || call.scheme == Scheme::kOptimal) return;
+    forced = force(call.scheme, pinned, count, fixed_weight(pinned), before_pinned, total,
+                   drawn_bits(kPinnedPoint));
   }
 };
 

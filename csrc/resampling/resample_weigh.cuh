@@ -79,21 +79,20 @@ WINNOW_DEVICE double log_number(double x) {
   return e * 6.93147180369123816490e-01 + 2.0 * (s + tail);
 }
 
-// block_weights of one particle.
-template <typename Real>
-WINNOW_DEVICE Real weight_of(Real x, Real top) {
-  if (top == std::numeric_limits<Real>::infinity()) return x == top ? Real(1) : Real(0);
-  return exp_weight(x - top);
+// block_weights of one particle: in float where the weights are.
+WINNOW_DEVICE double weight_of(double x, double top, bool narrow) {
+  if (top == std::numeric_limits<double>::infinity()) return x == top ? 1.0 : 0.0;
+  if (!narrow) return exp_weight(x - top);
+  return static_cast<double>(exp_weight(static_cast<float>(x) - static_cast<float>(top)));
 }
 
 // A NaN as no weight.
-template <typename Real>
-WINNOW_DEVICE Real carried(Real x) {
-  return x == x ? x : -std::numeric_limits<Real>::infinity();
+WINNOW_DEVICE double carried(double x) {
+  return x == x ? x : -std::numeric_limits<double>::infinity();
 }
 
 // The sums of n weights and of their squares in the order of block_sums: sixteen running sums, then
-// halves. One half of a warp has the weights, the other the squares; lane 0 gets both.
+// halves. One half of a warp has the weights, the other the squares; every lane gets both.
 template <typename Real>
 WINNOW_DEVICE void ordered_sums(Global<const Real> weights, int64_t n, double* sum,
                                 double* squares) {

@@ -6,8 +6,9 @@ that were forked share blocks, and a shared block is copied only when one of its
 it. Particles, beams, compressed chunks and diffusion blocks can therefore live in one pool.
 
 :func:`paged_attention` reads the pages where they lie. :func:`block_summaries`,
-:func:`score_blocks` and :func:`select_blocks` choose the blocks that are worth reading. Everything
-here serves inference: no gradient flows through a cache.
+:func:`score_blocks` and :func:`select_blocks` choose the blocks that are worth reading, and
+:func:`score_select_blocks` does so for a pool that keeps the summaries. Everything here serves
+inference: no gradient flows through a cache.
 
 Example:
     >>> import torch
@@ -29,16 +30,32 @@ from __future__ import annotations
 
 from torch_winnow._core import BlockPoolExhausted
 from torch_winnow._kvcache.attention import paged_attention
+from torch_winnow._kvcache.attention_mass import attention_mass
+from torch_winnow._kvcache.eviction import fastkv_positions, h2o_positions, snapkv_positions
+from torch_winnow._kvcache.merging import merge_runs, merge_similar_, similar_runs
 from torch_winnow._kvcache.pool import BlockPool
-from torch_winnow._kvcache.selection import block_summaries, score_blocks, select_blocks
+from torch_winnow._kvcache.selection import (
+    block_summaries,
+    score_blocks,
+    score_select_blocks,
+    select_blocks,
+)
 from torch_winnow._kvcache.storage import PagedKVCache
 
 __all__ = [
     "BlockPool",
     "BlockPoolExhausted",
     "PagedKVCache",
+    "attention_mass",
     "block_summaries",
+    "fastkv_positions",
+    "h2o_positions",
+    "merge_runs",
+    "merge_similar_",
     "paged_attention",
     "score_blocks",
+    "score_select_blocks",
     "select_blocks",
+    "similar_runs",
+    "snapkv_positions",
 ]

@@ -26,6 +26,8 @@ enum class Bug : int64_t {
   kSharedTooSmall,      // asks for less dynamic shared memory than it uses
   kFragmentColumn,      // a matrix of the left factor stands in another's place
   kFragmentTransposed,  // the right factor is loaded as it lies
+  kNotTogether,         // blocks wait for others that have not begun
+  kMissingBlock,        // one of the blocks that the others wait for never comes
 };
 
 // Sums of neighbouring elements: y[i] = x[i] + x[i - 1], through shared memory.
@@ -158,6 +160,21 @@ products(Global<const float> x, int64_t n, Global<float> y) {
   }
 }
 
+// Elements in the reverse order of blocks, through global memory.
+template <Bug kBug>
+WINNOW_KERNEL(kThreads)
+meeting_blocks(Global<const float> x, int64_t n, int64_t blocks, Global<float> between,
+               Global<uint32_t> counter, Global<float> y) {
+  const int64_t i = block_index() * kThreads + thread_index();
+  if (i < n) between[i] = x[i];
+  if (kBug == Bug::kMissingBlock && block_index() == 1) return;
+  blocks_sync(counter, blocks);
+  const int64_t from = n - 1 - i;
+  if (i < n) y[i] = between[from];
+  blocks_sync(counter, blocks);
+  if (i < n) between[i] = 0.0f;
+}
+
 template <Bug kBug>
 void run(int64_t kernel, const Tensor& x, const Tensor& y) {
   const Stream stream(x);
@@ -185,6 +202,19 @@ void run(int64_t kernel, const Tensor& x, const Tensor& y) {
   if (kernel == 7) {  // more blocks than a launch has
     launch("copy_vectors", copy_vectors, {int64_t{1} << 31}, kThreads, stream, in, n, out);
   }
+  if (kernel == 9) {
+    const Tensor between = empty(shape(x), ScalarType::Float, x);
+    const Tensor counter = empty({1}, ScalarType::Int, x);
+    const auto start = [&](const auto& launcher) {
+      launcher("meeting_blocks", meeting_blocks<kBug>, grid, kThreads, stream, in, n, grid.x,
+               global<float>(between), zeroed<uint32_t>("meeting_blocks", counter, stream), out);
+    };
+    if (kBug == Bug::kNotTogether) {
+      start([](const auto&... arguments) { launch(arguments...); });
+    } else {
+      start([](const auto&... arguments) { launch_together(arguments...); });
+    }
+  }
   if (kernel == 8) {
     launch("copy_vectors", copy_vectors, {1, 65536}, kThreads, stream, in, n, out);
   }
@@ -198,7 +228,7 @@ void pick(int64_t bug, int64_t kernel, const Tensor& x, const Tensor& y) {
 
 Tensor planted(const Tensor& x, int64_t kernel, int64_t bug) {
   Tensor y = empty(shape(x), ScalarType::Float, x);
-  pick<0, static_cast<int64_t>(Bug::kFragmentTransposed)>(bug, kernel, x, y);
+  pick<0, static_cast<int64_t>(Bug::kMissingBlock)>(bug, kernel, x, y);
   return y;
 }
 

@@ -28,6 +28,54 @@ def test_summaries(gpu, dtype, kind, head_dim):
 
 
 @pytest.mark.parametrize("kind", ["minmax", "mean"])
+def test_updated_summaries(gpu, dtype, kind, on_every_order):
+    """Ascending and scattered positions, more than a warp looks back at; repeated and absent."""
+    keys = torch.randn(30, 2, 4, 9).to(gpu, dtype)
+    table = torch.randperm(30, device=gpu).int().view(2, 15)
+    seq_lens = torch.tensor([59, 50], dtype=torch.int32, device=gpu)
+    ascending = torch.arange(2, 50, device=gpu).expand(2, -1)
+    scattered = torch.randint(-1, 50, (2, 70), device=gpu)
+    sizes = (30, 2, 2, 9) if kind == "minmax" else (30, 2, 9)
+    for positions in (ascending, scattered, scattered[:, :0]):
+
+        def update(positions=positions):
+            summaries = torch.full(sizes, -7.0, device=gpu)
+            torch.ops.winnow.update_block_summaries_(summaries, keys, table, seq_lens, positions)
+            return summaries
+
+        results = on_every_order(update)
+        expected = torch.full(sizes, -7.0, device=gpu)
+        reference.update_block_summaries_(expected, keys, table, seq_lens, positions)
+        for result in results:
+            torch.testing.assert_close(result, expected, **TOLERANCE[torch.float32])
+    # What lies outside of the pages or of the row changes nothing.
+    table[0, 0] = 30
+    outside = torch.full(sizes, -7.0, device=gpu)
+    positions = torch.tensor([[0, 70, 59, -3], [-1] * 4], device=gpu)
+    torch.ops.winnow.update_block_summaries_(outside, keys, table, seq_lens - 3, positions)
+    assert (outside == -7).all()
+
+
+@pytest.mark.parametrize("kind", ["minmax", "mean"])
+@pytest.mark.parametrize("queries", [1, 3])
+def test_scores_and_choice_through_a_table(gpu, dtype, kind, queries):
+    summaries = torch.randn((20, 2, 2, 40) if kind == "minmax" else (20, 2, 40), device=gpu)
+    table = torch.tensor([[3, 0, 19, 7, 5], [1, -1, -1, -1, -1]], dtype=torch.int32, device=gpu)
+    query = torch.randn(2, 6, queries, 40).to(gpu, dtype)
+    scores = kvcache.score_blocks(query, summaries, table)
+    expected = reference.score_blocks(query.double(), summaries.double(), table)
+    torch.testing.assert_close(scores.double(), expected, rtol=2e-5, atol=2e-5)
+    seq_lens = torch.tensor([19, 3], dtype=torch.int32, device=gpu)
+    for k, sinks, recents in ((3, 1, 1), (2, 0, 0), (7, 1, 1)):
+        options = {"seq_lens": seq_lens, "block_size": 4}
+        options |= {"sink_blocks": sinks, "recent_blocks": recents}
+        chosen = kvcache.score_select_blocks(query, summaries, k, block_table=table, **options)
+        assert torch.equal(chosen, kvcache.select_blocks(scores, k, **options))
+    table[0, 1] = 20
+    assert (kvcache.score_blocks(query, summaries, table)[0, :, 1] == 0).all()
+
+
+@pytest.mark.parametrize("kind", ["minmax", "mean"])
 @pytest.mark.parametrize("queries", [1, 3])
 def test_scores(gpu, dtype, kind, queries):
     sizes = (2, 2, 9, 2, 40) if kind == "minmax" else (2, 2, 9, 40)

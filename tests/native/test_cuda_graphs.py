@@ -67,7 +67,7 @@ def test_effective_sample_size_replays():
     assert torch.equal(ess, effective_sample_size(log_weights))
 
 
-@pytest.mark.parametrize("scheme", ["systematic", "killing", "ssp"])
+@pytest.mark.parametrize("scheme", ["systematic", "killing", "ssp", "optimal"])
 @pytest.mark.parametrize("shape", [(50, 8), (2, 100_000)], ids=str)
 def test_resample_replays_with_new_seeds(scheme, shape):
     log_weights = torch.randn(shape, device="cuda")

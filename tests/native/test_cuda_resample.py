@@ -119,18 +119,73 @@ def test_edges(resample_on_gpu, scheme):
             assert_bitwise(resample_on_gpu(log_weights, scheme=scheme, seed=0), expected)
 
 
-# Two launched parts beyond what one block makes.
-@pytest.mark.parametrize("scheme", ["systematic", "stratified", "multinomial", "killing"])
+def set_order(order):
+    if not torch.cuda.is_available():
+        host_library.set_order(order)
+
+
+# Three blocks of a team, taking turns in each order, and each option in one of them.
+@pytest.mark.parametrize("scheme", SCHEMES)
 def test_huge_populations(resample_on_gpu, scheme):
     log_weights = 2 * torch.randn(16_500)
-    for pinned in (None, 9000):
-        options = {"scheme": scheme, "pinned": pinned, "seed": 7}
+    log_weights[::7] = -INF
+    mask = torch.rand(16_500) < 0.9
+    for order, options in (
+        ("forward", {}),
+        ("reverse", {"pinned": 9000, "keep_slots": True}),
+        ("shuffled", {"pinned": 7000, "mask": mask.index_fill(0, torch.tensor(7000), True)}),
+        ("reverse", {"mask": mask, "keep_slots": True}),
+    ):
+        options = {"scheme": scheme, "seed": 7, **options}
+        set_order(order)
         assert_bitwise(resample_on_gpu(log_weights, **options), resample(log_weights, **options))
-    if scheme == "systematic":
-        for weights, threshold in ((log_weights, 0.01), (torch.full((16_500,), -INF), None)):
-            options = {"scheme": scheme, "ess_threshold": threshold}
-            options["seed"] = 1
-            assert_bitwise(resample_on_gpu(weights, **options), resample(weights, **options))
+
+
+# Teams of three blocks with five parts of the population, and of two where the samples are many.
+@pytest.mark.parametrize(
+    ("scheme", "order", "dtype"),
+    [
+        ("optimal", "shuffled", torch.float64),
+        ("ssp", "reverse", torch.bfloat16),
+        ("residual", "shuffled", torch.float16),
+    ],
+)
+def test_several_huge_populations(resample_on_gpu, scheme, order, dtype):
+    log_weights = torch.randn(2, 33_000).to(dtype)
+    log_weights[1, 50] = 30.0
+    mask = torch.ones(2, 33_000, dtype=torch.bool)
+    mask[0, 9000:] = False  # a member of its team has no share
+    options = {"scheme": scheme, "mask": mask, "keep_slots": True, "seed": 3}
+    set_order(order)
+    assert_bitwise(resample_on_gpu(log_weights, **options), resample(log_weights, **options))
+    few = log_weights[:1, :600]
+    options = {"scheme": scheme, "num_samples": 17_000, "seed": 3}
+    assert_bitwise(resample_on_gpu(few, **options), resample(few, **options))
+
+
+def test_huge_populations_that_are_not_resampled(resample_on_gpu):
+    log_weights = torch.randn(16_500)
+    for weights, options in (
+        (log_weights, {"ess_threshold": 0.01}),
+        (log_weights, {"ess_threshold": 0.01, "mask": log_weights < 1.0}),
+        (log_weights, {"mask": torch.zeros(16_500, dtype=torch.bool)}),
+        (torch.full((16_500,), -INF), {}),
+        (log_weights.index_fill(0, torch.tensor(16_400), NAN), {"ess_threshold": 0.9}),
+        (log_weights.index_fill(0, torch.tensor([3, 16_400]), INF), {}),
+    ):
+        assert_bitwise(
+            resample_on_gpu(weights, seed=1, **options), resample(weights, seed=1, **options)
+        )
+
+
+def test_one_launch(resample_on_gpu):
+    if torch.cuda.is_available():
+        pytest.skip("counts the emulator's launches")
+    shapes = ((3, 40), (2, 700))
+    for shape, scheme in [*itertools.product(shapes, SCHEMES), ((1, 16_500), "ssp")]:
+        before = host_library.launches()
+        resample_on_gpu(torch.randn(shape), scheme=scheme, seed=0, keep_slots=True)
+        assert host_library.launches() == before + 1
 
 
 def test_an_index_outside_pins_nothing(resample_on_gpu):
@@ -146,8 +201,7 @@ def test_every_order(resample_on_gpu):
     for scheme in SCHEMES:
         expected = resample(log_weights, scheme=scheme, pinned=3, seed=4)
         for order in host_library.ORDERS:
-            if not torch.cuda.is_available():
-                host_library.set_order(order)
+            set_order(order)
             result = resample_on_gpu(log_weights, scheme=scheme, pinned=3, seed=4)
             assert_bitwise(result, expected)
 

@@ -9,6 +9,7 @@ import torch
 pytestmark = pytest.mark.skipif(bool(host_library.why_not()), reason=str(host_library.why_not()))
 
 NEIGHBOURS, WARP_SUMS, REVERSE_WARPS, COPY_VECTORS, COPIED, *PRODUCTS = range(7)
+MEETING = 9
 BUGS = [
     "none",
     "missing_barrier",
@@ -29,6 +30,8 @@ BUGS = [
     "shared_too_small",
     "fragment_column",
     "fragment_transposed",
+    "not_together",
+    "missing_block",
 ]
 
 
@@ -68,6 +71,12 @@ def test_copies_arrive(n):
     assert torch.equal(y, padded.flip(1).flatten()[:n])
 
 
+@pytest.mark.parametrize("n", [60, 64, 200])
+def test_blocks_meet(n):
+    x, y = run(MEETING, n=n)
+    assert torch.equal(y, x.flip(0))
+
+
 @pytest.mark.parametrize(
     ("kernel", "dtype"), list(zip(PRODUCTS, [torch.bfloat16, torch.float16], strict=True))
 )
@@ -100,6 +109,8 @@ def test_matrix_products_have_the_documented_layout(kernel, dtype):
         (COPIED, "wait_no_barrier", "shared memory"),
         (COPIED, "unfinished_copy", "returns while asynchronous copies are under way"),
         (COPIED, "shared_too_small", "more dynamic shared memory than its launch names"),
+        (MEETING, "not_together", "waits for other blocks, which this launch does not run"),
+        (MEETING, "missing_block", "blocks wait for each other in vain"),
     ],
 )
 def test_planted_bugs_are_found(kernel, bug, found):
@@ -108,7 +119,9 @@ def test_planted_bugs_are_found(kernel, bug, found):
     text = str(caught.value)
     assert found in text
     assert "block (" in text
-    assert text.startswith(("neighbours:", "warp_sums:", "reverse_warps:", "copied:"))
+    assert text.startswith(
+        ("neighbours:", "warp_sums:", "reverse_warps:", "copied:", "meeting_blocks:")
+    )
 
 
 def test_misaligned_vectors_are_found():

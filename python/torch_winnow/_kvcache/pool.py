@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
+from torch import Tensor
 
 from torch_winnow import _core
 from torch_winnow._kvcache.arguments import integer
 
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_QUANTISED = (torch.int8, torch.float8_e4m3fn)
 
 
 def _size(argument: str, value: int) -> int:
@@ -29,17 +33,34 @@ class BlockPool:
         num_kv_heads: key/value heads.
         head_dim: of keys.
         block_size: tokens in a block.
-        dtype: float32, bfloat16, float16 or float64.
+        dtype: float32, bfloat16, float16 or float64; or int8 or float8_e4m3fn, which hold codes of
+            one byte and a scale per block and head (``docs/kvcache/quantised.md``).
         device: where the pages lie; this release has the CPU only.
         value_head_dim: of values; ``head_dim`` by default.
+        summaries: keep a summary of every block's keys, ``"minmax"`` or ``"mean"`` as in
+            :func:`block_summaries`, up to date with what caches store.
+        key_bias: keep a bias for every key, as :func:`paged_attention` adds it, for tokens that
+            stand for several (:func:`merge_similar_`).
 
     Attributes:
         key_pages: ``(num_layers, num_blocks, num_kv_heads, block_size, head_dim)``.
         value_pages: likewise with ``value_head_dim``.
+        key_scales: ``(num_layers, num_blocks, num_kv_heads)`` float32, by which the codes of a
+            block are multiplied; None where pages are not quantised.
+        value_scales: likewise.
+        summaries: ``(num_layers, num_blocks, num_kv_heads, 2, head_dim)`` (minimum, maximum) or,
+            of means, ``(num_layers, num_blocks, num_kv_heads, head_dim)``, float32 (float64 for
+            float64); None without. For the tokens that rows hold they are what
+            :func:`block_summaries` would compute. Dropping tokens (``truncate_``) leaves them: a
+            minimum and maximum then still bound every key, a mean still counts what was dropped,
+            until the block is written to again.
+        summary_kind: ``"minmax"``, ``"mean"`` or None.
+        key_bias: ``(num_layers, num_blocks, num_kv_heads, block_size)`` float32 (float64 for
+            float64), None without; ``append`` and ``write`` store 0.
 
     Raises:
         ValueError: on a size below 1 (``num_blocks`` may be 0) or that is no integer, on another
-            dtype or device.
+            dtype, device or kind of summary.
 
     Example:
         >>> import torch
@@ -60,6 +81,8 @@ class BlockPool:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
         value_head_dim: int | None = None,
+        summaries: Literal["minmax", "mean"] | None = None,
+        key_bias: bool = False,
     ) -> None:
         num_blocks = integer("num_blocks", num_blocks)
         num_layers = _size("num_layers", num_layers)
@@ -69,12 +92,17 @@ class BlockPool:
         value_head_dim = (
             head_dim if value_head_dim is None else _size("value_head_dim", value_head_dim)
         )
-        if dtype not in _FLOATING:
-            raise ValueError(f"dtype: expected float32, bfloat16, float16 or float64, got {dtype}")
+        if dtype not in _FLOATING + _QUANTISED:
+            raise ValueError(
+                "dtype: expected float32, bfloat16, float16, float64, int8 or float8_e4m3fn, got "
+                f"{dtype}"
+            )
         if torch.device(device).type != "cpu":
             raise ValueError(
                 f"device: expected cpu, where this release's operators run, got {device}"
             )
+        if summaries not in ("minmax", "mean", None):
+            raise ValueError(f"summaries: expected 'minmax', 'mean' or None, got {summaries!r}")
         self._native = _core.BlockPool(num_blocks)
         self.num_layers = num_layers
         self.num_kv_heads = num_kv_heads
@@ -86,10 +114,46 @@ class BlockPool:
         shape = (num_layers, num_blocks, num_kv_heads, block_size)
         self.key_pages = torch.zeros(*shape, head_dim, dtype=dtype, device=device)
         self.value_pages = torch.zeros(*shape, value_head_dim, dtype=dtype, device=device)
+        self.key_scales: Tensor | None = None
+        self.value_scales: Tensor | None = None
+        if self.quantised:
+            self.key_scales = torch.zeros(*shape[:3], device=device)
+            self.value_scales = torch.zeros(*shape[:3], device=device)
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        self.summary_kind = summaries
+        self.summaries: Tensor | None = None
+        if summaries is not None:
+            bounds = (2,) if summaries == "minmax" else ()
+            self.summaries = torch.zeros(*shape[:3], *bounds, head_dim, dtype=wide, device=device)
+        self.key_bias: Tensor | None = None
+        if key_bias:
+            self.key_bias = torch.zeros(*shape, dtype=wide, device=device)
         self._split()
+
+    @property
+    def quantised(self) -> bool:
+        """Whether pages hold codes, to be multiplied by scales."""
+        return self.dtype in _QUANTISED
+
+    def _refuse_codes(self, operation: str) -> None:
+        if self.quantised:
+            raise ValueError(
+                f"{operation}: expected a pool of floating numbers, because tokens would have to "
+                f"be quantised anew, got {self.dtype}"
+            )
+
+    def _pages(self) -> dict[str, Tensor]:
+        """Everything that a block owns, ``(num_layers, num_blocks, ...)`` each, by its name."""
+        names = ("key_pages", "value_pages", "key_scales", "value_scales", "summaries", "key_bias")
+        return {name: pages for name in names if (pages := getattr(self, name)) is not None}
 
     def _split(self) -> None:
         self._layers = list(zip(self.key_pages.unbind(), self.value_pages.unbind(), strict=True))
+        self._scales: list[tuple[Tensor, ...]] = [()] * self.num_layers
+        if self.key_scales is not None and self.value_scales is not None:
+            self._scales = list(
+                zip(self.key_scales.unbind(), self.value_scales.unbind(), strict=True)
+            )
 
     def grow(self, num_blocks: int) -> None:
         """Enlarge the pool to ``num_blocks``; every cache on it goes on as before.
@@ -105,12 +169,12 @@ class BlockPool:
         if num_blocks < before:
             raise ValueError(f"num_blocks: expected at least {before}, got {num_blocks}")
         # All memory first, so that a want of it changes nothing; it is touched by the copies only.
-        larger = [
-            pages.new_empty(pages.shape[0], num_blocks, *pages.shape[2:])
-            for pages in (self.key_pages, self.value_pages)
-        ]
+        larger = {
+            name: pages.new_empty(pages.shape[0], num_blocks, *pages.shape[2:])
+            for name, pages in self._pages().items()
+        }
         self._native.grow(num_blocks)
-        for name, pages in zip(("key_pages", "value_pages"), larger, strict=True):
+        for name, pages in larger.items():
             pages[:, :before] = getattr(self, name)
             pages[:, before:] = 0
             setattr(self, name, pages)
@@ -145,5 +209,7 @@ class BlockPool:
             f"BlockPool({self.num_blocks}, num_layers={self.num_layers}, "
             f"num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, "
             f"block_size={self.block_size}, dtype={self.dtype}, "
-            f"value_head_dim={self.value_head_dim}; {self.num_free_blocks} free)"
+            f"value_head_dim={self.value_head_dim}, summaries={self.summary_kind!r}, "
+            f"key_bias={self.key_bias is not None}; "
+            f"{self.num_free_blocks} free)"
         )

@@ -15,6 +15,7 @@ from torch_winnow._kvcache.arguments import refuse_gradients
 _block_summaries = torch.ops.winnow.block_summaries
 _score_blocks = torch.ops.winnow.score_blocks
 _select_blocks = torch.ops.winnow.select_blocks
+_score_select_blocks = torch.ops.winnow.score_select_blocks
 
 
 def block_summaries(
@@ -22,6 +23,8 @@ def block_summaries(
     block_table: Tensor,
     seq_lens: Tensor,
     kind: Literal["minmax", "mean"] = "minmax",
+    *,
+    key_scales: Tensor | None = None,
 ) -> Tensor:
     """A short description of the keys of each block, to score it without reading it.
 
@@ -34,6 +37,7 @@ def block_summaries(
         block_table: ``(B, NB)`` int32.
         seq_lens: ``(B,)`` int32; only the first ``seq_lens[b]`` tokens count.
         kind: ``"minmax"`` or ``"mean"``.
+        key_scales: ``(num_blocks, Hkv)`` float32 of quantised pages.
 
     Returns:
         ``(B, Hkv, NB, 2, D)`` (minimum, maximum) or ``(B, Hkv, NB, D)``, float32 (float64 for
@@ -55,11 +59,11 @@ def block_summaries(
         raise ValueError(f"kind: expected 'minmax' or 'mean', got {kind!r}")
     refuse_gradients(key_pages=key_pages)
     return _block_summaries(  # type: ignore[no-any-return]
-        key_pages, block_table, seq_lens, kind == "minmax"
+        key_pages, block_table, seq_lens, kind == "minmax", key_scales
     )
 
 
-def score_blocks(query: Tensor, summaries: Tensor) -> Tensor:
+def score_blocks(query: Tensor, summaries: Tensor, block_table: Tensor | None = None) -> Tensor:
     """What each block promises the queries, per key head and unscaled.
 
     With ``minmax`` summaries an upper bound of ``q . k`` over the keys of the block,
@@ -69,7 +73,10 @@ def score_blocks(query: Tensor, summaries: Tensor) -> Tensor:
 
     Args:
         query: ``(B, Hq, T, D)``.
-        summaries: as :func:`block_summaries` returns them.
+        summaries: as :func:`block_summaries` returns them; with a ``block_table`` those of the
+            blocks of a pool, ``(num_blocks, Hkv, 2, D)`` or ``(num_blocks, Hkv, D)``: one layer of
+            :attr:`BlockPool.summaries`.
+        block_table: ``(B, NB)`` int32, -1 where there is no block.
 
     Returns:
         ``(B, Hkv, NB)`` in the dtype of the summaries; 0 for blocks without tokens
@@ -87,7 +94,7 @@ def score_blocks(query: Tensor, summaries: Tensor) -> Tensor:
         tensor([[[2., 6.]]])
     """
     refuse_gradients(query=query, summaries=summaries)
-    return _score_blocks(query, summaries)  # type: ignore[no-any-return]
+    return _score_blocks(query, summaries, block_table)  # type: ignore[no-any-return]
 
 
 def select_blocks(
@@ -131,23 +138,98 @@ def select_blocks(
     )
 
 
+def score_select_blocks(
+    query: Tensor,
+    summaries: Tensor,
+    k: int,
+    *,
+    seq_lens: Tensor,
+    block_size: int,
+    block_table: Tensor | None = None,
+    sink_blocks: int = 1,
+    recent_blocks: int = 1,
+) -> Tensor:
+    """:func:`score_blocks` and :func:`select_blocks` in one operator, for a step of decoding.
+
+    The same choice, bit for bit; blocks that do not compete are not scored.
+
+    Args:
+        query: ``(B, Hq, T, D)``.
+        summaries: as in :func:`score_blocks`.
+        k: blocks to select, at least ``sink_blocks + recent_blocks``.
+        seq_lens: ``(B,)`` int32.
+        block_size: tokens in a block.
+        block_table: as in :func:`score_blocks`.
+        sink_blocks: first blocks, always selected.
+        recent_blocks: last blocks, always selected.
+
+    Returns:
+        ``(B, Hkv, k)`` int32, ascending, padded with -1.
+
+    Raises:
+        ValueError: on a wrong shape, dtype or option, and for a query or summaries that require a
+            gradient (unless gradients are switched off).
+
+    Example:
+        >>> import torch
+        >>> from torch_winnow.kvcache import BlockPool, PagedKVCache, score_select_blocks
+        >>> pool = BlockPool(8, num_layers=1, num_kv_heads=1, head_dim=2, block_size=2,
+        ...                  dtype=torch.float32, summaries="minmax")
+        >>> cache = PagedKVCache(pool, batch_size=1)
+        >>> key = torch.tensor([0.0, 1, 2, 0, 9, 0, 3, 1, 0, 0]).repeat(2, 1).T[None, None]
+        >>> key = key.contiguous()
+        >>> cache.append(0, key, key)
+        >>> score_select_blocks(
+        ...     torch.ones(1, 1, 1, 2), pool.summaries[0], 3,
+        ...     seq_lens=cache.seq_lens, block_size=2, block_table=cache.block_table,
+        ... )
+        tensor([[[0, 2, 4]]], dtype=torch.int32)
+    """
+    refuse_gradients(query=query, summaries=summaries)
+    return _score_select_blocks(  # type: ignore[no-any-return]
+        query, summaries, k, seq_lens, block_size, block_table, sink_blocks, recent_blocks
+    )
+
+
 def _wide(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 @torch.library.register_fake("winnow::block_summaries")
-def _(key_pages: Tensor, block_table: Tensor, seq_lens: Tensor, minmax: bool = True) -> Tensor:
+def _(
+    key_pages: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    minmax: bool = True,
+    key_scales: Tensor | None = None,
+) -> Tensor:
     check_same_device(key_pages=key_pages, block_table=block_table, seq_lens=seq_lens)
+    check_same_device(key_pages=key_pages, key_scales=key_scales)
     batch, width = block_table.shape
     _, heads, _, dim = key_pages.shape
     sizes = (batch, heads, width, 2, dim) if minmax else (batch, heads, width, dim)
     return key_pages.new_empty(sizes, dtype=_wide(key_pages))
 
 
+@torch.library.register_fake("winnow::update_block_summaries_")
+def _(
+    summaries: Tensor,
+    key_pages: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    positions: Tensor,
+    key_scales: Tensor | None = None,
+) -> None:
+    check_same_device(summaries=summaries, key_pages=key_pages, block_table=block_table)
+    check_same_device(summaries=summaries, seq_lens=seq_lens, positions=positions)
+    check_same_device(summaries=summaries, key_scales=key_scales)
+
+
 @torch.library.register_fake("winnow::score_blocks")
-def _(query: Tensor, summaries: Tensor) -> Tensor:
-    check_same_device(query=query, summaries=summaries)
-    return summaries.new_empty(summaries.shape[:3])
+def _(query: Tensor, summaries: Tensor, block_table: Tensor | None = None) -> Tensor:
+    check_same_device(query=query, summaries=summaries, block_table=block_table)
+    blocks = summaries.shape[2] if block_table is None else block_table.shape[1]
+    return summaries.new_empty(query.shape[0], summaries.shape[1], blocks)
 
 
 @torch.library.register_fake("winnow::select_blocks")
@@ -161,3 +243,18 @@ def _(
 ) -> Tensor:
     check_same_device(scores=scores, seq_lens=seq_lens)
     return scores.new_empty((*scores.shape[:2], k), dtype=torch.int32)
+
+
+@torch.library.register_fake("winnow::score_select_blocks")
+def _(
+    query: Tensor,
+    summaries: Tensor,
+    k: int,
+    seq_lens: Tensor,
+    block_size: int,
+    block_table: Tensor | None = None,
+    sink_blocks: int = 1,
+    recent_blocks: int = 1,
+) -> Tensor:
+    check_same_device(query=query, summaries=summaries, seq_lens=seq_lens, block_table=block_table)
+    return query.new_empty((query.shape[0], summaries.shape[1], k), dtype=torch.int32)

@@ -11,13 +11,17 @@ from torch import Tensor
 from torch_winnow import _core
 from torch_winnow._fake import check_same_device
 from torch_winnow._kvcache.arguments import integer, integers, refuse_gradients
+from torch_winnow._kvcache.compaction import compact
 from torch_winnow._kvcache.pool import BlockPool
 
 # Bound once: a look-up through torch.ops costs as much as a small op.
 _paged_write_ = torch.ops.winnow.paged_write_
+_paged_quantise_ = torch.ops.winnow.paged_quantise_
 _copy_blocks_ = torch.ops.winnow.copy_blocks_
+_update_block_summaries_ = torch.ops.winnow.update_block_summaries_
 
-_COPIES, _RESHAPED = 1, 2  # what CacheTable.append reports
+_COPIES, _RESHAPED, _FRESH = 1, 2, 4  # what CacheTable.append reports
+_TO_QUANTISE = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _mark_written(*pages: Tensor) -> None:
@@ -122,7 +126,8 @@ class PagedKVCache:
 
         Args:
             layer: which layer.
-            key: ``(B, Hkv, T, D)`` in the pool's dtype, last dimension contiguous.
+            key: ``(B, Hkv, T, D)`` in the pool's dtype (float32, bfloat16 or float16 for a
+                quantised pool), last dimension contiguous.
             value: ``(B, Hkv, T, Dv)``.
             lengths: ``B`` counts from 0 to ``T``: row ``b`` stores its first ``lengths[b]`` tokens
                 only. Default: all of them.
@@ -147,16 +152,17 @@ class PagedKVCache:
                 self._reshape()
             if changes & _COPIES:
                 self._copy()
-        key_pages, value_pages = self.pool._layers[layer]
-        _paged_write_(key_pages, value_pages, key, value, self._block_table, positions)
-        _mark_written(key_pages, value_pages)
+            if changes & _FRESH and self.pool.quantised:
+                self._start_anew()
+        self._store(layer, key, value, positions)
 
     def write(self, layer: int, key: Tensor, value: Tensor, positions: Tensor) -> None:
         """Overwrite tokens of one layer in place.
 
         Args:
             layer: which layer.
-            key: ``(B, Hkv, T, D)`` in the pool's dtype, last dimension contiguous.
+            key: ``(B, Hkv, T, D)`` in the pool's dtype (float32, bfloat16 or float16 for a
+                quantised pool), last dimension contiguous.
             value: ``(B, Hkv, T, Dv)``.
             positions: ``(B, T)`` integers, ``0 <= position < seq_lens[b]``, in any order; of equal
                 ones the last wins.
@@ -185,9 +191,7 @@ class PagedKVCache:
         positions = positions.to(device="cpu", dtype=torch.int64).contiguous()
         if self._native.write(layer, tokens, positions.data_ptr()):
             self._copy()
-        key_pages, value_pages = self.pool._layers[layer]
-        _paged_write_(key_pages, value_pages, key, value, self._block_table, positions)
-        _mark_written(key_pages, value_pages)
+        self._store(layer, key, value, positions)
 
     def fork(self, parents: Sequence[int] | Tensor) -> PagedKVCache:
         """A new cache whose row ``r`` continues this one's row ``parents[r]``; rows may repeat.
@@ -221,6 +225,40 @@ class PagedKVCache:
         """
         self._native.truncate(integers("lengths", lengths))
         self._reshape()
+
+    def compact_(self, keep: Tensor) -> None:
+        """Keep some tokens of each row, in their order, and give up the blocks that this empties.
+
+        The kept tokens move to positions 0, 1, ... of their row; blocks that others hold too are
+        left as they are. Keys keep the rotation of the position at which they were stored, so a
+        model with rotary embeddings goes on counting its own positions: ``seq_lens`` is no longer
+        the number of tokens seen, and a ``window`` counts stored tokens.
+
+        Args:
+            keep: positions, ascending, padded with -1 at the end: ``(B, K)``, per key head
+                ``(B, Hkv, K)``, or per layer ``(num_layers, B, Hkv, K)``, int32 or int64; as many
+                for every head and layer of a row.
+
+        Raises:
+            BlockPoolExhausted: if shared blocks must be replaced and the pool has too few.
+            ValueError: on a wrong shape, dtype or position, on different counts within a row,
+                while some layer has stored less than the others, and of a quantised pool.
+
+        Example:
+            >>> import torch
+            >>> from torch_winnow.kvcache import BlockPool, PagedKVCache
+            >>> pool = BlockPool(4, num_layers=1, num_kv_heads=1, head_dim=1, block_size=2,
+            ...                  dtype=torch.float32)
+            >>> cache = PagedKVCache(pool, batch_size=1)
+            >>> key = torch.arange(7.0).view(1, 1, 7, 1)
+            >>> cache.append(0, key, key)
+            >>> cache.compact_(torch.tensor([[0, 3, 6]]))
+            >>> pool.key_pages[0, cache.block_table[0]].flatten()[:3], cache.seq_lens
+            (tensor([0., 3., 6.]), tensor([3], dtype=torch.int32))
+            >>> pool.num_free_blocks
+            2
+        """
+        compact(self, keep)
 
     def free(self, rows: Sequence[int] | Tensor) -> None:
         """Empty rows and give up their blocks; a freed row can be appended to again.
@@ -292,6 +330,63 @@ class PagedKVCache:
             pool.key_pages, pool.value_pages, torch.tensor(sources), torch.tensor(targets)
         )
         _mark_written(pool.key_pages, pool.value_pages)
+        for name, pages in pool._pages().items():
+            if name not in ("key_pages", "value_pages"):
+                pages[:, targets] = pages[:, sources]
+
+    def _start_anew(self) -> None:
+        # What a block's last owner needed is no measure for the next one.
+        for scales in (self.pool.key_scales, self.pool.value_scales):
+            assert scales is not None
+            scales[:, self._native.fresh] = 0
+
+    def _store(self, layer: int, key: Tensor, value: Tensor, positions: Tensor) -> None:
+        pages, scales = self.pool._layers[layer], self.pool._scales[layer]
+        if scales:
+            _paged_quantise_(*pages, *scales, key, value, self._block_table, positions)
+        else:
+            _paged_write_(*pages, key, value, self._block_table, positions)
+        _mark_written(*pages, *scales)
+        self._store_bias(layer, positions)
+        self._summarise(layer, positions)
+
+    def _claim(self, positions: Tensor) -> bool:
+        """Make the blocks of positions, -1 for none, this cache's; whether it has new ones."""
+        positions = positions.contiguous()
+        return self._native.write(0, positions.shape[1], positions.data_ptr(), absent=True)
+
+    def _written(self, positions: Tensor) -> None:
+        """Tell autograd and the summaries of all layers what has been stored."""
+        _mark_written(self.pool.key_pages, self.pool.value_pages)
+        for layer in range(self.pool.num_layers):
+            self._summarise(layer, positions)
+
+    def _store_bias(self, layer: int, positions: Tensor, bias: Tensor | None = None) -> None:
+        """The bias ``(B, Hkv, T)`` of the tokens at ``positions``; 0, that of one token."""
+        if self.pool.key_bias is None:
+            return
+        pages = self.pool.key_bias[layer, ..., None]
+        if bias is None:
+            bias = pages.new_zeros(()).expand(self.batch_size, self._heads, positions.shape[1])
+        # Keys of one dimension and values of none.
+        tokens = bias[..., None]
+        _paged_write_(pages, pages[..., :0], tokens, tokens[..., :0], self._block_table, positions)
+        _mark_written(self.pool.key_bias)
+
+    def _summarise(self, layer: int, positions: Tensor) -> None:
+        """Describe the blocks anew whose tokens at ``positions`` have been stored."""
+        summaries = self.pool.summaries
+        if summaries is None:
+            return
+        _update_block_summaries_(
+            summaries[layer],
+            self.pool._layers[layer][0],
+            self._block_table,
+            self._seq_lens,
+            positions,
+            *self.pool._scales[layer][:1],
+        )
+        _mark_written(summaries)
 
     def _check(self, key: Tensor, value: Tensor) -> None:
         """Everything that the store could refuse, before anything is changed."""
@@ -305,9 +400,11 @@ class PagedKVCache:
                     f"{name}: expected (B, Hkv, T, D) = ({self.batch_size}, {self._heads}, "
                     f"{tokens if name == 'value' else 'T'}, {dim}), got {tuple(tensor.shape)}"
                 )
-            if tensor.dtype != self.pool.dtype or tensor.device != self.pool.device:
+            dtypes = _TO_QUANTISE if self.pool.quantised else (self.pool.dtype,)
+            if tensor.dtype not in dtypes or tensor.device != self.pool.device:
+                expected = " or ".join(map(str, dtypes))
                 raise ValueError(
-                    f"{name}: expected {self.pool.dtype} on {self.pool.device} as in the pool, got "
+                    f"{name}: expected {expected} on {self.pool.device} as in the pool, got "
                     f"{tensor.dtype} on {tensor.device}"
                 )
             if dim > 1 and tensor.stride(3) != 1 and tensor.numel() > 0:
@@ -331,6 +428,22 @@ def _(
     positions: Tensor,
 ) -> None:
     check_same_device(key_pages=key_pages, value_pages=value_pages, key=key, value=value)
+    check_same_device(key_pages=key_pages, block_table=block_table, positions=positions)
+
+
+@torch.library.register_fake("winnow::paged_quantise_")
+def _(
+    key_pages: Tensor,
+    value_pages: Tensor,
+    key_scales: Tensor,
+    value_scales: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_table: Tensor,
+    positions: Tensor,
+) -> None:
+    check_same_device(key_pages=key_pages, value_pages=value_pages, key=key, value=value)
+    check_same_device(key_pages=key_pages, key_scales=key_scales, value_scales=value_scales)
     check_same_device(key_pages=key_pages, block_table=block_table, positions=positions)
 
 

@@ -48,8 +48,8 @@ class Decoding:
     only :meth:`status` waits for it.
 
     Args:
-        tokens, mask_id, rule, block_length, sliding, steps, stop, seed, generator,
-            logit_stats_options: as in :func:`generate`.
+        tokens, mask_id, rule, block_length, sliding, steps, stop, seed: as in :func:`generate`.
+        generator, logit_stats_options: as in :func:`generate`.
 
     Attributes:
         tokens: ``(B, L)``, as decoded so far.

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from torch_winnow.demo.report import Row, Section
 from torch_winnow.demo.train import bytes_read
-from torch_winnow.models import Decoding, sample
+from torch_winnow.models import CompressAttendTransformer, Decoding, sample
 from torch_winnow.models.training import bits_per_token, next_token_loss
 
 if TYPE_CHECKING:
@@ -51,10 +51,16 @@ class Outcome:
 
 def contenders_of(models: Models) -> list[Contender]:
     """The dense decoder first, then the CAT at each of its chunk sizes."""
-    cat, dense = models.cat, models.dense
+    dense = models.dense
 
-    def start_dense(prompt: Tensor, new_tokens: int) -> Decoding:
+    def start(prompt: Tensor, new_tokens: int) -> Decoding:
         return dense.start(prompt, dense.block_pool(len(prompt), prompt.shape[1] + new_tokens))
+
+    return [Contender("dense", start, dense), *cat_contenders(models.cat)]
+
+
+def cat_contenders(cat: CompressAttendTransformer) -> list[Contender]:
+    """One model at each of its chunk sizes."""
 
     def cat_at(size: int) -> Contender:
         def start(prompt: Tensor, new_tokens: int) -> Decoding:
@@ -64,13 +70,12 @@ def contenders_of(models: Models) -> list[Contender]:
 
         return Contender(f"CAT, chunks of {size}", start, lambda text: cat(text, chunk_size=size))
 
-    return [Contender("dense", start_dense, dense), *map(cat_at, cat.config.chunk_sizes)]
+    return [cat_at(size) for size in cat.config.chunk_sizes]
 
 
 @torch.inference_mode()
-def measure(models: Models, text: Text) -> dict[str, Outcome]:
+def measure(contenders: list[Contender], text: Text) -> dict[str, Outcome]:
     """Speed and cache at the prompt's length and beyond; bits per byte of held-out windows."""
-    contenders = contenders_of(models)
     prompt = text.held_out_windows(_BATCH, _PROMPT)
     new_tokens = (_ROUNDS + 1) * _ROUND_TOKENS
     decodings = {c.name: c.start(prompt, new_tokens) for c in contenders}
@@ -102,7 +107,7 @@ def measure(models: Models, text: Text) -> dict[str, Outcome]:
 
 
 def run(context: Context) -> Section:
-    outcomes = measure(context.models, context.text)
+    outcomes = measure(contenders_of(context.models), context.text)
     dense = outcomes["dense"]
     rows = []
     for name, outcome in outcomes.items():

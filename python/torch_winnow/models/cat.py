@@ -33,7 +33,13 @@ from torch import Tensor, nn
 
 from torch_winnow.attention import block_diagonal_attention, cat_attention
 from torch_winnow.kvcache import BlockPool, PagedKVCache
-from torch_winnow.models.decoding import check_length, check_lengths, make_pool, sample
+from torch_winnow.models.decoding import (
+    check_length,
+    check_lengths,
+    fork_blocks,
+    make_pool,
+    sample,
+)
 from torch_winnow.models.layers import Stack, StackConfig, check_tokens
 
 if TYPE_CHECKING:
@@ -225,11 +231,27 @@ class CompressAttendTransformer(nn.Module):
         return max_tokens // chunk_size + self.config.block_rows(chunk_size)
 
     def block_pool(
-        self, batch_size: int, max_tokens: int, *, chunk_size: int, spare_blocks: int = 0
+        self,
+        batch_size: int,
+        max_tokens: int,
+        *,
+        chunk_size: int,
+        draft_tokens: int = 0,
+        spare_blocks: int = 0,
     ) -> BlockPool:
-        """Pages for ``batch_size`` sequences of up to ``max_tokens`` tokens."""
-        rows = self.cache_rows(max_tokens, chunk_size)
-        return make_pool(self.stack, batch_size, rows, spare_blocks=spare_blocks)
+        """Pages for ``batch_size`` sequences of up to ``max_tokens`` tokens.
+
+        With ``draft_tokens`` so many tokens fit in one ``extend``, or in a fork of each sequence.
+        """
+        turns = math.ceil(draft_tokens / chunk_size)  # at most so many forks, each a chunk further
+        forked = fork_blocks(turns and turns + self.config.block_rows(chunk_size))
+        return make_pool(
+            self.stack,
+            batch_size,
+            self.cache_rows(max_tokens, chunk_size),
+            fork_blocks=turns * forked,
+            spare_blocks=spare_blocks,
+        )
 
     @torch.inference_mode()
     def start(
@@ -260,15 +282,37 @@ class CompressAttendTransformer(nn.Module):
         lengths: Sequence[int] | Tensor | None = None,
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
+        draft_chunk_size: int | None = None,
+        draft_tokens: int = 4,
     ) -> Tensor:
         """Continues ``prompt (B, N)`` by ``num_tokens`` tokens: ``(B, num_tokens)`` int64.
 
-        ``lengths`` as in :meth:`start`.
+        ``lengths`` as in :meth:`start`. With a ``draft_chunk_size`` the model drafts for itself at
+        that size, ``draft_tokens`` at a time, and verifies at ``chunk_size``: the same distribution
+        (:func:`speculative_sample`).
         """
         total = check_length(prompt, num_tokens, self.config.max_tokens)
-        pool = self.block_pool(prompt.shape[0], total, chunk_size=chunk_size)
-        decoding = self.start(prompt, pool, chunk_size=chunk_size, lengths=lengths)
-        return sample(decoding, num_tokens, temperature=temperature, generator=generator)
+
+        def start(size: int, ahead: int) -> CATDecoding:
+            pool = self.block_pool(prompt.shape[0], total, chunk_size=size, draft_tokens=ahead)
+            return self.start(prompt, pool, chunk_size=size, lengths=lengths)
+
+        if draft_chunk_size is None:
+            decoding = start(chunk_size, 0)
+            return sample(decoding, num_tokens, temperature=temperature, generator=generator)
+        from torch_winnow.models.speculation import speculative_sample
+
+        # One token more than drafts in a pass of the target: the one before them.
+        target = start(chunk_size, draft_tokens + 1)
+        draft = start(draft_chunk_size, draft_tokens + 1)
+        return speculative_sample(
+            target,
+            draft,
+            num_tokens,
+            draft_tokens=draft_tokens,
+            temperature=temperature,
+            generator=generator,
+        ).tokens
 
     def _check(self, tokens: Tensor, chunk_size: int, name: str = "tokens") -> Tensor:
         if chunk_size not in self.config.chunk_sizes:

@@ -1,15 +1,18 @@
 """Generating token by token: what the dense decoder and the CAT share.
 
 A ``Decoding`` holds the sequences of one batch and their keys and values in pages. They may differ
-in length; each step adds one token to every one of them. What the rows of the cache mean is the
-model's business, and stays in the model's file.
+in length; a step adds one token to every one of them, ``extend`` several in one pass, of which
+``truncate_`` takes back what turns out wrong. What the rows of the cache mean is the model's
+business, and stays in the model's file.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,27 +21,46 @@ from torch import Tensor
 from torch_winnow.kvcache import BlockPool, PagedKVCache, paged_attention
 from torch_winnow.models.layers import Stack, StackConfig
 
-__all__ = ["Decoding", "check_length", "check_lengths", "make_pool", "sample"]
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = [
+    "Decoding",
+    "check_length",
+    "check_lengths",
+    "draw",
+    "fork_blocks",
+    "make_pool",
+    "sample",
+]
+
+
+_BLOCK_ROWS = 64
 
 
 def make_pool(
-    stack: Stack, batch_size: int, rows: int, *, block_size: int = 64, spare_blocks: int = 0
+    stack: Stack, batch_size: int, rows: int, *, fork_blocks: int = 0, spare_blocks: int = 0
 ) -> BlockPool:
     """Pages for ``batch_size`` sequences of at most ``rows`` cache rows, in the model's dtype.
 
-    ``spare_blocks`` leaves room for forks that diverge.
+    ``fork_blocks`` per sequence and ``spare_blocks`` in all leave room for forks that diverge.
     """
     config: StackConfig = stack.config
     weight = stack.norm.weight
     return BlockPool(
-        batch_size * math.ceil(rows / block_size) + spare_blocks,
+        batch_size * (math.ceil(rows / _BLOCK_ROWS) + fork_blocks) + spare_blocks,
         num_layers=config.depth,
         num_kv_heads=config.key_value_heads,
         head_dim=config.head_dim,
-        block_size=block_size,
+        block_size=_BLOCK_ROWS,
         dtype=weight.dtype,
         device=weight.device,
     )
+
+
+def fork_blocks(rows: int) -> int:
+    """Blocks that a fork may need for itself when it adds ``rows`` cache rows."""
+    return math.ceil((_BLOCK_ROWS - 1 + rows) / _BLOCK_ROWS) if rows else 0
 
 
 def check_length(prompt: Tensor, num_tokens: int, max_tokens: int) -> int:
@@ -52,30 +74,32 @@ def check_length(prompt: Tensor, num_tokens: int, max_tokens: int) -> int:
     return total
 
 
-def check_lengths(lengths: Sequence[int] | Tensor | None, prompt: Tensor) -> Tensor:
-    """Tokens of each prompt as ``(B,)`` int64 on the CPU; all of them where None."""
+def check_lengths(
+    lengths: Sequence[int] | Tensor | None, prompt: Tensor, name: str = "lengths"
+) -> Tensor:
+    """How many tokens of each row count, as ``(B,)`` int64 on the CPU; all of them where None."""
     batch, longest = prompt.shape
     if lengths is None:
         return torch.full((batch,), longest)
     result = torch.as_tensor(lengths, device="cpu")
     if result.is_floating_point() or result.shape != (batch,):
         raise ValueError(
-            f"lengths: expected ({batch},) integers, one per prompt, got {tuple(result.shape)} "
+            f"{name}: expected ({batch},) integers, one per row, got {tuple(result.shape)} "
             f"{result.dtype}"
         )
     if batch and not 0 <= int(result.min()) <= int(result.max()) <= longest:
         raise ValueError(
-            f"lengths: expected 0 to {longest}, the prompts' width, got {result.tolist()}"
+            f"{name}: expected 0 to {longest}, the tokens of a row, got {result.tolist()}"
         )
     return result.long()
 
 
 class Decoding(ABC):
-    """Sequences that grow by one token each per ``step``.
+    """Sequences that grow, by one token each per ``step`` or by several per ``extend``.
 
     Attributes:
         cache: the paged keys and values. Forking or permuting it directly would leave the model's
-            own state behind, so use ``fork_`` and ``permute_``.
+            own state behind, so use ``fork``, ``fork_`` and ``permute_``.
         logits: ``(B, V)``, the distribution of the next token of each sequence.
         lengths: ``(B,)`` int64 on the CPU, tokens of each sequence so far, prompt included.
     """
@@ -87,6 +111,7 @@ class Decoding(ABC):
         self.cache = cache
         self.lengths = lengths
         self._max_tokens = max_tokens
+        self._extension: _Extension | None = None
         # One view per layer, made once: indexing the pages costs as much as a small op.
         self._pages = list(zip(cache.pool.key_pages, cache.pool.value_pages, strict=True))
 
@@ -94,15 +119,89 @@ class Decoding(ABC):
     def step(self, tokens: Tensor) -> Tensor:
         """Appends ``tokens (B,)`` and returns the new ``logits``."""
 
-    def fork_(self, parents: Tensor) -> None:
-        """Becomes ``len(parents)`` sequences, copies of ``parents`` that share their pages."""
-        self.cache = self.cache.fork(parents)
-        self._select(parents)
+    @torch.inference_mode()
+    def extend(self, tokens: Tensor, counts: Sequence[int] | Tensor | None = None) -> Tensor:
+        """Appends ``tokens (B, T)`` in one pass; the same as T steps, up to rounding.
 
-    def permute_(self, ancestors: Tensor) -> None:
+        Of sequence b the first ``counts[b]`` count, all of them by default. Until something else is
+        appended, forked or permuted, :meth:`truncate_` can take them back.
+
+        Returns:
+            Logits ``(B, T, V)``: index t is the distribution of the token after ``tokens[:, t]``.
+            Rows after the first ``counts[b]`` repeat the last of them.
+
+        Raises:
+            ValueError: on tokens that are not ``(B, T)`` integers, counts outside [0, T], or a
+                sequence that would become longer than ``max_tokens``.
+        """
+        batch = len(self.lengths)
+        if tokens.dim() != 2 or tokens.shape[0] != batch or tokens.is_floating_point():
+            raise ValueError(
+                f"tokens: expected ({batch}, T) integer token ids, got {tuple(tokens.shape)} "
+                f"{tokens.dtype}"
+            )
+        number = check_lengths(counts, tokens, "counts")
+        if not number.any():
+            return self.logits.unsqueeze(1).repeat(1, tokens.shape[1], 1)
+        before, first = self.lengths, self.logits
+        self._settle(number)
+        # What does not count may be anything, -1 too.
+        own = torch.arange(tokens.shape[1]) < number[:, None]
+        after = self._append(torch.where(own, tokens, 0), number)
+        if counts is not None:
+            index = torch.arange(tokens.shape[1]).minimum(number[:, None] - 1).clamp(min=0)
+            after = after[torch.arange(batch)[:, None], index]
+            after[number == 0] = first[number == 0].unsqueeze(1)
+        self._extension = _Extension(before, first, after)
+        self.lengths = before + number
+        self.logits = self._extension.logits_at(self.lengths)
+        return after
+
+    @torch.inference_mode()
+    def truncate_(self, lengths: Sequence[int] | Tensor) -> None:
+        """Takes back tokens of the last :meth:`extend`: sequence b keeps ``lengths[b]`` tokens.
+
+        Raises:
+            ValueError: unless every length lies between those before and after that call.
+        """
+        extension = self._extension
+        least = self.lengths if extension is None else extension.before
+        wanted = torch.as_tensor(lengths, device="cpu")
+        if wanted.is_floating_point() or wanted.shape != self.lengths.shape:
+            raise ValueError(
+                f"lengths: expected ({len(least)},) integers, one per sequence, got "
+                f"{tuple(wanted.shape)} {wanted.dtype}"
+            )
+        wanted = wanted.long()
+        if ((wanted < least) | (wanted > self.lengths)).any():
+            raise ValueError(
+                f"lengths: only what the last extend appended can be taken back: expected at least "
+                f"{least.tolist()} and at most {self.lengths.tolist()}, got {wanted.tolist()}"
+            )
+        if extension is not None:
+            self._truncate(wanted)
+            self.logits = extension.logits_at(wanted)
+            self.lengths = wanted
+            self._settle(0)
+
+    def fork(self, parents: Sequence[int] | Tensor) -> Self:
+        """``len(parents)`` new sequences, copies of ``parents`` that share their pages."""
+        child = copy.copy(self)
+        child.fork_(parents)
+        return child
+
+    def fork_(self, parents: Sequence[int] | Tensor) -> None:
+        """Becomes ``len(parents)`` sequences, copies of ``parents`` that share their pages."""
+        cache = self.cache.fork(parents)
+        self._settle(0)
+        self.cache = cache
+        self._select(torch.as_tensor(parents))
+
+    def permute_(self, ancestors: Sequence[int] | Tensor) -> None:
         """Sequence i goes on as a copy of ``ancestors[i]``; as many as before, sharing pages."""
         self.cache.permute_(ancestors)
-        self._select(ancestors)
+        self._settle(0)
+        self._select(torch.as_tensor(ancestors))
 
     @property
     def cache_bytes(self) -> int:
@@ -111,10 +210,21 @@ class Decoding(ABC):
         pages = pool.key_pages.nbytes + pool.value_pages.nbytes
         return pages * (pool.num_blocks - pool.num_free_blocks) // max(1, pool.num_blocks)
 
-    def _lengthen(self) -> None:
-        if (self.lengths == self._max_tokens).any():
-            raise ValueError(f"tokens: a sequence already holds max_tokens={self._max_tokens}")
-        self.lengths = self.lengths + 1
+    @abstractmethod
+    def _append(self, tokens: Tensor, counts: Tensor) -> Tensor:
+        """Stores the first ``counts[b]`` tokens of each row; logits ``(B, T, V)`` after each."""
+
+    @abstractmethod
+    def _truncate(self, lengths: Tensor) -> None:
+        """Shortens the cache, and what else the model keeps, to ``lengths``."""
+
+    def _settle(self, counts: Tensor | int) -> None:
+        """Keeps what the last extend appended, and makes sure that ``counts`` more tokens fit."""
+        if (self.lengths + counts > self._max_tokens).any():
+            raise ValueError(
+                f"tokens: a sequence would hold more than max_tokens={self._max_tokens}"
+            )
+        self._extension = None
 
     def _select(self, sequences: Tensor) -> None:
         self.logits = self.logits[sequences]
@@ -131,10 +241,10 @@ class Decoding(ABC):
                 query, key, value, is_causal=True, enable_gqa=grouped
             )
 
-        return _last(self._stack(rows, positions, attend), counts)
+        return last(self._stack(rows, positions, attend), counts)
 
     def _extend(self, rows: Tensor, positions: Tensor, counts: Tensor | None = None) -> Tensor:
-        """The last hidden state of each sequence after ``rows (B, T, width)`` more.
+        """Hidden states of ``rows (B, T, width)`` that are appended to the cache.
 
         Of sequence b the first ``counts[b]`` rows count, all of them by default.
         """
@@ -153,8 +263,20 @@ class Decoding(ABC):
                 out = _take(out, (column + shift[:, None]).clamp(max=count - 1))
             return out
 
-        hidden = self._stack(rows, positions, attend)
-        return hidden[:, -1] if counts is None else _last(hidden, counts)
+        return self._stack(rows, positions, attend)  # type: ignore[no-any-return]
+
+
+class _Extension(NamedTuple):
+    """What the last ``extend`` started from and found: lengths, logits before, logits after."""
+
+    before: Tensor
+    first: Tensor
+    after: Tensor
+
+    def logits_at(self, lengths: Tensor) -> Tensor:
+        kept = lengths - self.before
+        logits = self.after[torch.arange(len(kept)), (kept - 1).clamp(min=0)]
+        return torch.where((kept > 0)[:, None], logits, self.first)
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:
@@ -162,8 +284,26 @@ def _take(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
 
 
-def _last(hidden: Tensor, counts: Tensor) -> Tensor:
+def last(hidden: Tensor, counts: Tensor | None) -> Tensor:
+    """Each sequence's last of its ``counts`` rows."""
+    if counts is None:
+        return hidden[:, -1]
     return hidden[torch.arange(len(counts)), counts - 1]
+
+
+def draw(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
+    """One token ``(B,)`` from each row of logits; the most likely one at temperature 0."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    probability = (logits.float() / temperature).softmax(-1)
+    return probability.multinomial(1, generator=generator)[:, 0]
+
+
+def check_sampling(num_tokens: int, temperature: float) -> None:
+    if num_tokens < 0:
+        raise ValueError(f"num_tokens: expected at least 0, got {num_tokens}")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature: expected a finite number of at least 0, got {temperature}")
 
 
 @torch.inference_mode()
@@ -181,18 +321,11 @@ def sample(
     Raises:
         ValueError: if ``num_tokens`` or ``temperature`` is negative.
     """
-    if num_tokens < 0:
-        raise ValueError(f"num_tokens: expected at least 0, got {num_tokens}")
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature: expected a finite number of at least 0, got {temperature}")
+    check_sampling(num_tokens, temperature)
     logits = decoding.logits
     tokens = logits.new_empty((logits.shape[0], num_tokens), dtype=torch.int64)
     for i in range(num_tokens):
-        if temperature == 0:
-            token = logits.argmax(-1)
-        else:
-            probability = (logits.float() / temperature).softmax(-1)
-            token = probability.multinomial(1, generator=generator)[:, 0]
+        token = draw(logits, temperature, generator)
         tokens[:, i] = token
         if i + 1 < num_tokens:  # the last token needs no row: nothing is predicted from it
             logits = decoding.step(token)

@@ -19,6 +19,8 @@ from torch_winnow.models.decoding import (
     Decoding,
     check_length,
     check_lengths,
+    fork_blocks,
+    last,
     make_pool,
     sample,
 )
@@ -75,9 +77,20 @@ class DenseDecoder(nn.Module):
         hidden = self.stack(rows, slice(0, rows.shape[1]), _causal)
         return self.head(hidden)  # type: ignore[no-any-return]
 
-    def block_pool(self, batch_size: int, max_tokens: int, *, spare_blocks: int = 0) -> BlockPool:
-        """Pages for ``batch_size`` sequences of up to ``max_tokens`` tokens."""
-        return make_pool(self.stack, batch_size, max_tokens + 1, spare_blocks=spare_blocks)
+    def block_pool(
+        self, batch_size: int, max_tokens: int, *, draft_tokens: int = 0, spare_blocks: int = 0
+    ) -> BlockPool:
+        """Pages for ``batch_size`` sequences of up to ``max_tokens`` tokens.
+
+        With ``draft_tokens`` a fork of each sequence has room for so many steps of its own.
+        """
+        return make_pool(
+            self.stack,
+            batch_size,
+            max_tokens + 1,
+            fork_blocks=fork_blocks(draft_tokens),
+            spare_blocks=spare_blocks,
+        )
 
     @torch.inference_mode()
     def start(
@@ -137,10 +150,20 @@ class DenseDecoding(Decoding):
 
     @torch.inference_mode()
     def step(self, tokens: Tensor) -> Tensor:
-        self._lengthen()
+        self._settle(1)
+        self.lengths = self.lengths + 1
         rows = self._model.embedding(tokens).unsqueeze(1)
-        self.logits = self._model.head(self._extend(rows, self.lengths[:, None]))
+        self.logits = self._model.head(last(self._extend(rows, self.lengths[:, None]), None))
         return self.logits
+
+    def _append(self, tokens: Tensor, counts: Tensor) -> Tensor:
+        place = torch.arange(1, tokens.shape[1] + 1).minimum(counts[:, None])
+        positions = self.lengths[:, None] + place
+        rows = self._model.embedding(tokens)
+        return self._model.head(self._extend(rows, positions, counts))  # type: ignore[no-any-return]
+
+    def _truncate(self, lengths: Tensor) -> None:
+        self.cache.truncate_(lengths + 1)
 
 
 def _causal(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -10,10 +10,14 @@ from torch_winnow.reference.attention import (
     merge_attention,
 )
 from torch_winnow.reference.kvcache import (
+    attention_mass,
     block_summaries,
+    compact_pages_,
     paged_attention,
     score_blocks,
+    score_select_blocks,
     select_blocks,
+    update_block_summaries_,
 )
 from torch_winnow.reference.resampling import (
     effective_sample_size,
@@ -47,11 +51,13 @@ from torch_winnow.reference.verification import speculative_verify
 
 __all__ = [
     "FKSteering",
+    "attention_mass",
     "backward_sample",
     "block_diagonal_attention",
     "block_summaries",
     "cat_attention",
     "chunk_attention",
+    "compact_pages_",
     "conditional_effective_sample_size",
     "effective_sample_size",
     "fk_potential",
@@ -70,11 +76,13 @@ __all__ = [
     "resample",
     "sample_without_replacement",
     "score_blocks",
+    "score_select_blocks",
     "select_blocks",
     "select_positions",
     "soft_embedding",
     "speculative_verify",
     "trace_ancestors",
     "unmask_step_",
+    "update_block_summaries_",
     "weight_entropy",
 ]

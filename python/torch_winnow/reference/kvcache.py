@@ -19,6 +19,8 @@ def paged_attention(
     sinks: int = 0,
     key_bias: Tensor | None = None,
     scale: float | None = None,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention of each query head over the keys that its query may see."""
@@ -26,6 +28,9 @@ def paged_attention(
     blocks, key_heads, block_size, _ = key_pages.shape
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
     scale = dim**-0.5 if scale is None else scale
+    if key_scales is not None and value_scales is not None:
+        key_pages = key_pages.to(wide) * key_scales[..., None, None]
+        value_pages = value_pages.to(wide) * value_scales[..., None, None]
     out = query.new_zeros(batch, heads, queries, value_pages.shape[-1])
     lse = torch.full((batch, heads, queries), -torch.inf, dtype=wide, device=query.device)
     if key_bias is not None:
@@ -62,8 +67,60 @@ def paged_attention(
     return (out, lse) if return_lse else out
 
 
+def attention_mass(
+    query: Tensor,
+    key_pages: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    *,
+    lse: Tensor | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    sinks: int = 0,
+    key_bias: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """The columns of the softmax, summed over the queries and heads of a group."""
+    batch, heads, queries, dim = query.shape
+    blocks, key_heads, block_size, _ = key_pages.shape
+    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    scale = dim**-0.5 if scale is None else scale
+    tokens = block_table.shape[1] * block_size
+    mass = torch.zeros(batch, key_heads, tokens, dtype=wide, device=query.device)
+    if key_bias is not None:
+        key_bias = key_bias.to(wide).expand(blocks, key_heads, block_size)
+    for b in range(batch):
+        length = int(seq_lens[b])
+        j = torch.arange(length, device=query.device)
+        block, slot = block_table[b].long()[j // block_size], j % block_size
+        for head in range(heads):
+            h = head // (heads // key_heads)
+            key = key_pages[block, h, slot].to(wide)
+            for t in range(queries):
+                i = length - queries + t
+                seen = j <= i if causal else torch.ones_like(j, dtype=torch.bool)
+                if window is not None:
+                    near = (i - j < window) if causal else ((i - j).abs() < window)
+                    seen &= near | (j < sinks)
+                score = key @ query[b, head, t].to(wide) * scale
+                if key_bias is not None:
+                    bias = key_bias[block, h, slot]
+                    seen &= bias != -torch.inf
+                    score = score + bias
+                seen &= score != -torch.inf
+                if seen.any():
+                    total = score[seen].logsumexp(0) if lse is None else lse[b, head, t]
+                    mass[b, h, :length][seen] += (score[seen] - total).exp()
+    return mass
+
+
 def block_summaries(
-    key_pages: Tensor, block_table: Tensor, seq_lens: Tensor, kind: str = "minmax"
+    key_pages: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    kind: str = "minmax",
+    *,
+    key_scales: Tensor | None = None,
 ) -> Tensor:
     """Minimum and maximum, or mean, of the keys of each block; zeros where there are none."""
     batch, width = block_table.shape
@@ -71,6 +128,8 @@ def block_summaries(
     wide = torch.float64 if key_pages.dtype == torch.float64 else torch.float32
     sizes = (batch, heads, width, 2, dim) if kind == "minmax" else (batch, heads, width, dim)
     summaries = torch.zeros(sizes, dtype=wide, device=key_pages.device)
+    if key_scales is not None:
+        key_pages = key_pages.to(wide) * key_scales[..., None, None]
     for b in range(batch):
         for i in range(-(-int(seq_lens[b]) // block_size)):
             count = min(block_size, int(seq_lens[b]) - i * block_size)
@@ -82,8 +141,31 @@ def block_summaries(
     return summaries
 
 
-def score_blocks(query: Tensor, summaries: Tensor) -> Tensor:
+def update_block_summaries_(
+    summaries: Tensor,
+    key_pages: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    positions: Tensor,
+    key_scales: Tensor | None = None,
+) -> None:
+    """The summaries, by place in the pages, of the blocks that hold a position; -1 is none."""
+    kind = "minmax" if summaries.dim() == 4 else "mean"
+    fresh = block_summaries(key_pages, block_table, seq_lens, kind, key_scales=key_scales)
+    for b, row in enumerate(positions.tolist()):
+        for i in {position // key_pages.shape[2] for position in row if position >= 0}:
+            summaries[block_table[b, i]] = fresh[b, :, i]
+
+
+def score_blocks(query: Tensor, summaries: Tensor, block_table: Tensor | None = None) -> Tensor:
     """Per key head, the largest score of a block over query heads and positions."""
+    if block_table is not None:
+        absent = (block_table < 0)[:, :, None]
+        summaries = summaries[block_table.clamp(min=0).long()]
+        summaries = summaries.masked_fill(
+            absent.view(absent.shape + (1,) * (summaries.dim() - 3)), 0
+        )
+        summaries = summaries.transpose(1, 2)
     batch, heads, queries, dim = query.shape
     key_heads = summaries.shape[1]
     # Heads of a group and positions in one dimension.
@@ -117,3 +199,40 @@ def select_blocks(
             chosen = sorted(kept | set(ranked[: k - len(kept)]))
             selected[b, h, : len(chosen)] = torch.tensor(chosen, dtype=torch.int32)
     return selected
+
+
+def score_select_blocks(
+    query: Tensor,
+    summaries: Tensor,
+    k: int,
+    *,
+    seq_lens: Tensor,
+    block_size: int,
+    block_table: Tensor | None = None,
+    sink_blocks: int = 1,
+    recent_blocks: int = 1,
+) -> Tensor:
+    """Select by the scores of the blocks."""
+    return select_blocks(
+        score_blocks(query, summaries, block_table),
+        k,
+        seq_lens=seq_lens,
+        block_size=block_size,
+        sink_blocks=sink_blocks,
+        recent_blocks=recent_blocks,
+    )
+
+
+def compact_pages_(pages: Tensor, source_table: Tensor, target_table: Tensor, keep: Tensor) -> None:
+    """The i-th kept token of each row moves to position i, in the blocks of ``target_table``."""
+    layers, _, heads, block_size, _ = pages.shape
+    before = pages.clone()
+    keep = keep.expand(layers, -1, heads, -1)
+    for layer in range(layers):
+        for b in range(keep.shape[1]):
+            for h in range(heads):
+                for i, j in enumerate(keep[layer, b, h].tolist()):
+                    if j >= 0:
+                        source = source_table[b, j // block_size], h, j % block_size
+                        target = target_table[b, i // block_size], h, i % block_size
+                        pages[layer][target] = before[layer][source]

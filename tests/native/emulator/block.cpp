@@ -9,9 +9,13 @@
 
 namespace winnow::host {
 
+namespace {
+Block* taking_its_turn = nullptr;  // of those that run together
+}
+
 Block& Block::current() {
   static Block block;  // the interpreter's lock keeps launches apart
-  return block;
+  return taking_its_turn != nullptr ? *taking_its_turn : block;
 }
 
 void Block::fault(const std::string& what) const {
@@ -46,6 +50,15 @@ bool Block::barrier(Site site, bool flag) {
   any_flag_ = any_flag_ || flag;
   fibers_[static_cast<size_t>(running_)]->suspend();
   return all_flags_;
+}
+
+void Block::barrier_of_blocks(uint32_t* counter, int64_t blocks, Site site) {
+  Thread& self = state_[static_cast<size_t>(running_)];
+  self.state = State::kAtBlocks;
+  self.site = site;
+  counter_ = counter;
+  blocks_ = blocks;
+  fibers_[static_cast<size_t>(running_)]->suspend();
 }
 
 // Only where all threads wait: a thread that has returned while others wait is a divergence too,
@@ -124,6 +137,8 @@ void Block::explain_standstill() const {
       text << "returned";
     } else if (thread.state == State::kAtBarrier) {
       text << "at the barrier " << thread.site.file << ":" << thread.site.line;
+    } else if (thread.state == State::kAtBlocks) {
+      text << "at the barrier of blocks " << thread.site.file << ":" << thread.site.line;
     } else {
       text << "in the warp operation " << thread.site.file << ":" << thread.site.line
            << " with mask 0x" << std::hex << thread.meeting->mask << ", where 0x"
@@ -146,22 +161,54 @@ void Block::explain_standstill() const {
   throw Fault(text.str());
 }
 
-void Block::run_block() {
+void Block::prepare(const char* kernel, int64_t shared_bytes, int threads,
+                    const std::function<void()>& body) {
+  kernel_ = kernel;
+  shared_bytes_ = shared_bytes;
+  body_ = &body;
+  count_ = threads;
+  if (threads < 1 || threads > kMaxThreads) {
+    throw Fault(std::string(kernel) + ": no GPU launches such a block");
+  }
+}
+
+void Block::start_block(int64_t x, int64_t y) {
+  x_ = x;
+  y_ = y;
   state_.assign(static_cast<size_t>(count_), Thread{State::kReady, {}, nullptr});
   open_.clear();
   open_.resize(static_cast<size_t>((count_ + kLanes - 1) / kLanes));
   shared_.start_block(count_, static_cast<size_t>(shared_bytes_));
   failure_.clear();
   any_flag_ = false;
+  counter_ = nullptr;
+  shuffler_.seed(static_cast<uint32_t>(x_ * 131 + y_ + 1));
   while (fibers_.size() < state_.size()) fibers_.push_back(std::make_unique<Fiber>());
   for (size_t t = 0; t < state_.size(); ++t) fibers_[t]->prepare(&thread_main, this);
+}
 
+bool Block::done() const {
+  return std::all_of(state_.begin(), state_.end(),
+                     [](const Thread& thread) { return thread.state == State::kDone; });
+}
+
+bool Block::at_barrier_of_blocks() const {
+  return std::all_of(state_.begin(), state_.end(), [&](const Thread& thread) {
+    return thread.state == State::kAtBlocks && thread.site == state_[0].site;
+  });
+}
+
+void Block::advance() {
+  if (counter_ != nullptr) {  // the others have come
+    counter_ = nullptr;
+    shared_.order_all();
+    for (Thread& thread : state_) thread.state = State::kReady;
+  }
   std::vector<int> turn(static_cast<size_t>(count_));
   std::iota(turn.begin(), turn.end(), 0);
   if (order == Order::kReverse) std::reverse(turn.begin(), turn.end());
-  std::mt19937 shuffler(static_cast<uint32_t>(x_ * 131 + y_ + 1));
   for (;;) {
-    if (order == Order::kShuffled) std::shuffle(turn.begin(), turn.end(), shuffler);
+    if (order == Order::kShuffled) std::shuffle(turn.begin(), turn.end(), shuffler_);
     bool moved = false;
     for (const int t : turn) {
       if (state_[static_cast<size_t>(t)].state != State::kReady) continue;
@@ -171,8 +218,10 @@ void Block::run_block() {
       if (!failure_.empty()) throw Fault(failure_);  // the other fibers are abandoned
     }
     if (moved) continue;
-    if (std::all_of(state_.begin(), state_.end(),
-                    [](const Thread& thread) { return thread.state == State::kDone; })) {
+    if (done()) return;
+    if (at_barrier_of_blocks()) {
+      const uint32_t before = (*counter_)++;
+      goal_ = static_cast<uint32_t>((before / blocks_ + 1) * blocks_);
       return;
     }
     release_barrier();
@@ -181,19 +230,54 @@ void Block::run_block() {
 
 void Block::run(const char* kernel, int64_t grid_x, int64_t grid_y, int64_t shared_bytes,
                 int threads, const std::function<void()>& body) {
-  kernel_ = kernel;
-  shared_bytes_ = shared_bytes;
   ++launches;
-  body_ = &body;
-  count_ = threads;
-  if (threads < 1 || threads > kMaxThreads) {
-    throw Fault(std::string(kernel) + ": no GPU launches such a block");
-  }
+  prepare(kernel, shared_bytes, threads, body);
   for (int64_t i = 0; i < grid_x * grid_y; ++i) {
     const int64_t block = order == Order::kForward ? i : grid_x * grid_y - 1 - i;
-    x_ = block % grid_x;
-    y_ = block / grid_x;
-    run_block();
+    start_block(block % grid_x, block / grid_x);
+    advance();
+    if (!done()) fault("waits for other blocks, which this launch does not run together");
+  }
+}
+
+void Block::run_together(const char* kernel, int64_t grid_x, int64_t grid_y, int threads,
+                         const std::function<void()>& body) {
+  ++launches;
+  const int64_t blocks = grid_x * grid_y;
+  if (blocks > kBlocksAtOnce) {
+    throw Fault(std::string(kernel) + ": more blocks than are on the GPU at once");
+  }
+  while (static_cast<int64_t>(mates_.size()) < blocks) mates_.push_back(std::make_unique<Block>());
+  std::vector<Block*> turn;
+  for (int64_t i = 0; i < blocks; ++i) {
+    Block& mate = *mates_[static_cast<size_t>(i)];
+    mate.order = order;
+    mate.prepare(kernel, 0, threads, body);
+    mate.start_block(i % grid_x, i / grid_x);
+    turn.push_back(&mate);
+  }
+  if (order == Order::kReverse) std::reverse(turn.begin(), turn.end());
+  std::mt19937 shuffler(1);
+  struct Restore {
+    ~Restore() { taking_its_turn = nullptr; }
+  } restore;
+  for (;;) {
+    if (order == Order::kShuffled) std::shuffle(turn.begin(), turn.end(), shuffler);
+    Block* stuck = nullptr;
+    bool moved = false;
+    for (Block* mate : turn) {
+      if (mate->done()) continue;
+      if (mate->waits()) {
+        stuck = mate;
+        continue;
+      }
+      taking_its_turn = mate;
+      mate->advance();
+      moved = true;
+    }
+    if (moved) continue;
+    if (stuck == nullptr) return;
+    stuck->fault("blocks wait for each other in vain");
   }
 }
 

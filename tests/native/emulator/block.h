@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <random>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -30,6 +31,7 @@ struct Site {
 constexpr int kLanes = 32;
 constexpr int kMaxThreads = 1024;
 constexpr size_t kMaxExchange = 64;
+constexpr int64_t kBlocksAtOnce = 7;
 
 // Lanes of one warp that meet: each brings a value, and all go on once the last one has come.
 struct Meeting {
@@ -55,6 +57,8 @@ class Block {
 
   // Every thread must come, and to the same line. Says whether any of them brought a flag.
   bool barrier(Site site, bool flag = false);
+  // As `barrier`, for `blocks` blocks, each of which adds one to the counter.
+  void barrier_of_blocks(uint32_t* counter, int64_t blocks, Site site);
   // Returns the meeting with everyone's value in it; call leave() when they have been read.
   Meeting& meet(uint32_t mask, const void* value, size_t bytes, Site site, bool orders_memory);
   void leave(Meeting& meeting);
@@ -64,12 +68,15 @@ class Block {
   // Runs a whole grid; throws Fault.
   void run(const char* kernel, int64_t grid_x, int64_t grid_y, int64_t shared_bytes, int threads,
            const std::function<void()>& body);
+  // The same with all blocks alive at once: they take turns where they wait for each other.
+  void run_together(const char* kernel, int64_t grid_x, int64_t grid_y, int threads,
+                    const std::function<void()>& body);
 
   Order order = Order::kForward;
   int64_t launches = 0;
 
  private:
-  enum class State { kReady, kAtBarrier, kInMeeting, kDone };
+  enum class State { kReady, kAtBarrier, kAtBlocks, kInMeeting, kDone };
   struct Thread {
     State state;
     Site site;
@@ -77,7 +84,14 @@ class Block {
   };
 
   static void thread_main(void*);
-  void run_block();
+  void prepare(const char* kernel, int64_t shared_bytes, int threads,
+               const std::function<void()>& body);
+  void start_block(int64_t x, int64_t y);
+  // Until all threads have returned or all wait for other blocks.
+  void advance();
+  bool done() const;
+  bool waits() const { return counter_ != nullptr && *counter_ < goal_; }
+  bool at_barrier_of_blocks() const;
   void release_barrier();
   [[noreturn]] void explain_standstill() const;
   std::string where(int thread) const;
@@ -89,6 +103,10 @@ class Block {
   int count_ = 0;
   int running_ = 0;
   int64_t shared_bytes_ = 0;
+  uint32_t* counter_ = nullptr;  // where the block waits for others,
+  uint32_t goal_ = 0;            // until it has come to this
+  int64_t blocks_ = 0;
+  std::mt19937 shuffler_;
   bool any_flag_ = false;   // of the threads that have come to the barrier
   bool all_flags_ = false;  // of the barrier that was released last
   std::string failure_;
@@ -97,6 +115,7 @@ class Block {
   std::vector<std::unique_ptr<Fiber>> fibers_;
   std::vector<std::vector<std::unique_ptr<Meeting>>> open_;  // per warp
   std::vector<std::unique_ptr<Meeting>> spare_;
+  std::vector<std::unique_ptr<Block>> mates_;  // of run_together
 };
 
 }  // namespace winnow::host

@@ -83,6 +83,10 @@ inline int warp_index() {
 inline void block_sync(WINNOW_SITE) {
   host::Block::current().barrier(site);
 }
+inline void blocks_sync(Global<uint32_t> counter, int64_t blocks, WINNOW_SITE) {
+  auto* memory = reinterpret_cast<uint32_t*>(counter.writable(sizeof(uint32_t)));
+  host::Block::current().barrier_of_blocks(memory, blocks, site);
+}
 inline bool block_any(bool flag, WINNOW_SITE) {
   return host::Block::current().barrier(site, flag);
 }
@@ -275,6 +279,29 @@ void launch(const char* name, void (*kernel)(Parameters...), Grid grid, int thre
   const std::tuple<Parameters...> bound(static_cast<Parameters>(arguments)...);
   host::Block::current().run(name, grid.x, grid.y, grid.shared_bytes, threads,
                              [&] { std::apply(kernel, bound); });
+}
+
+// Few, so that a block has more than one share of a problem.
+template <typename... Parameters>
+int64_t blocks_at_once(const char*, void (*)(Parameters...), int) {
+  return host::kBlocksAtOnce;
+}
+
+template <typename T>
+Global<T> zeroed(const char*, const Tensor& tensor, const Stream&) {
+  const auto bytes = static_cast<size_t>(tensor.numel()) * tensor.element_size();
+  std::memset(tensor.data_ptr(), 0, bytes);
+  return global<T>(tensor);
+}
+
+template <typename... Parameters, typename... Arguments>
+void launch_together(const char* name, void (*kernel)(Parameters...), Grid grid, int threads,
+                     const Stream&, const Arguments&... arguments) {
+  if (grid.x == 0 || grid.y == 0) return;
+  check_grid(name, grid);
+  const std::tuple<Parameters...> bound(static_cast<Parameters>(arguments)...);
+  host::Block::current().run_together(name, grid.x, grid.y, threads,
+                                      [&] { std::apply(kernel, bound); });
 }
 
 }  // namespace winnow

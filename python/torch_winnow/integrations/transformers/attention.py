@@ -153,6 +153,7 @@ def _attend(
     """Over the pages of the layer of ``key``; ``blocks`` are ``(B, Hkv, T, K)`` of the model's."""
     storage, layer = key.source, key.layer
     cache, (key_pages, value_pages) = storage.pages, storage.pool._layers[layer]
+    key_scales, value_scales = storage.pool._scales[layer] or (None, None)
     table, lengths = cache.block_table, cache.seq_lens
     batch, heads, tokens, dim = query.shape
     chosen = None
@@ -166,8 +167,8 @@ def _attend(
         chosen = blocks.transpose(1, 2).flatten(0, 1)
         ahead = chosen * storage.block_size >= lengths[:, None, None]
         chosen = chosen.masked_fill(ahead, -1).sort(-1).values.int()
-    elif storage.summaries is not None and tokens == 1 and window is None:
-        chosen = storage.summaries[layer].select(query, cache, storage.block_size)
+    elif storage.sparse is not None and tokens == 1 and window is None:
+        chosen = storage.sparse.select(query, cache, layer)
     out, lse = paged_attention(
         query,
         key_pages,
@@ -178,6 +179,8 @@ def _attend(
         block_indices=chosen,
         window=window,
         scale=scaling,
+        key_scales=key_scales,
+        value_scales=value_scales,
         return_lse=True,
     )
     if s_aux is not None:

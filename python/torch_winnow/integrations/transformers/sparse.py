@@ -1,15 +1,14 @@
-"""Block-sparse decoding: summaries of blocks that grow with the cache, and the choice by them."""
+"""Block-sparse decoding: the choice of blocks by the summaries that the pool keeps."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from torch_winnow._kvcache.arguments import integer
-from torch_winnow.kvcache import PagedKVCache, block_summaries, score_blocks, select_blocks
+from torch_winnow.kvcache import PagedKVCache, score_select_blocks
 
 
 @dataclass(frozen=True)
@@ -48,45 +47,18 @@ class BlockSparse:
         if self.summary not in ("minmax", "mean"):
             raise ValueError(f"summary: expected 'minmax' or 'mean', got {self.summary!r}")
 
-
-class Summaries:
-    """The summary of every block of one layer, by its place in the pool: forks share it too."""
-
-    def __init__(self, sparse: BlockSparse) -> None:
-        self.sparse = sparse
-        self._blocks: Tensor | None = None
-
-    def refresh(self, cache: PagedKVCache, key_pages: Tensor, tokens: int) -> None:
-        """Summarise the blocks that the last ``tokens`` positions of each row touch."""
-        size = key_pages.shape[2]
-        lengths = cache.seq_lens.long()[:, None]
-        first = (lengths - tokens).clamp(min=0) // size
-        columns = first + torch.arange((tokens - 1) // size + 2)
-        held = columns * size < lengths
-        columns = columns.clamp(max=cache.block_table.shape[1] - 1)
-        blocks = torch.where(held, cache.block_table.gather(1, columns), -1)
-        # Whole blocks lie before the last one, so the touched part of a row is a table of its own.
-        fresh = block_summaries(
-            key_pages, blocks, (lengths - first * size)[:, 0].int(), self.sparse.summary
-        )
-        known = self._blocks
-        if known is None or known.shape[0] < key_pages.shape[0]:
-            self._blocks = fresh.new_zeros(key_pages.shape[0], fresh.shape[1], *fresh.shape[3:])
-            if known is not None:
-                self._blocks[: known.shape[0]] = known
-            known = self._blocks
-        known[blocks[held]] = fresh.transpose(1, 2)[held]
-
-    def select(self, query: Tensor, cache: PagedKVCache, block_size: int) -> Tensor | None:
-        """The blocks to attend, None for all."""
-        if cache.block_table.shape[1] <= self.sparse.k or self._blocks is None:
+    def select(self, query: Tensor, cache: PagedKVCache, layer: int) -> Tensor | None:
+        """The blocks of ``cache`` that a step attends in a layer, None for all."""
+        pool = cache.pool
+        if cache.block_table.shape[1] <= self.k or pool.summaries is None:
             return None
-        summaries = self._blocks[cache.block_table.clamp(min=0)].transpose(1, 2)
-        return select_blocks(
-            score_blocks(query, summaries),
-            self.sparse.k,
+        return score_select_blocks(
+            query,
+            pool.summaries[layer],
+            self.k,
             seq_lens=cache.seq_lens,
-            block_size=block_size,
-            sink_blocks=self.sparse.sink_blocks,
-            recent_blocks=self.sparse.recent_blocks,
+            block_size=pool.block_size,
+            block_table=cache.block_table,
+            sink_blocks=self.sink_blocks,
+            recent_blocks=self.recent_blocks,
         )

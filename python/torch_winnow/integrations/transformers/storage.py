@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torch_winnow.integrations.transformers.sparse import BlockSparse, Summaries
+from torch_winnow.integrations.transformers.sparse import BlockSparse
 from torch_winnow.kvcache import BlockPool, BlockPoolExhausted, PagedKVCache
 
 
@@ -30,13 +30,15 @@ class PagedStorage:
         max_cache_len: int | None,
         sparse: BlockSparse | None,
         pool: BlockPool | None,
+        cache_dtype: torch.dtype | None = None,
     ) -> None:
+        self.cache_dtype = cache_dtype
+        self.dtype: torch.dtype | None = None  # of the keys and values that came
         self.block_size = block_size
         self.max_cache_len = max_cache_len
         self.sparse = sparse
         self.columns = [0] * num_layers
         self.dropped: list[int] | None = None
-        self.summaries = [Summaries(sparse) for _ in range(num_layers)] if sparse else None
         self._grows = pool is None
         self._pool = pool
         self._pages: PagedKVCache | None = None
@@ -140,8 +142,6 @@ class PagedStorage:
             before = self.dropped or [0] * len(padding)
             self.dropped = [a + b for a, b in zip(before, padding, strict=True)]
         self.columns[layer] = start + tokens
-        if self.summaries is not None:
-            self.summaries[layer].refresh(self.pages, self.pool._layers[layer][0], tokens)
 
     def _create(self, key: Tensor, value: Tensor) -> None:
         rows, heads, tokens, dim = key.shape
@@ -156,9 +156,11 @@ class PagedStorage:
                 head_dim=dim,
                 value_head_dim=value.shape[3],
                 block_size=self.block_size,
-                dtype=key.dtype,
+                dtype=self.cache_dtype or key.dtype,
                 device=key.device,
+                summaries=self.sparse.summary if self.sparse else None,
             )
+        self.dtype = key.dtype if self._pool.quantised else self._pool.dtype
         self._pages = PagedKVCache(self._pool, rows)
 
     def _limit(self, rows: int) -> int | None:
@@ -221,7 +223,7 @@ class PagedStorage:
         """A storage that continues every row and shares its blocks."""
         twin = PagedStorage.__new__(PagedStorage)
         twin.__dict__.update(self.__dict__)
-        twin.columns = list(self.columns)  # summaries go by place in the pool: both keep them
+        twin.columns = list(self.columns)
         if self._pages is not None:
             twin._pages = self._pages.fork(range(self.rows))
         return twin
@@ -231,6 +233,9 @@ class PagedStorage:
     def gather(self, layer: int, part: int) -> Tensor:
         """Dense ``(B, Hkv, columns, D)``; zeros where padding was not stored."""
         pages = self.pool._layers[layer][part]
+        if self.pool.quantised:
+            scales = self.pool._scales[layer][part]
+            pages = (pages.float() * scales[..., None, None]).to(self.dtype)
         table = self.pages.block_table.clamp(min=0).long()
         columns = self.columns[layer]
         if self.dropped is None:

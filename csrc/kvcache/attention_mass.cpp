@@ -1,0 +1,122 @@
+// winnow::attention_mass on the CPU. A task is all rows of a key head against a fixed number of its
+// keys, so the order of the sums, and with it the result, does not depend on the number of threads.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cmath>
+#include <optional>
+#include <vector>
+
+#include "common/checks.h"
+#include "common/tensors.h"
+#include "kvcache/attention_mass_simd.h"
+#include "kvcache/block_table.h"
+
+namespace winnow {
+namespace {
+
+constexpr int64_t kSplitKeys = 1024;  // their bytes stay in the L2 cache for all rows
+constexpr int64_t kThreadWork = 1 << 18;
+constexpr int64_t kUnbounded = int64_t{1} << 40;
+
+Tensor attention_mass(const Tensor& query, const Tensor& key_pages, const Tensor& block_table,
+                      const Tensor& seq_lens, const Tensor& lse, bool causal,
+                      std::optional<int64_t> window, int64_t sinks, std::optional<Tensor> key_bias,
+                      std::optional<double> scale) {
+  check_cpu("query", query);
+  check_floating("query", query);
+  check_dim("query", query, 4, "(B, Hq, T, D)");
+  check_last_contiguous("query", query);
+  check_key_pages(key_pages);
+  check_dtype("key_pages", key_pages, query.scalar_type());
+  const int64_t batch = query.size(0);
+  const int64_t heads = query.size(1);
+  const int64_t queries = query.size(2);
+  const int64_t dim = query.size(3);
+  const int64_t key_heads = key_pages.size(1);
+  const int64_t block_size = key_pages.size(2);
+  WINNOW_CHECK(key_pages.size(3) == dim, "key_pages: expected (num_blocks, Hkv, block_size, D) ",
+               "with D=", dim, " as in query, got ", shape_of(key_pages));
+  WINNOW_CHECK(key_heads > 0 ? heads % key_heads == 0 : heads == 0,
+               "query: expected a number of heads divisible by the key heads (", key_heads,
+               "), got ", heads);
+  check_table(block_table);
+  WINNOW_CHECK(block_table.size(0) == batch, "block_table: expected (B, max_blocks) with B=", batch,
+               " as in query, got ", shape_of(block_table));
+  const int64_t width = block_table.size(1);
+  check_lengths(seq_lens, batch, width, block_size, "block_table");
+  check_blocks(block_table, seq_lens, key_pages.size(0), block_size);
+  check_cpu("lse", lse);
+  check_dtype("lse", lse, statistics_dtype(query));
+  WINNOW_CHECK(
+      lse.dim() == 3 && lse.size(0) == batch && lse.size(1) == heads && lse.size(2) == queries,
+      "lse: expected (B, Hq, T) = (", batch, ", ", heads, ", ", queries, ") as in query, got ",
+      shape_of(lse));
+  WINNOW_CHECK(!window || *window >= 1, "window: expected at least 1, got ", window.value_or(0));
+  WINNOW_CHECK(sinks >= 0, "sinks: expected at least 0, got ", sinks);
+  AttentionMass call{};
+  if (key_bias) {
+    check_cpu("key_bias", *key_bias);
+    check_dtype("key_bias", *key_bias, statistics_dtype(query));
+    check_dim("key_bias", *key_bias, 3, "(num_blocks, Hkv, block_size)");
+    for (int64_t d = 0; d < 3; ++d) {
+      WINNOW_CHECK(key_bias->size(d) == key_pages.size(d), "key_bias: expected (num_blocks, Hkv, ",
+                   "block_size) as in key_pages, ", shape_of(key_pages), ", got ",
+                   shape_of(*key_bias));
+      call.bias_stride[d] = key_bias->stride(d);
+    }
+    call.key_bias = key_bias->data_ptr();
+  }
+
+  Tensor mass = empty({batch, key_heads, width * block_size}, statistics_dtype(query), query);
+  PagedAttention& attention = call.attention;
+  attention.type = element_type(query);
+  attention.query = query.data_ptr();
+  attention.key_pages = key_pages.data_ptr();
+  for (int64_t d = 0; d < 3; ++d) {
+    attention.query_stride[d] = query.stride(d);
+    attention.key_stride[d] = key_pages.stride(d);
+    call.lse_stride[d] = lse.stride(d);
+  }
+  attention.block_table = static_cast<const int32_t*>(block_table.data_ptr());
+  attention.table_stride = block_table.stride(0);
+  attention.seq_lens = static_cast<const int32_t*>(seq_lens.data_ptr());
+  attention.queries = queries;
+  attention.group = key_heads > 0 ? heads / key_heads : 0;
+  attention.key_heads = key_heads;
+  attention.block_size = block_size;
+  attention.head_dim = dim;
+  attention.causal = causal;
+  attention.window = window ? std::min(*window, kUnbounded) : 0;
+  attention.sinks = std::min(sinks, kUnbounded);
+  attention.scale =
+      scale ? *scale : 1.0 / std::sqrt(static_cast<double>(std::max<int64_t>(1, dim)));
+  call.lse = lse.data_ptr();
+  call.mass = mass.data_ptr();
+  call.entries = width;
+
+  int64_t scratch_floats = 0;
+  WINNOW_SIMD(attention_mass_scratch)(call, &scratch_floats);
+  const int64_t split = std::max<int64_t>(1, kSplitKeys / block_size);
+  const int64_t splits = (width + split - 1) / split;
+  const auto run = WINNOW_SIMD(attention_mass_task);
+  const int64_t work = 1 + split * block_size * queries * attention.group * dim;
+  torch::stable::parallel_for(0, batch * key_heads * splits, 1 + kThreadWork / work,
+                              [&](int64_t begin, int64_t end) {
+                                std::vector<float> scratch(static_cast<size_t>(scratch_floats));
+                                for (int64_t n = begin; n < end; ++n) {
+                                  const int64_t first = n % splits * split;
+                                  run(call, n / splits / key_heads, n / splits % key_heads, first,
+                                      std::min(first + split, width), scratch.data());
+                                }
+                              });
+  return mass;
+}
+
+}  // namespace
+}  // namespace winnow
+
+STABLE_TORCH_LIBRARY_IMPL(winnow, CPU, m) {
+  m.impl("attention_mass", TORCH_BOX(&winnow::attention_mass));
+}

@@ -1,0 +1,111 @@
+// winnow::compact_pages_ on the CPU: the tokens that are kept move to the front of their row, in
+// order. No token moves backwards, so each head's go one after another, in place.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "common/checks.h"
+#include "common/tensors.h"
+#include "kvcache/block_table.h"
+
+namespace winnow {
+namespace {
+
+constexpr int64_t kGrainBytes = 1 << 18;  // about 20 µs of copying for a thread
+
+void check_same_rows(const char* name, const Tensor& table, int64_t rows) {
+  check_cpu(name, table);
+  check_dtype(name, table, ScalarType::Int);
+  WINNOW_CHECK(table.dim() == 2 && table.size(0) == rows, name,
+               ": expected (B, max_blocks) with B=", rows, " as in keep, got ", shape_of(table));
+  check_last_contiguous(name, table);
+}
+
+void compact_pages_(Tensor pages, const Tensor& source_table, const Tensor& target_table,
+                    const Tensor& keep) {
+  check_cpu("pages", pages);
+  check_dim("pages", pages, 5, "(num_layers, num_blocks, Hkv, block_size, D)");
+  check_last_contiguous("pages", pages);
+  const int64_t layers = pages.size(0);
+  const int64_t num_blocks = pages.size(1);
+  const int64_t heads = pages.size(2);
+  const int64_t block_size = pages.size(3);
+  WINNOW_CHECK(block_size > 0, "pages: expected a block_size of at least 1, got ", shape_of(pages));
+  check_cpu("keep", keep);
+  check_dtype("keep", keep, ScalarType::Long);
+  WINNOW_CHECK(keep.dim() == 4 && (keep.size(0) == layers || keep.size(0) == 1) &&
+                   (keep.size(2) == heads || keep.size(2) == 1),
+               "keep: expected (num_layers or 1, B, Hkv or 1, K) with num_layers=", layers,
+               " and Hkv=", heads, " as in pages, got ", shape_of(keep));
+  check_last_contiguous("keep", keep);
+  const int64_t rows = keep.size(1);
+  const int64_t kept = keep.size(3);
+  check_same_rows("source_table", source_table, rows);
+  check_same_rows("target_table", target_table, rows);
+
+  const auto* positions = static_cast<const int64_t*>(keep.data_ptr());
+  const int64_t layer_stride = keep.size(0) == 1 ? 0 : keep.stride(0);
+  const int64_t row_stride = keep.stride(1);
+  const int64_t head_stride = keep.size(2) == 1 ? 0 : keep.stride(2);
+  const auto* source = static_cast<const int32_t*>(source_table.data_ptr());
+  const auto* target = static_cast<const int32_t*>(target_table.data_ptr());
+  const auto check_block = [&](const char* name, const Tensor& table, int64_t row, int64_t i) {
+    const bool inside = i / block_size < table.size(1);
+    const int32_t block =
+        inside
+            ? static_cast<const int32_t*>(table.data_ptr())[row * table.stride(0) + i / block_size]
+            : -1;
+    WINNOW_CHECK(block >= 0 && block < num_blocks, name, ": expected 0 <= block < ", num_blocks,
+                 " at position ", i, " of row ", row, ", got ", block);
+  };
+  for (int64_t l = 0; l < keep.size(0); ++l) {
+    for (int64_t b = 0; b < rows; ++b) {
+      for (int64_t h = 0; h < keep.size(2); ++h) {
+        const int64_t* list = positions + l * layer_stride + b * row_stride + h * head_stride;
+        for (int64_t i = 0; i < kept; ++i) {
+          if (list[i] == -1) continue;
+          WINNOW_CHECK(list[i] > (i > 0 ? list[i - 1] : -1) && (i == 0 || list[i - 1] >= 0),
+                       "keep: expected ascending positions, then -1, got ", list[i], " at ", i,
+                       " of row ", b);
+          check_block("source_table", source_table, b, list[i]);
+          check_block("target_table", target_table, b, i);
+        }
+      }
+    }
+  }
+
+  const int64_t size = static_cast<int64_t>(pages.element_size());
+  const auto bytes = static_cast<size_t>(pages.size(4) * size);
+  auto* base = static_cast<char*>(pages.data_ptr());
+  int64_t stride[4];
+  for (int64_t d = 0; d < 4; ++d) stride[d] = pages.stride(d) * size;
+  const int64_t source_stride = source_table.stride(0);
+  const int64_t target_stride = target_table.stride(0);
+  const auto move = [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) {
+      const int64_t h = n % heads;
+      const int64_t b = n / heads % rows;
+      const int64_t l = n / heads / rows;
+      const int64_t* list = positions + l * layer_stride + b * row_stride + h * head_stride;
+      char* head = base + l * stride[0] + h * stride[2];
+      for (int64_t i = 0; i < kept && list[i] >= 0; ++i) {
+        const int64_t from = source[b * source_stride + list[i] / block_size];
+        const int64_t to = target[b * target_stride + i / block_size];
+        if (from == to && list[i] == i) continue;
+        std::memcpy(head + to * stride[1] + i % block_size * stride[3],
+                    head + from * stride[1] + list[i] % block_size * stride[3], bytes);
+      }
+    }
+  };
+  const int64_t grain = 1 + kGrainBytes / (1 + kept * static_cast<int64_t>(bytes));
+  torch::stable::parallel_for(0, layers * rows * heads, grain, move);
+}
+
+}  // namespace
+}  // namespace winnow
+
+STABLE_TORCH_LIBRARY_IMPL(winnow, CPU, m) {
+  m.impl("compact_pages_", TORCH_BOX(&winnow::compact_pages_));
+}

@@ -1,0 +1,83 @@
+"""Dropping tokens from the middle of a cache: what :meth:`PagedKVCache.compact_` does."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from torch_winnow import _library  # noqa: F401  (registers the operators)
+from torch_winnow._fake import check_same_device
+
+if TYPE_CHECKING:
+    from torch_winnow._kvcache.storage import PagedKVCache
+
+# Bound once: a look-up through torch.ops costs as much as a small op.
+_compact_pages_ = torch.ops.winnow.compact_pages_
+
+
+def compact(cache: PagedKVCache, keep: Tensor) -> None:
+    """Keep the tokens at ``keep``; all checks come first."""
+    cache.pool._refuse_codes("compact_")
+    keep = _checked(cache, keep)
+    held = keep >= 0
+    lengths = held.sum(-1)
+    if not (lengths == lengths[:1, :, :1]).all():
+        raise ValueError(
+            "keep: expected as many positions for every head and layer of a row, because they "
+            f"share its length, got counts {lengths.amin((0, 2)).tolist()} to "
+            f"{lengths.amax((0, 2)).tolist()} in the rows"
+        )
+    # Behind the first token that moves, in any head or layer, all others move.
+    place = torch.arange(keep.shape[3])
+    moves = (held & (keep != place)).any(0).any(1)
+    targets = torch.where(moves, place, -1)
+    before = cache.block_table.clone()
+    pool = cache.pool
+    cache._claim(targets)
+    for pages in (pool.key_pages, pool.value_pages):
+        _compact_pages_(pages, before, cache.block_table, keep)
+    if pool.key_bias is not None:
+        _compact_pages_(pool.key_bias[..., None], before, cache.block_table, keep)
+    cache.truncate_(lengths[0, :, 0])
+    cache._written(targets)
+
+
+def _checked(cache: PagedKVCache, keep: Tensor) -> Tensor:
+    """``keep`` as ``(num_layers or 1, B, Hkv or 1, K)`` int64 on the CPU."""
+    layers, rows, heads = cache.pool.num_layers, cache.batch_size, cache.pool.num_kv_heads
+    shapes = {2: (rows,), 3: (rows, heads), 4: (layers, rows, heads)}
+    if not isinstance(keep, Tensor) or keep.shape[:-1] != shapes.get(keep.dim()):
+        got = tuple(keep.shape) if isinstance(keep, Tensor) else repr(keep)
+        raise ValueError(
+            "keep: expected (B, K), (B, Hkv, K) or (num_layers, B, Hkv, K) with "
+            f"num_layers={layers}, B={rows} and Hkv={heads}, got {got}"
+        )
+    if keep.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"keep: expected int32 or int64, got {keep.dtype}")
+    keep = keep.to(device="cpu", dtype=torch.int64)
+    keep = keep[None, :, None] if keep.dim() == 2 else keep[None] if keep.dim() == 3 else keep
+    keep = keep.contiguous()
+    before, after = keep[..., :-1], keep[..., 1:]
+    ascends = (after == -1) | ((before >= 0) & (after > before))
+    lengths = cache.seq_lens.cpu()
+    inside = ((keep >= -1) & (keep < lengths[:, None, None])).all(-1)
+    wrong = ~(ascends.all(-1) & inside).all(0).all(-1)
+    if wrong.any():
+        row = int(wrong.int().argmax())
+        raise ValueError(
+            "keep: expected ascending positions with 0 <= position < seq_len, then -1, got "
+            f"{keep[:, row].tolist()} in row {row} of {int(lengths[row])} tokens"
+        )
+    if not cache._native.even():
+        raise ValueError(
+            "keep: every layer must have stored the same tokens before some are dropped; append to "
+            "the layers that are behind first"
+        )
+    return keep
+
+
+@torch.library.register_fake("winnow::compact_pages_")
+def _(pages: Tensor, source_table: Tensor, target_table: Tensor, keep: Tensor) -> None:
+    check_same_device(pages=pages, source_table=source_table, target_table=target_table, keep=keep)
