@@ -29,6 +29,36 @@ constexpr bool kPairs = false;
 template <typename T>
 using QueryElement = std::conditional_t<kPairs<T>, T, float>;
 
+// Two registers out of 2 * kWide elements, in the order that costs least: that of element_in.
+template <typename T>
+inline void load_two(const T* p, FloatPart* v) {
+  v[0] = load_part(p);
+  v[1] = load_part(p + kWide);
+}
+
+// A bf16 is the upper half of a float: one shift widens the even elements, one mask the odd ones.
+inline void load_two(const c10::BFloat16* p, FloatPart* v) {
+  BitsPart raw;
+  std::memcpy(&raw, p, sizeof raw);
+  v[0] = (FloatPart)(raw << 16);
+  v[1] = (FloatPart)(raw & 0xffff0000u);
+}
+
+// The first n < 2 * kWide elements, the others 0.
+template <typename T>
+inline void load_two(const T* p, int64_t n, FloatPart* v) {
+  alignas(64) unsigned char raw[2 * kWide * sizeof(T)] = {};
+  std::memcpy(raw, p, static_cast<size_t>(n) * sizeof(T));
+  load_two(reinterpret_cast<const T*>(raw), v);
+}
+
+// Which of 2 * kWide elements lies in lane i of the two registers.
+template <typename T>
+constexpr int element_in(int i) {
+  if (std::is_same_v<T, c10::BFloat16>) return i < kWide ? 2 * i : 2 * (i - kWide) + 1;
+  return i;
+}
+
 constexpr int kStep = 2 * kWide;  // elements of a row that are multiplied at once
 
 // A query row as dot_rows wants it for keys of type K.
