@@ -7,6 +7,7 @@
 
 #include "common/dispatch_simd.h"
 #include "common/lanes.h"
+#include "kvcache/code_numbers.h"
 
 namespace winnow::CPU_CAPABILITY {
 namespace {
@@ -151,6 +152,19 @@ void block_summary(const void* keys, ElementType type, int64_t stride, int64_t c
       summary_of(static_cast<const T*>(keys), stride, count, dim, minmax, out);
     }
   });
+}
+
+void code_block_summary(const void* codes, CodeType type, float scale, int64_t stride,
+                        int64_t count, int64_t dim, bool minmax, float* summary) {
+  const int64_t numbers = minmax ? 2 * dim : dim;
+  if (count == 0) {
+    std::memset(summary, 0, static_cast<size_t>(numbers) * sizeof(float));
+    return;
+  }
+  dispatch_codes(type, [&](auto zero) {
+    summary_of(static_cast<const decltype(zero)*>(codes), stride, count, dim, minmax, summary);
+  });
+  for (int64_t d = 0; d < numbers; ++d) summary[d] *= scale;
 }
 
 void block_scores(const void* query, ElementType type, int64_t head_stride, int64_t position_stride,

@@ -99,6 +99,7 @@ void CacheTable::append(int64_t layer, int64_t tokens, const Integers* lengths,
   const auto lock = pool_->lock();
   check_layer(layer);
   if (lengths) check_count("lengths", *lengths);
+  fresh_.clear();
   Claim claim(*this);
   int64_t fresh = 0;
   for (size_t r = 0; r < rows_.size(); ++r) {
@@ -140,6 +141,7 @@ void CacheTable::append(int64_t layer, int64_t tokens, const Integers* lengths,
     const size_t needed = static_cast<size_t>((start + block_size_ - 1) / block_size_);
     while (row.blocks.size() < needed) {
       row.blocks.push_back(pool_->allocate());
+      fresh_.push_back(row.blocks.back());
       const int64_t index = static_cast<int64_t>(row.blocks.size()) - 1;
       if (index < capacity_) {
         table_[static_cast<int64_t>(r) * capacity_ + index] = row.blocks.back();

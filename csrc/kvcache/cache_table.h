@@ -65,6 +65,8 @@ class CacheTable {
   bool changed() const { return changed_; }
   // Copies that the last append or write asks for, in any order, before the tokens are stored.
   const std::vector<Copy>& copies() const { return copies_; }
+  // Blocks that the last append took from the pool and that are no copies.
+  const std::vector<int32_t>& fresh() const { return fresh_; }
 
  private:
   struct Row {
@@ -103,6 +105,7 @@ class CacheTable {
   std::vector<int32_t> written_;  // blocks that the prefix index will have to forget
   std::vector<Copy> copies_;
   bool changed_ = false;
+  std::vector<int32_t> fresh_;
   int64_t width_ = 0;
   int32_t* table_ = nullptr;
   int32_t* lengths_ = nullptr;

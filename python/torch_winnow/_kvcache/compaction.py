@@ -20,6 +20,7 @@ _compact_pages_ = torch.ops.winnow.compact_pages_
 
 def compact(cache: PagedKVCache, keep: Tensor) -> None:
     """Keep the tokens at ``keep``; all checks come first."""
+    cache.pool._refuse_codes("compact_")
     keep = _checked(cache, keep)
     held = keep >= 0
     lengths = held.sum(-1)

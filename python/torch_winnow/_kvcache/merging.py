@@ -172,7 +172,8 @@ def merge_similar_(
     Raises:
         BlockPoolExhausted: if shared blocks must be copied and the pool has too few; nothing has
             changed then.
-        ValueError: on a pool without biases, a wrong argument, or layers that are behind.
+        ValueError: on a pool without biases or with quantised pages, a wrong argument, or layers
+            that are behind.
 
     Example:
         >>> import torch
@@ -191,6 +192,7 @@ def merge_similar_(
     pool, lengths = cache.pool, cache.seq_lens
     if pool.key_bias is None:
         raise ValueError("cache: expected a pool made with key_bias=True, which merged tokens need")
+    pool._refuse_codes("merge_similar_")
     if not cache._native.even():
         raise ValueError("cache: every layer must have stored the same tokens before they merge")
     tokens = int(lengths.max()) if cache.batch_size > 0 else 0

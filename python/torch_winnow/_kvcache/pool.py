@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_QUANTISED = (torch.int8, torch.float8_e4m3fn)
 
 
 def _size(argument: str, value: int) -> int:
@@ -43,7 +44,8 @@ class BlockPool:
         num_kv_heads: key/value heads.
         head_dim: of keys.
         block_size: tokens in a block.
-        dtype: float32, bfloat16, float16 or float64.
+        dtype: float32, bfloat16, float16 or float64; or int8 or float8_e4m3fn, which hold codes of
+            one byte and a scale per block and head (``docs/kvcache/quantised.md``).
         device: where the pages lie, ``"cpu"`` or a GPU. The bookkeeping is the host's; tables
             follow it to a GPU without waiting for it.
         value_head_dim: of values; ``head_dim`` by default.
@@ -55,6 +57,9 @@ class BlockPool:
     Attributes:
         key_pages: ``(num_layers, num_blocks, num_kv_heads, block_size, head_dim)``.
         value_pages: likewise with ``value_head_dim``.
+        key_scales: ``(num_layers, num_blocks, num_kv_heads)`` float32, by which the codes of a
+            block are multiplied; None where pages are not quantised.
+        value_scales: likewise.
         summaries: ``(num_layers, num_blocks, num_kv_heads, 2, head_dim)`` (minimum, maximum) or,
             of means, ``(num_layers, num_blocks, num_kv_heads, head_dim)``, float32 (float64 for
             float64); None without. For the tokens that rows hold they are what
@@ -99,8 +104,11 @@ class BlockPool:
         value_head_dim = (
             head_dim if value_head_dim is None else _size("value_head_dim", value_head_dim)
         )
-        if dtype not in _FLOATING:
-            raise ValueError(f"dtype: expected float32, bfloat16, float16 or float64, got {dtype}")
+        if dtype not in _FLOATING + _QUANTISED:
+            raise ValueError(
+                "dtype: expected float32, bfloat16, float16, float64, int8 or float8_e4m3fn, got "
+                f"{dtype}"
+            )
         if torch.device(device).type not in ("cpu", "cuda"):
             raise ValueError(f"device: expected cpu or cuda, got {device}")
         if torch.device(device).type == "cuda" and not torch.cuda.is_available():
@@ -123,6 +131,11 @@ class BlockPool:
         shape = (num_layers, num_blocks, num_kv_heads, block_size)
         self.key_pages = torch.zeros(*shape, head_dim, dtype=dtype, device=device)
         self.value_pages = torch.zeros(*shape, value_head_dim, dtype=dtype, device=device)
+        self.key_scales: Tensor | None = None
+        self.value_scales: Tensor | None = None
+        if self.quantised:
+            self.key_scales = torch.zeros(*shape[:3], device=device)
+            self.value_scales = torch.zeros(*shape[:3], device=device)
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         self.summary_kind = summaries
         self.summaries: Tensor | None = None
@@ -134,13 +147,30 @@ class BlockPool:
             self.key_bias = torch.zeros(*shape, dtype=wide, device=device)
         self._split()
 
+    @property
+    def quantised(self) -> bool:
+        """Whether pages hold codes, to be multiplied by scales."""
+        return self.dtype in _QUANTISED
+
+    def _refuse_codes(self, operation: str) -> None:
+        if self.quantised:
+            raise ValueError(
+                f"{operation}: expected a pool of floating numbers, because tokens would have to "
+                f"be quantised anew, got {self.dtype}"
+            )
+
     def _pages(self) -> dict[str, Tensor]:
         """Everything that a block owns, ``(num_layers, num_blocks, ...)`` each, by its name."""
-        names = ("key_pages", "value_pages", "summaries", "key_bias")
+        names = ("key_pages", "value_pages", "key_scales", "value_scales", "summaries", "key_bias")
         return {name: pages for name in names if (pages := getattr(self, name)) is not None}
 
     def _split(self) -> None:
         self._layers = list(zip(self.key_pages.unbind(), self.value_pages.unbind(), strict=True))
+        self._scales: list[tuple[Tensor, ...]] = [()] * self.num_layers
+        if self.key_scales is not None and self.value_scales is not None:
+            self._scales = list(
+                zip(self.key_scales.unbind(), self.value_scales.unbind(), strict=True)
+            )
 
     def grow(self, num_blocks: int) -> None:
         """Enlarge the pool to ``num_blocks``; every cache on it goes on as before.

@@ -17,10 +17,13 @@ from torch_winnow._kvcache.pool import BlockPool
 
 # Bound once: a look-up through torch.ops costs as much as a small op.
 _paged_write_ = torch.ops.winnow.paged_write_
+_paged_quantise_ = torch.ops.winnow.paged_quantise_
 _copy_blocks_ = torch.ops.winnow.copy_blocks_
 _update_block_summaries_ = torch.ops.winnow.update_block_summaries_
 
-_COPIES, _RESHAPED, _MOVED = 1, 2, 8  # what CacheTable.append reports
+# What CacheTable.append reports.
+_COPIES, _RESHAPED, _FRESH, _MOVED = 1, 2, 4, 8
+_TO_QUANTISE = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _mark_written(*pages: Tensor) -> None:
@@ -118,7 +121,8 @@ class PagedKVCache:
 
         Args:
             layer: which layer.
-            key: ``(B, Hkv, T, D)`` in the pool's dtype, last dimension contiguous.
+            key: ``(B, Hkv, T, D)`` in the pool's dtype (float32, bfloat16 or float16 for a
+                quantised pool), last dimension contiguous.
             value: ``(B, Hkv, T, Dv)``.
             lengths: ``B`` counts from 0 to ``T``: row ``b`` stores its first ``lengths[b]`` tokens
                 only. Default: all of them.
@@ -145,6 +149,8 @@ class PagedKVCache:
                 self._mirror.follow()
             if changes & _COPIES:
                 self._copy()
+            if changes & _FRESH and pool.quantised:
+                self._start_anew()
             self._store(layer, key, value, positions)
 
     def write(self, layer: int, key: Tensor, value: Tensor, positions: Tensor) -> None:
@@ -152,7 +158,8 @@ class PagedKVCache:
 
         Args:
             layer: which layer.
-            key: ``(B, Hkv, T, D)`` in the pool's dtype, last dimension contiguous.
+            key: ``(B, Hkv, T, D)`` in the pool's dtype (float32, bfloat16 or float16 for a
+                quantised pool), last dimension contiguous.
             value: ``(B, Hkv, T, Dv)``.
             positions: ``(B, T)`` integers, ``0 <= position < seq_lens[b]``, in any order; of equal
                 ones the last wins. On the CPU, also for a pool on a GPU: those of a GPU are
@@ -239,8 +246,8 @@ class PagedKVCache:
 
         Raises:
             BlockPoolExhausted: if shared blocks must be replaced and the pool has too few.
-            ValueError: on a wrong shape, dtype or position, on different counts within a row, and
-                while some layer has stored less than the others.
+            ValueError: on a wrong shape, dtype or position, on different counts within a row,
+                while some layer has stored less than the others, and of a quantised pool.
 
         Example:
             >>> import torch
@@ -361,9 +368,26 @@ class PagedKVCache:
         source, target = (sent(torch.tensor(x), pool.device) for x in self._native.copies())
         _copy_blocks_(pool.key_pages, pool.value_pages, source, target)
         _mark_written(pool.key_pages, pool.value_pages)
-        for pages in (pool.summaries, pool.key_bias):
-            if pages is not None:
+        for name, pages in pool._pages().items():
+            if name not in ("key_pages", "value_pages"):
                 pages[:, target] = pages[:, source]
+
+    def _start_anew(self) -> None:
+        # What a block's last owner needed is no measure for the next one.
+        for scales in (self.pool.key_scales, self.pool.value_scales):
+            assert scales is not None
+            scales[:, self._native.fresh] = 0
+
+    def _store(self, layer: int, key: Tensor, value: Tensor, positions: Tensor) -> None:
+        pages, scales = self.pool._layers[layer], self.pool._scales[layer]
+        where = self._mirror.table, self._mirror.positions(positions)
+        if scales:
+            _paged_quantise_(*pages, *scales, key, value, *where)
+        else:
+            _paged_write_(*pages, key, value, *where)
+        _mark_written(*pages, *scales)
+        self._store_bias(layer, positions)
+        self._summarise(layer, positions)
 
     def _claim(self, positions: Tensor) -> bool:
         """Make the blocks of positions, -1 for none, this cache's; whether it has new ones.
@@ -408,16 +432,9 @@ class PagedKVCache:
             self._mirror.table,
             self._mirror.lengths,
             self._mirror.positions(positions),
+            *self.pool._scales[layer][:1],
         )
         _mark_written(summaries)
-
-    def _store(self, layer: int, key: Tensor, value: Tensor, positions: Tensor) -> None:
-        pages = self.pool._layers[layer]
-        mirror = self._mirror
-        _paged_write_(*pages, key, value, mirror.table, mirror.positions(positions))
-        _mark_written(*pages)
-        self._store_bias(layer, positions)
-        self._summarise(layer, positions)
 
     def _check_not_waiting(self) -> None:
         if self._waits:
@@ -438,9 +455,11 @@ class PagedKVCache:
                     f"{name}: expected (B, Hkv, T, D) = ({self.batch_size}, {self._heads}, "
                     f"{tokens if name == 'value' else 'T'}, {dim}), got {tuple(tensor.shape)}"
                 )
-            if tensor.dtype != self.pool.dtype or tensor.device != self.pool.device:
+            dtypes = _TO_QUANTISE if self.pool.quantised else (self.pool.dtype,)
+            if tensor.dtype not in dtypes or tensor.device != self.pool.device:
+                expected = " or ".join(map(str, dtypes))
                 raise ValueError(
-                    f"{name}: expected {self.pool.dtype} on {self.pool.device} as in the pool, got "
+                    f"{name}: expected {expected} on {self.pool.device} as in the pool, got "
                     f"{tensor.dtype} on {tensor.device}"
                 )
             if dim > 1 and tensor.stride(3) != 1 and tensor.numel() > 0:
@@ -464,6 +483,22 @@ def _(
     positions: Tensor,
 ) -> None:
     check_same_device(key_pages=key_pages, value_pages=value_pages, key=key, value=value)
+    check_same_device(key_pages=key_pages, block_table=block_table, positions=positions)
+
+
+@torch.library.register_fake("winnow::paged_quantise_")
+def _(
+    key_pages: Tensor,
+    value_pages: Tensor,
+    key_scales: Tensor,
+    value_scales: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_table: Tensor,
+    positions: Tensor,
+) -> None:
+    check_same_device(key_pages=key_pages, value_pages=value_pages, key=key, value=value)
+    check_same_device(key_pages=key_pages, key_scales=key_scales, value_scales=value_scales)
     check_same_device(key_pages=key_pages, block_table=block_table, positions=positions)
 
 

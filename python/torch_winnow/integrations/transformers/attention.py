@@ -153,6 +153,7 @@ def _attend(
     """Over the pages of the layer of ``key``; ``blocks`` are ``(B, Hkv, T, K)`` of the model's."""
     storage, layer = key.source, key.layer
     cache, (key_pages, value_pages) = storage.pages, storage.pool._layers[layer]
+    key_scales, value_scales = storage.pool._scales[layer] or (None, None)
     table, lengths = cache.block_table, cache.seq_lens
     batch, heads, tokens, dim = query.shape
     chosen = None
@@ -177,6 +178,8 @@ def _attend(
         block_indices=chosen,
         window=window,
         scale=scaling,
+        key_scales=key_scales,
+        value_scales=value_scales,
         return_lse=True,
     )
     if s_aux is not None:

@@ -150,6 +150,7 @@ class WinnowCache(Cache):  # type: ignore[misc]
         *,
         sparse: BlockSparse | None = None,
         pool: BlockPool | None = None,
+        cache_dtype: torch.dtype | None = None,
     ) -> None:
         if not isinstance(config, PretrainedConfig):
             raise ValueError(f"config: expected the config of a model, got {config!r}")
@@ -158,6 +159,11 @@ class WinnowCache(Cache):  # type: ignore[misc]
                 raise ValueError(f"{name}: expected at least 1, got {value}")
         if sparse is not None and not isinstance(sparse, BlockSparse):
             raise ValueError(f"sparse: expected a BlockSparse or None, got {sparse!r}")
+        if cache_dtype not in (None, torch.int8, torch.float8_e4m3fn):
+            raise ValueError(
+                "cache_dtype: expected torch.int8, torch.float8_e4m3fn or None, got "
+                f"{cache_dtype!r}"
+            )
         layer_types, _ = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
         for index, kind in enumerate(layer_types):
             if kind not in _LAYER_TYPES:
@@ -177,9 +183,13 @@ class WinnowCache(Cache):  # type: ignore[misc]
                 raise ValueError(
                     f"pool: expected summaries={sparse.summary!r} as in sparse, got {pool!r}"
                 )
+            if cache_dtype not in (None, pool.dtype):
+                raise ValueError(f"cache_dtype: expected None or that of the pool, got {pool!r}")
             block_size = pool.block_size
         self._keeps_more_than_pages = "minimax_m3_sparse" in layer_types  # the keys of its indexer
-        self.storage = PagedStorage(len(layer_types), block_size, max_cache_len, sparse, pool)
+        self.storage = PagedStorage(
+            len(layer_types), block_size, max_cache_len, sparse, pool, cache_dtype
+        )
         super().__init__(layers=self._make_layers(layer_types))
 
     def _make_layers(self, layer_types: list[str]) -> list[PagedLayer]:

@@ -31,7 +31,10 @@ class PagedStorage:
         max_cache_len: int | None,
         sparse: BlockSparse | None,
         pool: BlockPool | None,
+        cache_dtype: torch.dtype | None = None,
     ) -> None:
+        self.cache_dtype = cache_dtype
+        self.dtype: torch.dtype | None = None  # of the keys and values that came
         self.block_size = block_size
         self.max_cache_len = max_cache_len
         self.sparse = sparse
@@ -154,10 +157,11 @@ class PagedStorage:
                 head_dim=dim,
                 value_head_dim=value.shape[3],
                 block_size=self.block_size,
-                dtype=key.dtype,
+                dtype=self.cache_dtype or key.dtype,
                 device=key.device,
                 summaries=self.sparse.summary if self.sparse else None,
             )
+        self.dtype = key.dtype if self._pool.quantised else self._pool.dtype
         self._pages = PagedKVCache(self._pool, rows)
 
     def _limit(self, rows: int) -> int | None:
@@ -261,6 +265,9 @@ class PagedStorage:
     def gather(self, layer: int, part: int) -> Tensor:
         """Dense ``(B, Hkv, columns, D)``; zeros where padding was not stored."""
         pages = self.pool._layers[layer][part]
+        if self.pool.quantised:
+            scales = self.pool._scales[layer][part]
+            pages = (pages.float() * scales[..., None, None]).to(self.dtype)
         table = self.pages.block_table.clamp(min=0).long()
         columns = self.columns[layer]
         if self.dropped is None:
