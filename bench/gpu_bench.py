@@ -75,6 +75,43 @@ def resample() -> Iterator[Case]:
         )
 
 
+def check_offspring(log_weights: torch.Tensor) -> None:
+    result = resampling.resample(log_weights, scheme="ssp", keep_slots=True, seed=1)
+    counts = result.ancestors[0].bincount(minlength=log_weights.shape[-1])
+    assert torch.equal(counts, result.offspring[0])
+    shares = log_weights.shape[-1] * log_weights.double().softmax(-1)
+    assert (result.offspring - shares).abs().max() < 1 + 1e-3
+
+
+def resample_by_steps() -> Iterator[Case]:
+    """A scheme and an option that need the most steps of a huge population's blocks."""
+    particles = scaled(1_000_000, 17_000)
+    yield Case(
+        f"resample ssp keep_slots 1x{particles} float32",
+        lambda: (torch.randn(1, particles, device=DEVICE),),
+        lambda log_weights: resampling.resample(log_weights, scheme="ssp", keep_slots=True, seed=1),
+        {},
+        particles * 24.0,
+        check_offspring,
+    )
+
+
+def without_replacement() -> Iterator[Case]:
+    rows, particles, k = scaled(256, 2), scaled(1000, 30), scaled(16, 4)
+    yield Case(
+        f"inclusion_probabilities {rows}x{particles} k={k} float32",
+        lambda: (torch.randn(rows, particles, device=DEVICE),),
+        lambda log_weights: resampling.inclusion_probabilities(log_weights, k),
+        {"eager": lambda log_weights: reference.inclusion_probabilities(log_weights, k)},
+        rows * particles * 8.0,
+        close(
+            lambda log_weights: resampling.inclusion_probabilities(log_weights, k),
+            lambda log_weights: reference.inclusion_probabilities(log_weights, k),
+            1e-5,
+        ),
+    )
+
+
 def entropy_step(logits: torch.Tensor) -> torch.Tensor:
     """What a decoding step computes in plain torch: token, confidence, margin, entropy."""
     log_p = logits.float().log_softmax(-1)
@@ -267,6 +304,8 @@ def paged_decode() -> Iterator[Case]:
 CASES = (
     effective_sample_size,
     resample,
+    resample_by_steps,
+    without_replacement,
     logit_stats,
     speculative_verify,
     soft_embedding,
