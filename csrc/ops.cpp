@@ -105,7 +105,8 @@ STABLE_TORCH_LIBRARY(winnow, m) {
   m.def(
       "paged_attention(Tensor query, Tensor key_pages, Tensor value_pages, Tensor block_table, "
       "Tensor seq_lens, bool causal=True, Tensor? block_indices=None, int? window=None, "
-      "int sinks=0, Tensor? key_bias=None, float? scale=None) -> (Tensor out, Tensor lse)");
+      "int sinks=0, Tensor? key_bias=None, float? scale=None, Tensor? key_scales=None, "
+      "Tensor? value_scales=None) -> (Tensor out, Tensor lse)");
   m.def(
       "attention_mass(Tensor query, Tensor key_pages, Tensor block_table, Tensor seq_lens, Tensor "
       "lse, bool causal=True, int? window=None, int sinks=0, Tensor? key_bias=None, float? "
@@ -114,17 +115,21 @@ STABLE_TORCH_LIBRARY(winnow, m) {
       "paged_write_(Tensor(a!) key_pages, Tensor(b!) value_pages, Tensor key, Tensor value, "
       "Tensor block_table, Tensor positions) -> ()");
   m.def(
+      "paged_quantise_(Tensor(a!) key_pages, Tensor(b!) value_pages, Tensor(c!) key_scales, "
+      "Tensor(d!) value_scales, Tensor key, Tensor value, Tensor block_table, Tensor positions) "
+      "-> ()");
+  m.def(
       "copy_blocks_(Tensor(a!) key_pages, Tensor(b!) value_pages, Tensor source, Tensor target) "
       "-> ()");
   m.def(
       "compact_pages_(Tensor(a!) pages, Tensor source_table, Tensor target_table, Tensor keep) -> "
       "()");
   m.def(
-      "block_summaries(Tensor key_pages, Tensor block_table, Tensor seq_lens, bool minmax=True) "
-      "-> Tensor");
+      "block_summaries(Tensor key_pages, Tensor block_table, Tensor seq_lens, bool minmax=True, "
+      "Tensor? key_scales=None) -> Tensor");
   m.def(
       "update_block_summaries_(Tensor(a!) summaries, Tensor key_pages, Tensor block_table, Tensor "
-      "seq_lens, Tensor positions) -> ()");
+      "seq_lens, Tensor positions, Tensor? key_scales=None) -> ()");
   m.def("score_blocks(Tensor query, Tensor summaries, Tensor? block_table=None) -> Tensor");
   m.def(
       "select_blocks(Tensor scores, int k, Tensor seq_lens, int block_size, int sink_blocks=1, "

@@ -18,7 +18,10 @@ CpuCapability detect() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) return CpuCapability::kAvx512Bf16;
+  // All but the first processors with bf16 dot products permute bytes too.
+  if (avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi")) {
+    return CpuCapability::kAvx512Bf16;
+  }
   if (avx512) return CpuCapability::kAvx512;
   if (avx2) return CpuCapability::kAvx2;
 #endif

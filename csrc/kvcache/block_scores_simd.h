@@ -4,6 +4,7 @@
 
 #include "common/cpu_capability.h"
 #include "common/element_type.h"
+#include "kvcache/codes.h"
 
 namespace winnow {
 
@@ -11,6 +12,9 @@ namespace winnow {
 // (2 * dim numbers) or their mean (dim). Zeros for no keys. Float, or double for double keys.
 WINNOW_SIMD_DECLARE(block_summary, const void* keys, ElementType type, int64_t stride,
                     int64_t count, int64_t dim, bool minmax, void* summary)
+// Of codes, whose numbers are `scale` times them.
+WINNOW_SIMD_DECLARE(code_block_summary, const void* codes, CodeType type, float scale,
+                    int64_t stride, int64_t count, int64_t dim, bool minmax, float* summary)
 
 // What the query heads of one key head make of each block: the largest over `group` heads and
 // `queries` positions. Summaries are `blocks` times (2 * dim or dim), contiguous within a block.

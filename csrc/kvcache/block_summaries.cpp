@@ -4,12 +4,14 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <optional>
 #include <vector>
 
 #include "common/checks.h"
 #include "common/tensors.h"
 #include "kvcache/block_scores_simd.h"
 #include "kvcache/block_table.h"
+#include "kvcache/quantised.h"
 
 namespace winnow {
 namespace {
@@ -25,28 +27,51 @@ struct Keys {
   int64_t head_stride;
   int64_t slot_stride;
   int64_t dim;
-  int64_t grain;  // blocks for a thread
+  int64_t grain;        // blocks for a thread
+  const float* scales;  // of codes, or null
+  int64_t scale_stride[2];
+  CodeType codes;
 
-  explicit Keys(const Tensor& key_pages)
+  Keys(const Tensor& key_pages, const std::optional<Tensor>& key_scales)
       : pages(static_cast<const char*>(key_pages.data_ptr())),
-        type(element_type(key_pages)),
+        type(key_scales ? ElementType::kFloat : element_type(key_pages)),
         size(static_cast<int64_t>(key_pages.element_size())),
         block_stride(key_pages.stride(0)),
         head_stride(key_pages.stride(1)),
         slot_stride(key_pages.stride(2)),
         dim(key_pages.size(3)),
-        grain(1 + kGrainNumbers / (key_pages.size(2) * dim + 1)) {}
+        grain(1 + kGrainNumbers / (key_pages.size(2) * dim + 1)),
+        scales(nullptr) {
+    if (!key_scales) return;
+    scales = static_cast<const float*>(key_scales->data_ptr());
+    for (int64_t d = 0; d < 2; ++d) scale_stride[d] = key_scales->stride(d);
+    codes = code_type("key_pages", key_pages);
+  }
 
   void summarise(int64_t block, int64_t head, int64_t count, bool minmax, void* summary) const {
-    WINNOW_SIMD(block_summary)
-    (pages + (block * block_stride + head * head_stride) * size, type, slot_stride, count, dim,
-     minmax, summary);
+    const char* keys = pages + (block * block_stride + head * head_stride) * size;
+    if (scales) {
+      WINNOW_SIMD(code_block_summary)
+      (keys, codes, scales[block * scale_stride[0] + head * scale_stride[1]], slot_stride, count,
+       dim, minmax, static_cast<float*>(summary));
+    } else {
+      WINNOW_SIMD(block_summary)(keys, type, slot_stride, count, dim, minmax, summary);
+    }
   }
 };
 
+void check_keys(const Tensor& key_pages, const std::optional<Tensor>& key_scales) {
+  if (!check_presence("key_scales", key_scales.has_value(), key_pages)) {
+    return check_key_pages(key_pages);
+  }
+  check_key_layout(key_pages);
+  check_cpu("key_scales", *key_scales);
+  check_scales("key_scales", *key_scales, key_pages);
+}
+
 Tensor block_summaries(const Tensor& key_pages, const Tensor& block_table, const Tensor& seq_lens,
-                       bool minmax) {
-  check_key_pages(key_pages);
+                       bool minmax, std::optional<Tensor> key_scales) {
+  check_keys(key_pages, key_scales);
   check_table(block_table);
   const int64_t batch = block_table.size(0);
   const int64_t width = block_table.size(1);
@@ -59,7 +84,7 @@ Tensor block_summaries(const Tensor& key_pages, const Tensor& block_table, const
   Shape sizes{batch, heads, width, dim};
   if (minmax) sizes = {batch, heads, width, 2, dim};
   Tensor result = empty(sizes, statistics_dtype(key_pages), key_pages);
-  const Keys keys(key_pages);
+  const Keys keys(key_pages, key_scales);
   const auto* table = static_cast<const int32_t*>(block_table.data_ptr());
   const auto* lengths = static_cast<const int32_t*>(seq_lens.data_ptr());
   const int64_t table_stride = block_table.stride(0);
@@ -81,8 +106,9 @@ Tensor block_summaries(const Tensor& key_pages, const Tensor& block_table, const
 }
 
 void update_block_summaries_(Tensor summaries, const Tensor& key_pages, const Tensor& block_table,
-                             const Tensor& seq_lens, const Tensor& positions) {
-  check_key_pages(key_pages);
+                             const Tensor& seq_lens, const Tensor& positions,
+                             std::optional<Tensor> key_scales) {
+  check_keys(key_pages, key_scales);
   check_table(block_table);
   const int64_t num_blocks = key_pages.size(0);
   const int64_t heads = key_pages.size(1);
@@ -136,7 +162,7 @@ void update_block_summaries_(Tensor summaries, const Tensor& key_pages, const Te
       touched.push_back({block, std::min(block_size, lengths[b] - i * block_size)});
     }
   }
-  const Keys keys(key_pages);
+  const Keys keys(key_pages, key_scales);
   auto* out = static_cast<char*>(summaries.data_ptr());
   const int64_t size = static_cast<int64_t>(summaries.element_size());
   const int64_t block_stride = summaries.stride(0);

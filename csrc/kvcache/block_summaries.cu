@@ -1,7 +1,11 @@
 // winnow::block_summaries and update_block_summaries_ on the GPU: the keys of a block in short, for
 // all blocks of a table or for those that were written to. A warp summarises one block of one key
 // head, lanes side by side along D.
+#include <optional>
+
 #include "kvcache/block_table.cuh"
+#include "kvcache/codes.h"
+#include "kvcache/quantised.h"
 
 namespace winnow {
 namespace {
@@ -12,7 +16,9 @@ constexpr int kWarps = kThreads / kWarp;
 template <typename T, typename Real>
 struct Summaries {
   Global<const T> keys;
-  int64_t key_stride[3];  // block, head, slot
+  int64_t key_stride[3];           // block, head, slot
+  Global<const float> key_scales;  // of codes
+  int64_t scale_stride[2];         // block, head
   Global<const int32_t> block_table;
   int64_t table_stride;
   Global<const int32_t> seq_lens;
@@ -52,22 +58,32 @@ template <typename T, typename Real>
 WINNOW_DEVICE void summarise(const Summaries<T, Real>& call, Held held, int64_t head,
                              Global<Real> result) {
   const auto keys = call.keys + held.block * call.key_stride[0] + head * call.key_stride[1];
+  Real scale = Real(1);
+  if constexpr (kCoded<T>) {
+    scale = call.key_scales[held.block * call.scale_stride[0] + head * call.scale_stride[1]];
+  }
   for (int64_t d = lane_index(); d < call.dim; d += kWarp) {
     Real low = Real(0);
     Real high = Real(0);
     Real sum = Real(0);
     for (int64_t s = 0; s < held.count; ++s) {
-      const Real x = static_cast<Real>(static_cast<T>(keys[s * call.key_stride[2] + d]));
+      const T key = keys[s * call.key_stride[2] + d];
+      Real x;
+      if constexpr (kCoded<T>) {
+        x = number_of(key);
+      } else {
+        x = static_cast<Real>(key);
+      }
       // A NaN stays, because nothing is below or above it.
       if (s == 0 || x < low || x != x) low = x;
       if (s == 0 || x > high || x != x) high = x;
       sum += x;
     }
     if (call.minmax) {
-      result[d] = low;
-      result[call.dim + d] = high;
+      result[d] = low * scale;
+      result[call.dim + d] = high * scale;
     } else {
-      result[d] = held.count > 0 ? sum / static_cast<Real>(held.count) : Real(0);
+      result[d] = held.count > 0 ? sum / static_cast<Real>(held.count) * scale : Real(0);
     }
   }
 }
@@ -111,9 +127,14 @@ summarise_written(Summaries<T, Real> call) {
 
 // ---- launchers ----
 
-void check_key_pages(const Tensor& key_pages) {
+void check_keys(const Tensor& key_pages, const std::optional<Tensor>& key_scales) {
   check_device("key_pages", key_pages);
-  check_floating("key_pages", key_pages);
+  if (check_presence("key_scales", key_scales.has_value(), key_pages)) {
+    check_device("key_scales", *key_scales);
+    check_scales("key_scales", *key_scales, key_pages);
+  } else {
+    check_floating("key_pages", key_pages);
+  }
   check_dim("key_pages", key_pages, 4, "the pages of one layer, (num_blocks, Hkv, block_size, D)");
   check_last_contiguous("key_pages", key_pages);
   WINNOW_CHECK(key_pages.size(2) > 0, "key_pages: expected a block_size of at least 1, got ",
@@ -122,9 +143,14 @@ void check_key_pages(const Tensor& key_pages) {
 
 template <typename T, typename Real>
 Summaries<T, Real> call_of(const Tensor& key_pages, const Tensor& block_table,
-                           const Tensor& seq_lens, bool minmax) {
+                           const Tensor& seq_lens, bool minmax,
+                           const std::optional<Tensor>& key_scales) {
   Summaries<T, Real> call = {};
   call.keys = global<const T>(key_pages);
+  if (key_scales) {
+    call.key_scales = global<const float>(*key_scales);
+    for (int64_t d = 0; d < 2; ++d) call.scale_stride[d] = key_scales->stride(d);
+  }
   for (int64_t d = 0; d < 3; ++d) call.key_stride[d] = key_pages.stride(d);
   call.block_table = global<const int32_t>(block_table);
   call.table_stride = block_table.stride(0);
@@ -138,9 +164,21 @@ Summaries<T, Real> call_of(const Tensor& key_pages, const Tensor& block_table,
   return call;
 }
 
+// fn receives T{} of the pages.
+template <typename Fn>
+void dispatch_pages(const Tensor& key_pages, const Fn& fn) {
+  if (!holds_codes(key_pages)) {
+    dispatch_floating(key_pages, fn);
+  } else if (code_type("key_pages", key_pages) == CodeType::kInt8) {
+    fn(int8_t{});
+  } else {
+    fn(Float8{});
+  }
+}
+
 Tensor block_summaries_cuda(const Tensor& key_pages, const Tensor& block_table,
-                            const Tensor& seq_lens, bool minmax) {
-  check_key_pages(key_pages);
+                            const Tensor& seq_lens, bool minmax, std::optional<Tensor> key_scales) {
+  check_keys(key_pages, key_scales);
   check_integers("block_table", block_table);
   check_dim("block_table", block_table, 2, "(B, max_blocks)");
   const int64_t batch = block_table.size(0);
@@ -152,10 +190,10 @@ Tensor block_summaries_cuda(const Tensor& key_pages, const Tensor& block_table,
   if (minmax) sizes = {batch, heads, width, 2, dim};
   const Stream stream(key_pages);
   Tensor result = empty(sizes, statistics_dtype(key_pages), key_pages);
-  dispatch_floating(key_pages, [&](auto zero) {
+  dispatch_pages(key_pages, [&](auto zero) {
     using T = decltype(zero);
     using Real = std::conditional_t<std::is_same_v<T, double>, double, float>;
-    auto call = call_of<T, Real>(key_pages, block_table, seq_lens, minmax);
+    auto call = call_of<T, Real>(key_pages, block_table, seq_lens, minmax, key_scales);
     call.items = batch * heads * width;
     call.result = global<Real>(result);
     launch("block_summaries", summarise_all<T, Real>, {ceil_div<int64_t>(call.items, kWarps)},
@@ -166,8 +204,8 @@ Tensor block_summaries_cuda(const Tensor& key_pages, const Tensor& block_table,
 
 void update_block_summaries_cuda(Tensor summaries, const Tensor& key_pages,
                                  const Tensor& block_table, const Tensor& seq_lens,
-                                 const Tensor& positions) {
-  check_key_pages(key_pages);
+                                 const Tensor& positions, std::optional<Tensor> key_scales) {
+  check_keys(key_pages, key_scales);
   check_integers("block_table", block_table);
   check_dim("block_table", block_table, 2, "(B, max_blocks)");
   const int64_t batch = block_table.size(0);
@@ -193,10 +231,10 @@ void update_block_summaries_cuda(Tensor summaries, const Tensor& key_pages,
                shape_of(positions));
   check_last_contiguous("positions", positions);
   const Stream stream(key_pages);
-  dispatch_floating(key_pages, [&](auto zero) {
+  dispatch_pages(key_pages, [&](auto zero) {
     using T = decltype(zero);
     using Real = std::conditional_t<std::is_same_v<T, double>, double, float>;
-    auto call = call_of<T, Real>(key_pages, block_table, seq_lens, minmax);
+    auto call = call_of<T, Real>(key_pages, block_table, seq_lens, minmax, key_scales);
     call.positions = global<const int64_t>(positions);
     call.positions_stride = positions.stride(0);
     call.tokens = positions.size(1);

@@ -48,13 +48,17 @@ inline void check_blocks(const Tensor& block_table, const Tensor& seq_lens, int6
   }
 }
 
-inline void check_key_pages(const Tensor& key_pages) {
+inline void check_key_layout(const Tensor& key_pages) {
   check_cpu("key_pages", key_pages);
-  check_floating("key_pages", key_pages);
   check_dim("key_pages", key_pages, 4, "the pages of one layer, (num_blocks, Hkv, block_size, D)");
   check_last_contiguous("key_pages", key_pages);
   WINNOW_CHECK(key_pages.size(2) > 0, "key_pages: expected a block_size of at least 1, got ",
                shape_of(key_pages));
+}
+
+inline void check_key_pages(const Tensor& key_pages) {
+  check_floating("key_pages", key_pages);
+  check_key_layout(key_pages);
 }
 
 }  // namespace winnow

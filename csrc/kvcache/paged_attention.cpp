@@ -17,6 +17,7 @@
 #include "common/checks.h"
 #include "common/tensors.h"
 #include "kvcache/paged_attention_simd.h"
+#include "kvcache/quantised.h"
 
 namespace winnow {
 namespace {
@@ -38,9 +39,9 @@ AlignedFloats aligned_floats(int64_t count) {
       ::operator new[](static_cast<size_t>(count) * sizeof(float), std::align_val_t{64})));
 }
 
-void check_pages(const char* name, const Tensor& pages, const Tensor& query) {
+void check_pages(const char* name, const Tensor& pages, ScalarType dtype) {
   check_cpu(name, pages);
-  check_dtype(name, pages, query.scalar_type());
+  check_dtype(name, pages, dtype);
   check_dim(name, pages, 4, "the pages of one layer, (num_blocks, Hkv, block_size, D)");
   check_last_contiguous(name, pages);
 }
@@ -237,19 +238,21 @@ void attend(const PagedAttention& call, int64_t batch, int64_t list_length) {
   });
 }
 
-std::tuple<Tensor, Tensor> paged_attention(const Tensor& query, const Tensor& key_pages,
-                                           const Tensor& value_pages, const Tensor& block_table,
-                                           const Tensor& seq_lens, bool causal,
-                                           std::optional<Tensor> block_indices,
-                                           std::optional<int64_t> window, int64_t sinks,
-                                           std::optional<Tensor> key_bias,
-                                           std::optional<double> scale) {
+std::tuple<Tensor, Tensor> paged_attention(
+    const Tensor& query, const Tensor& key_pages, const Tensor& value_pages,
+    const Tensor& block_table, const Tensor& seq_lens, bool causal,
+    std::optional<Tensor> block_indices, std::optional<int64_t> window, int64_t sinks,
+    std::optional<Tensor> key_bias, std::optional<double> scale, std::optional<Tensor> key_scales,
+    std::optional<Tensor> value_scales) {
   check_cpu("query", query);
   check_floating("query", query);
   check_dim("query", query, 4, "(B, Hq, T, D)");
   check_last_contiguous("query", query);
-  check_pages("key_pages", key_pages, query);
-  check_pages("value_pages", value_pages, query);
+  const bool quantised =
+      check_quantised(query, key_pages, key_scales.has_value(), value_scales.has_value());
+  const ScalarType page_dtype = quantised ? key_pages.scalar_type() : query.scalar_type();
+  check_pages("key_pages", key_pages, page_dtype);
+  check_pages("value_pages", value_pages, page_dtype);
   const int64_t batch = query.size(0);
   const int64_t heads = query.size(1);
   const int64_t head_dim = query.size(3);
@@ -284,6 +287,19 @@ std::tuple<Tensor, Tensor> paged_attention(const Tensor& query, const Tensor& ke
 
   PagedAttention call{};
   call.type = element_type(query);
+  if (quantised) {
+    check_cpu("key_scales", *key_scales);
+    check_cpu("value_scales", *value_scales);
+    check_scales("key_scales", *key_scales, key_pages);
+    check_scales("value_scales", *value_scales, value_pages);
+    call.codes = code_type("key_pages", key_pages);
+    call.key_scales = static_cast<const float*>(key_scales->data_ptr());
+    call.value_scales = static_cast<const float*>(value_scales->data_ptr());
+    for (int64_t d = 0; d < 2; ++d) {
+      call.key_scale_stride[d] = key_scales->stride(d);
+      call.value_scale_stride[d] = value_scales->stride(d);
+    }
+  }
   call.block_indices = nullptr;
   int64_t list_length = 0;
   if (block_indices) {

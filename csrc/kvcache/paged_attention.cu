@@ -7,6 +7,7 @@
 #include <tuple>
 
 #include "kvcache/paged_attention_kernel.cuh"
+#include "kvcache/quantised.h"
 
 namespace winnow {
 namespace {
@@ -52,6 +53,23 @@ bool aligned(const Tensor& tensor) {
   return fits;
 }
 
+// The memory of a floating tensor, whatever its dtype.
+template <typename Memory>
+AnyFloating<Memory> any_floating(const Tensor& tensor) {
+  AnyFloating<Memory> any = {};
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      any.as_float = global<typename AnyFloating<Memory>::template Like<float>>(tensor);
+      break;
+    case ScalarType::BFloat16:
+      any.as_bfloat16 = global<typename AnyFloating<Memory>::template Like<c10::BFloat16>>(tensor);
+      break;
+    default:
+      any.as_half = global<typename AnyFloating<Memory>::template Like<c10::Half>>(tensor);
+  }
+  return any;
+}
+
 template <typename T, typename Real>
 void pick(PagedCall<T, Real>& call, const Tensor& query, const Tensor& key_pages,
           const Tensor& value_pages, const Stream& stream) {
@@ -61,6 +79,16 @@ void pick(PagedCall<T, Real>& call, const Tensor& query, const Tensor& key_pages
   constexpr int kSteps = sizeof(T) == 2 ? 4 : 2;
   if constexpr (std::is_same_v<T, double>) {
     return run<32, 1, 1, 1>(call, query, stream);
+  } else if constexpr (kCoded<T>) {
+    // Queries are read one by one, so that only the pages have to be aligned.
+    if (dim <= 64 && aligned<8>(key_pages) && aligned<8>(value_pages)) {
+      return run<8, 8, 4, 4>(call, query, stream);
+    }
+    if (!aligned<16>(key_pages) || !aligned<16>(value_pages)) {
+      return run<32, 1, 1, 2>(call, query, stream);
+    }
+    if (dim <= 128) return run<16, 16, 4, 4>(call, query, stream);
+    return run<32, 16, 2, 2>(call, query, stream);
   } else {
     if (!aligned<N>(query) || !aligned<N>(key_pages) || !aligned<N>(value_pages)) {
       return run<32, 1, 1, 2>(call, query, stream);
@@ -71,9 +99,9 @@ void pick(PagedCall<T, Real>& call, const Tensor& query, const Tensor& key_pages
   }
 }
 
-void check_pages(const char* name, const Tensor& pages, const Tensor& query) {
+void check_pages(const char* name, const Tensor& pages, ScalarType dtype) {
   check_device(name, pages);
-  check_dtype(name, pages, query.scalar_type());
+  check_dtype(name, pages, dtype);
   check_dim(name, pages, 4, "the pages of one layer, (num_blocks, Hkv, block_size, D)");
   check_last_contiguous(name, pages);
 }
@@ -119,19 +147,27 @@ KeyBias key_bias_of(const std::optional<Tensor>& bias, const Tensor& key_pages,
   return result;
 }
 
-std::tuple<Tensor, Tensor> paged_attention_cuda(const Tensor& query, const Tensor& key_pages,
-                                                const Tensor& value_pages,
-                                                const Tensor& block_table, const Tensor& seq_lens,
-                                                bool causal, std::optional<Tensor> block_indices,
-                                                std::optional<int64_t> window, int64_t sinks,
-                                                std::optional<Tensor> key_bias,
-                                                std::optional<double> scale) {
+std::tuple<Tensor, Tensor> paged_attention_cuda(
+    const Tensor& query, const Tensor& key_pages, const Tensor& value_pages,
+    const Tensor& block_table, const Tensor& seq_lens, bool causal,
+    std::optional<Tensor> block_indices, std::optional<int64_t> window, int64_t sinks,
+    std::optional<Tensor> key_bias, std::optional<double> scale, std::optional<Tensor> key_scales,
+    std::optional<Tensor> value_scales) {
   check_device("query", query);
   check_floating("query", query);
   check_dim("query", query, 4, "(B, Hq, T, D)");
   check_last_contiguous("query", query);
-  check_pages("key_pages", key_pages, query);
-  check_pages("value_pages", value_pages, query);
+  const bool quantised =
+      check_quantised(query, key_pages, key_scales.has_value(), value_scales.has_value());
+  const ScalarType page_dtype = quantised ? key_pages.scalar_type() : query.scalar_type();
+  check_pages("key_pages", key_pages, page_dtype);
+  check_pages("value_pages", value_pages, page_dtype);
+  if (quantised) {
+    check_device("key_scales", *key_scales);
+    check_device("value_scales", *value_scales);
+    check_scales("key_scales", *key_scales, key_pages);
+    check_scales("value_scales", *value_scales, value_pages);
+  }
   const int64_t batch = query.size(0);
   const int64_t heads = query.size(1);
   const int64_t queries = query.size(2);
@@ -177,11 +213,23 @@ std::tuple<Tensor, Tensor> paged_attention_cuda(const Tensor& query, const Tenso
   Tensor out = empty({batch, heads, queries, value_dim}, query.scalar_type(), query);
   Tensor lse = empty({batch, heads, queries}, statistics_dtype(query), query);
   if (lse.numel() == 0) return {out, lse};
-  dispatch_floating(query, [&](auto zero) {
+  const auto attend_pages = [&](auto zero) {
     using T = decltype(zero);
     using Real = std::conditional_t<std::is_same_v<T, double>, double, float>;
     PagedCall<T, Real> call = {};
-    call.query = global<const T>(query);
+    if constexpr (kCoded<T>) {
+      call.query = any_floating<const float>(query);
+      call.out = any_floating<float>(out);
+      call.key_scales = global<const float>(*key_scales);
+      call.value_scales = global<const float>(*value_scales);
+      for (int64_t d = 0; d < 2; ++d) {
+        call.key_scale_stride[d] = key_scales->stride(d);
+        call.value_scale_stride[d] = value_scales->stride(d);
+      }
+    } else {
+      call.query = global<const T>(query);
+      call.out = global<T>(out);
+    }
     call.key_pages = global<const T>(key_pages);
     call.value_pages = global<const T>(value_pages);
     for (int64_t d = 0; d < 3; ++d) {
@@ -215,10 +263,16 @@ std::tuple<Tensor, Tensor> paged_attention_cuda(const Tensor& query, const Tenso
     const double factor =
         scale ? *scale : 1.0 / std::sqrt(static_cast<double>(std::max<int64_t>(1, head_dim)));
     call.scale = static_cast<Real>(factor * 1.4426950408889634);
-    call.out = global<T>(out);
     call.lse = global<Real>(lse);
     pick(call, query, key_pages, value_pages, stream);
-  });
+  };
+  if (!quantised) {
+    dispatch_floating(query, attend_pages);
+  } else if (code_type("key_pages", key_pages) == CodeType::kInt8) {
+    attend_pages(int8_t{});
+  } else {
+    attend_pages(Float8{});
+  }
   return {out, lse};
 }
 

@@ -7,8 +7,10 @@
 #pragma once
 
 #include <cmath>
+#include <type_traits>
 
 #include "common/device.h"
+#include "kvcache/codes.h"
 
 namespace winnow {
 namespace {
@@ -17,6 +19,32 @@ constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kSharers = 8;                     // lanes per key
 constexpr int kKeysAbreast = kWarp / kSharers;  // keys that a warp works on at once
+
+// Queries and results over pages of codes, whose dtype is looked up at run time. One of the
+// pointers is set. `Memory` is float or const float.
+template <typename Memory>
+struct AnyFloating {
+  template <typename T>
+  using Like = std::conditional_t<std::is_const_v<Memory>, const T, T>;
+  Global<Like<float>> as_float;
+  Global<Like<c10::BFloat16>> as_bfloat16;
+  Global<Like<c10::Half>> as_half;
+
+  WINNOW_DEVICE float at(int64_t i) const {
+    if (as_float) return as_float[i];
+    if (as_bfloat16) return static_cast<float>(static_cast<c10::BFloat16>(as_bfloat16[i]));
+    return static_cast<float>(static_cast<c10::Half>(as_half[i]));
+  }
+  WINNOW_DEVICE void put(int64_t i, float x) const {
+    if (as_float) {
+      as_float[i] = x;
+    } else if (as_bfloat16) {
+      as_bfloat16[i] = static_cast<c10::BFloat16>(x);
+    } else {
+      as_half[i] = static_cast<c10::Half>(x);
+    }
+  }
+};
 
 // A key's bias in any floating dtype; at most one of the pointers is set.
 struct KeyBias {
@@ -37,15 +65,19 @@ struct KeyBias {
   }
 };
 
-// Strides in elements.
+// T is the pages' element type. Strides in elements.
 template <typename T, typename Real>
 struct PagedCall {
-  Global<const T> query;
+  std::conditional_t<kCoded<T>, AnyFloating<const float>, Global<const T>> query;
   int64_t query_stride[3];  // batch, head, position
   Global<const T> key_pages;
   int64_t key_stride[3];  // block, head, slot
   Global<const T> value_pages;
   int64_t value_stride[3];
+  Global<const float> key_scales;  // of codes
+  int64_t key_scale_stride[2];     // block, head
+  Global<const float> value_scales;
+  int64_t value_scale_stride[2];
   Global<const int32_t> block_table;
   int64_t table_stride;
   int64_t table_width;
@@ -69,8 +101,8 @@ struct PagedCall {
   int64_t splits;
   int64_t split_entries;
   int64_t tasks;
-  Global<T> out;             // (B, Hq, T, Dv)
-  Global<Real> lse;          // (B, Hq, T)
+  std::conditional_t<kCoded<T>, AnyFloating<float>, Global<T>> out;  // (B, Hq, T, Dv)
+  Global<Real> lse;                                                  // (B, Hq, T)
   Global<Real> partial_out;  // (B * Hkv, rows, splits, Dv), where splits > 1
   Global<Real> partial_lse;  // (B * Hkv, rows, splits), base 2
 };
@@ -101,9 +133,22 @@ struct RowShare {
   }
   template <typename Real>
   WINNOW_DEVICE Real element(int e) const {
-    return static_cast<Real>(vector[e / N].element[e % N]);
+    if constexpr (kCoded<T>) {
+      return number_of(vector[e / N].element[e % N]);
+    } else {
+      return static_cast<Real>(vector[e / N].element[e % N]);
+    }
   }
 };
+
+template <typename T, typename Real>
+WINNOW_DEVICE void store_out(const PagedCall<T, Real>& call, int64_t at, Real x) {
+  if constexpr (kCoded<T>) {
+    call.out.put(at, x);
+  } else {
+    call.out[at] = static_cast<T>(x);
+  }
+}
 
 template <typename T, typename Real>
 WINNOW_DEVICE int64_t length_of(const PagedCall<T, Real>& call, int64_t batch) {
@@ -175,18 +220,25 @@ attend(PagedCall<T, Real> call) {
     const int64_t row = first_row + r < rows ? first_row + r : rows - 1;
     const int64_t t = row / call.group;
     position[r] = length - call.queries + t;
-    Share share;
-    share.load(call.query + batch * call.query_stride[0] +
-                   (head * call.group + row % call.group) * call.query_stride[1] +
-                   t * call.query_stride[2],
-               call.head_dim, sharer);
+    const int64_t at = batch * call.query_stride[0] +
+                       (head * call.group + row % call.group) * call.query_stride[1] +
+                       t * call.query_stride[2];
     top[r] = none;
     sum[r] = Real(0);
+    if constexpr (kCoded<T>) {
 #pragma unroll
-    for (int e = 0; e < kElements; ++e) {
-      query[r][e] = share.template element<Real>(e);
-      out[r][e] = Real(0);
+      for (int e = 0; e < kElements; ++e) {
+        const int64_t d = static_cast<int64_t>(e / N * kSharers + sharer) * N + e % N;
+        query[r][e] = d < call.head_dim ? call.query.at(at + d) : Real(0);
+      }
+    } else {
+      Share share;
+      share.load(call.query + at, call.head_dim, sharer);
+#pragma unroll
+      for (int e = 0; e < kElements; ++e) query[r][e] = share.template element<Real>(e);
     }
+#pragma unroll
+    for (int e = 0; e < kElements; ++e) out[r][e] = Real(0);
   }
 
   for (int64_t entry = begin_entry; entry < end_entry; ++entry) {
@@ -205,6 +257,15 @@ attend(PagedCall<T, Real> call) {
     const auto keys = call.key_pages + block * call.key_stride[0] + head * call.key_stride[1];
     const auto values =
         call.value_pages + block * call.value_stride[0] + head * call.value_stride[1];
+
+    Real scale = call.scale;
+    Real value_scale = Real(1);
+    if constexpr (kCoded<T>) {
+      scale *= static_cast<float>(
+          call.key_scales[block * call.key_scale_stride[0] + head * call.key_scale_stride[1]]);
+      value_scale =
+          call.value_scales[block * call.value_scale_stride[0] + head * call.value_scale_stride[1]];
+    }
 
     for (int64_t tile = begin; tile < end; tile += kTile) {
       Share share[kSteps];  // of the keys, then of the values
@@ -251,8 +312,7 @@ attend(PagedCall<T, Real> call) {
           }
           // A bias of -infinity hides a key whatever the product is.
           const bool seen = j < end && sees(call, position[r], j) && bias != none;
-          score[s][r] =
-              seen ? fma(bias, static_cast<Real>(1.4426950408889634), dot * call.scale) : none;
+          score[s][r] = seen ? fma(bias, static_cast<Real>(1.4426950408889634), dot * scale) : none;
           highest[r] = score[s][r] > highest[r] ? score[s][r] : highest[r];
         }
       }
@@ -278,6 +338,7 @@ attend(PagedCall<T, Real> call) {
         for (int r = 0; r < kRows; ++r) {
           weight[r] = score[s][r] == none ? Real(0) : exp2_of(score[s][r] - top[r]);
           sum[r] += weight[r];
+          if constexpr (kCoded<T>) weight[r] *= value_scale;
         }
 #pragma unroll
         for (int e = 0; e < kElements; ++e) {
@@ -326,7 +387,7 @@ attend(PagedCall<T, Real> call) {
     for (int e = 0; e < kElements; ++e) {
       const int64_t d = static_cast<int64_t>(e / N * kSharers + sharer) * N + e % N;
       if (writes && d < call.value_dim) {
-        call.out[at * call.value_dim + d] = static_cast<T>(out[r][e] * share);
+        store_out(call, at * call.value_dim + d, out[r][e] * share);
       }
     }
   }
@@ -376,7 +437,7 @@ merge_splits(PagedCall<T, Real> call, int64_t pairs) {
       const Real part = call.partial_out[(at * call.splits + s) * call.value_dim + d];
       out = fma(exp2_of(lse - top), part, out);
     }
-    call.out[to * call.value_dim + d] = static_cast<T>(sum == Real(0) ? Real(0) : out / sum);
+    store_out(call, to * call.value_dim + d, sum == Real(0) ? Real(0) : out / sum);
   }
 }
 

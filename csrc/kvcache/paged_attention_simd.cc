@@ -12,7 +12,9 @@
 
 #include "common/dispatch_simd.h"
 #include "common/lanes.h"
+#include "kvcache/code_numbers.h"
 #include "kvcache/page_walk.h"
+#include "kvcache/tile_codes.h"
 #include "kvcache/tile_lanes.h"
 #include "kvcache/tile_math.h"
 
@@ -20,26 +22,40 @@ namespace winnow::CPU_CAPABILITY {
 namespace {
 
 int64_t padded_dim(const PagedAttention& call) {
-  return round_up(call.head_dim, 2 * kLanes);
+  return round_up(call.head_dim, kCodes);
+}
+
+int64_t padded_values(const PagedAttention& call) {
+  return round_up(call.value_dim, kStep);
 }
 
 template <typename T>
 void load_queries(const PagedAttention& call, const PagedAttentionTask& task,
-                  QueryElement<T>* queries) {
+                  RowElement<T>* queries) {
   const int64_t stride = padded_dim(call);
   for (int64_t r = 0; r < task.rows; ++r) {
     const int64_t row = task.first_row + r;
-    const T* from = static_cast<const T*>(call.query) + task.batch * call.query_stride[0] +
-                    (task.key_head * call.group + row % call.group) * call.query_stride[1] +
-                    row / call.group * call.query_stride[2];
-    QueryElement<T>* to = queries + r * stride;
+    const int64_t offset = task.batch * call.query_stride[0] +
+                           (task.key_head * call.group + row % call.group) * call.query_stride[1] +
+                           row / call.group * call.query_stride[2];
+    RowElement<T>* to = queries + r * stride;
     std::memset(static_cast<void*>(to), 0, static_cast<size_t>(stride) * sizeof *to);
-    if constexpr (std::is_same_v<QueryElement<T>, T>) {
-      std::memcpy(static_cast<void*>(to), from, static_cast<size_t>(call.head_dim) * sizeof *to);
+    if constexpr (ElementsOf<T>::kCodePairs) {
+      const auto* from = static_cast<const c10::BFloat16*>(call.query) + offset;
+      for (int64_t i = 0; i < stride; ++i) {
+        const int64_t d = i / kCodes * kCodes + place_of(i % kCodes);
+        if (d < call.head_dim) to[i] = from[d];
+      }
+    } else if constexpr (ElementsOf<T>::kCodes) {
+      dispatch_element(call.type, [&](auto zero) {
+        using From = decltype(zero);
+        if constexpr (!std::is_same_v<From, double>) {
+          load_query<PageElement<T>>(static_cast<const From*>(call.query) + offset, call.head_dim,
+                                     to);
+        }
+      });
     } else {
-      int64_t d = 0;
-      for (; d + kWide <= call.head_dim; d += kWide) store_part(to + d, load_part(from + d));
-      if (d < call.head_dim) store_part(to + d, load_part(from + d, call.head_dim - d));
+      load_query<T>(static_cast<const T*>(call.query) + offset, call.head_dim, to);
     }
   }
 }
@@ -68,7 +84,7 @@ void load_bias(const PagedAttention& call, const Tile& tile, int64_t head, float
 // The memory of one task.
 template <typename T>
 struct Rows {
-  QueryElement<T>* queries;
+  RowElement<T>* queries;
   float* sums;
   RowState state;
 };
@@ -82,13 +98,13 @@ struct Scratch {
   float* next;
 
   Scratch(const PagedAttention& call, void* memory)
-      : sums_stride(round_up(call.value_dim, kLanes)), next(static_cast<float*>(memory)) {
+      : sums_stride(padded_values(call)), next(static_cast<float*>(memory)) {
     scores = take(4 * kKeys);
     bias = take(kKeys);
   }
 
   Rows<T> rows(const PagedAttention& call, int64_t count) {
-    auto* queries = reinterpret_cast<QueryElement<T>*>(take(count * padded_dim(call)));
+    auto* queries = reinterpret_cast<RowElement<T>*>(take(count * padded_dim(call)));
     float* sums = take(count * sums_stride);
     return {queries, sums, {take(count), take(count), take(count)}};
   }
@@ -111,26 +127,52 @@ template <int NR, typename T>
 void attend_rows(const PagedAttention& call, const PagedAttentionTask& task, const Tile& tile,
                  const Upcoming& next, int64_t first, const Scratch<T>& scratch,
                  const Rows<T>& rows) {
+  using Page = PageElement<T>;
   const int64_t head = task.key_head;
   float* scores = scratch.scores;
   const RowState& state = rows.state;
-  dot_rows<NR, T>(rows.queries + first * padded_dim(call), padded_dim(call),
-                  key_row<T>(call, tile, head), call.key_stride[2], tile.keys, call.head_dim,
-                  scores,
-                  ahead_of(key_row<T>(call, next.tile, next.key_head), call.head_dim,
-                           call.key_stride[2], next.tile.keys));
+  const Page* values = value_row<Page>(call, tile, head);
+  const auto keys_ahead = [&](const Tile& of, int64_t of_head) {
+    return ahead_of(key_row<Page>(call, of, of_head), call.head_dim, call.key_stride[2], of.keys);
+  };
+  const auto values_ahead = [&](const Tile& of, int64_t of_head) {
+    return ahead_of(value_row<Page>(call, of, of_head), call.value_dim, call.value_stride[2],
+                    of.keys);
+  };
+  // This tile's values once more: the processor drops what it has no room for, and they come next.
+  dot_keys<NR, T>(rows.queries + first * padded_dim(call), padded_dim(call),
+                  key_row<Page>(call, tile, head), call.key_stride[2], tile.keys, call.head_dim,
+                  scores, keys_ahead(next.tile, next.key_head),
+                  next.tile.keys > 0 ? values_ahead(tile, head) : Ahead{});
+  auto scale = static_cast<float>(call.scale);
+  if constexpr (ElementsOf<T>::kCodes) {
+    scale *= scale_of(call.key_scales, call.key_scale_stride, tile, head);
+  }
   const int64_t length = call.seq_lens[task.batch];
   for (int r = 0; r < NR; ++r) {
     const int64_t row = first + r;
-    weigh(scores + r * kKeys, tile, span_of(call, length, task.first_row + row),
-          static_cast<float>(call.scale), call.key_bias ? scratch.bias : nullptr, state.top + row,
-          state.total + row, state.shrink + row);
+    weigh(scores + r * kKeys, tile, span_of(call, length, task.first_row + row), scale,
+          call.key_bias ? scratch.bias : nullptr, state.top + row, state.total + row,
+          state.shrink + row);
+    if constexpr (ElementsOf<T>::kCodes) {
+      scale_weights(scores + r * kKeys, tile.keys,
+                    scale_of(call.value_scales, call.value_scale_stride, tile, head));
+    }
   }
-  add_values<NR, T>(scores, value_row<T>(call, tile, head), call.value_stride[2], tile.keys,
-                    call.value_dim, rows.sums + first * scratch.sums_stride, scratch.sums_stride,
-                    state.shrink + first,
-                    ahead_of(value_row<T>(call, next.tile, next.key_head), call.value_dim,
-                             call.value_stride[2], next.tile.keys));
+  float* sums = rows.sums + first * scratch.sums_stride;
+  add_weighted<NR, T>(scores, values, call.value_stride[2], tile.keys, call.value_dim, sums,
+                      scratch.sums_stride, state.shrink + first,
+                      values_ahead(next.tile, next.key_head));
+}
+
+// Sums of columns in their own order instead of that of load_two.
+template <typename Page>
+void sort_columns(const PagedAttention& call, float* sums) {
+  for (int64_t c = 0; c < call.value_dim; c += kStep) {
+    float sorted[kStep];
+    for (int i = 0; i < kStep; ++i) sorted[element_in<Page>(i)] = sums[c + i];
+    std::memcpy(sums + c, sorted, sizeof sorted);
+  }
 }
 
 // Divides by the normaliser and stores a row of the result and its lse.
@@ -142,7 +184,17 @@ void finish_row(const PagedAttention& call, const PagedAttentionTask& task, int6
   const int64_t heads = call.key_heads * call.group;
   const int64_t head = task.key_head * call.group + row % call.group;
   const int64_t index = (task.batch * heads + head) * call.queries + row / call.group;
-  store_row(static_cast<T*>(call.out) + index * call.value_dim, sums, call.value_dim);
+  const auto store = [&](auto zero) {
+    using Out = decltype(zero);
+    if constexpr (!std::is_same_v<Out, double>) {
+      store_row(static_cast<Out*>(call.out) + index * call.value_dim, sums, call.value_dim);
+    }
+  };
+  if constexpr (ElementsOf<T>::kCodes) {
+    dispatch_element(call.type, store);
+  } else {
+    store(T{});
+  }
   static_cast<float*>(call.lse)[index] = total == 0.0f ? kNone : top + __builtin_logf(total);
 }
 
@@ -211,6 +263,7 @@ void finish_task(const PagedAttention& call, const Progress<T>& progress, int64_
   const RowState& state = progress.rows.state;
   for (int64_t r = 0; r < task.rows; ++r) {
     float* sums = progress.rows.sums + r * sums_stride;
+    sort_columns<PageElement<T>>(call, sums);
     if (task.partial < 0) {
       finish_row<T>(call, task, task.first_row + r, sums, state.top[r], state.total[r]);
     } else {
@@ -338,18 +391,31 @@ void run_double(const PagedAttention& call, const PagedAttentionTask& task, doub
   }
 }
 
+// fn receives T{} of the loops: the dtype of query and pages, or what Coded says.
+template <typename Fn>
+void dispatch_pages(const PagedAttention& call, const Fn& fn) {
+  if (!call.key_scales) return dispatch_element(call.type, fn);
+  dispatch_codes(call.codes, [&](auto zero) {
+    using Code = decltype(zero);
+#if defined(__AVX512BF16__)
+    if (call.type == ElementType::kBFloat16) return fn(Coded<Code, true>{});
+#endif
+    fn(Coded<Code, false>{});
+  });
+}
+
 }  // namespace
 
 void paged_attention_scratch(const PagedAttention& call, int64_t tasks, int64_t rows,
                              int64_t* floats) {
-  *floats = 5 * kKeys + tasks * (rows * (padded_dim(call) + round_up(call.value_dim, kLanes)) +
-                                 3 * round_up(rows, kLanes));
+  *floats = 5 * kKeys +
+            tasks * (rows * (padded_dim(call) + padded_values(call)) + 3 * round_up(rows, kLanes));
 }
 
 void paged_attention_tasks(const PagedAttention& call, const PagedAttentionTask* tasks,
                            int64_t count, const PagedAttentionTask* after, void* scratch,
                            void* partial) {
-  dispatch_element(call.type, [&](auto zero) {
+  dispatch_pages(call, [&](auto zero) {
     using T = decltype(zero);
     if constexpr (std::is_same_v<T, double>) {
       for (int64_t i = 0; i < count; ++i) {
@@ -363,7 +429,7 @@ void paged_attention_tasks(const PagedAttention& call, const PagedAttentionTask*
 
 void paged_attention_merge(const PagedAttention& call, const PagedAttentionTask& task,
                            int64_t splits, int64_t stride, void* scratch, const void* partial) {
-  dispatch_element(call.type, [&](auto zero) {
+  dispatch_pages(call, [&](auto zero) {
     using T = decltype(zero);
     if constexpr (!std::is_same_v<T, double>) {
       merge_task<T>(call, task, splits, stride, static_cast<float*>(scratch),

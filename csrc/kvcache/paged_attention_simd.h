@@ -4,18 +4,24 @@
 
 #include "common/cpu_capability.h"
 #include "common/element_type.h"
+#include "kvcache/codes.h"
 
 namespace winnow {
 
 // A call of paged_attention as raw pointers; strides in elements, last dimensions contiguous.
 struct PagedAttention {
-  ElementType type;  // of query, pages and out
+  ElementType type;  // of query and out, and of pages without scales
   const void* query;
   int64_t query_stride[3];  // batch, head, position
   const void* key_pages;
   int64_t key_stride[3];  // block, head, slot
   const void* value_pages;
   int64_t value_stride[3];
+  const float* key_scales;      // of quantised pages, else null; so are those of the values
+  int64_t key_scale_stride[2];  // block, head
+  const float* value_scales;
+  int64_t value_scale_stride[2];
+  CodeType codes;
   const int32_t* block_table;
   int64_t table_stride;
   const int32_t* seq_lens;

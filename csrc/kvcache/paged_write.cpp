@@ -8,6 +8,7 @@
 
 #include "common/checks.h"
 #include "common/tensors.h"
+#include "kvcache/paged_write_arguments.h"
 
 namespace winnow {
 namespace {
@@ -61,66 +62,20 @@ struct Stream {
   }
 };
 
-void check_stream(const char* name, const Tensor& tokens, const char* pages_name,
-                  const Tensor& pages) {
-  check_cpu(name, tokens);
-  check_cpu(pages_name, pages);
-  check_dim(pages_name, pages, 4, "(num_blocks, Hkv, block_size, D)");
-  check_dim(name, tokens, 4, "(B, Hkv, T, D)");
-  check_dtype(name, tokens, pages.scalar_type());
-  WINNOW_CHECK(tokens.size(1) == pages.size(1) && tokens.size(3) == pages.size(3), name,
-               ": expected (B, Hkv, T, D) with Hkv=", pages.size(1), " and D=", pages.size(3),
-               " as in ", pages_name, ", got ", shape_of(tokens));
-  check_last_contiguous(name, tokens);
-  check_last_contiguous(pages_name, pages);
-}
-
 void paged_write_(Tensor key_pages, Tensor value_pages, const Tensor& key, const Tensor& value,
                   const Tensor& block_table, const Tensor& positions) {
-  check_stream("key", key, "key_pages", key_pages);
-  check_stream("value", value, "value_pages", value_pages);
-  for (int64_t d = 0; d < 3; ++d) {
-    WINNOW_CHECK(value_pages.size(d) == key_pages.size(d), "value_pages: expected shape like ",
-                 "key_pages up to the last dimension, ", shape_of(key_pages), ", got ",
-                 shape_of(value_pages));
-    WINNOW_CHECK(value.size(d) == key.size(d), "value: expected shape like key up to the last ",
-                 "dimension, ", shape_of(key), ", got ", shape_of(value));
-  }
-  const int64_t rows = key.size(0);
-  const int64_t tokens = key.size(2);
-  check_cpu("block_table", block_table);
-  check_dtype("block_table", block_table, ScalarType::Int);
-  WINNOW_CHECK(block_table.dim() == 2 && block_table.size(0) == rows,
-               "block_table: expected (B, max_blocks) with B=", rows, " as in key, got ",
-               shape_of(block_table));
-  check_last_contiguous("block_table", block_table);
-  check_cpu("positions", positions);
-  check_dtype("positions", positions, ScalarType::Long);
-  WINNOW_CHECK(positions.dim() == 2 && positions.size(0) == rows && positions.size(1) == tokens,
-               "positions: expected (B, T) = (", rows, ", ", tokens, ") as in key, got ",
-               shape_of(positions));
-  check_last_contiguous("positions", positions);
+  check_write(key_pages, value_pages, key, value, block_table, positions, check_cpu);
+  check_dtype("key", key, key_pages.scalar_type());
+  check_dtype("value", value, value_pages.scalar_type());
+  check_positions(block_table, positions, key_pages.size(0), key_pages.size(2));
 
   const auto* table = static_cast<const int32_t*>(block_table.data_ptr());
   const auto* where = static_cast<const int64_t*>(positions.data_ptr());
+  const int64_t rows = key.size(0);
+  const int64_t tokens = key.size(2);
   const int64_t table_stride = block_table.stride(0);
   const int64_t where_stride = positions.stride(0);
-  const int64_t width = block_table.size(1);
-  const int64_t num_blocks = key_pages.size(0);
   const int64_t block_size = key_pages.size(2);
-  for (int64_t b = 0; b < rows; ++b) {
-    for (int64_t t = 0; t < tokens; ++t) {
-      const int64_t position = where[b * where_stride + t];
-      if (position == -1) continue;
-      WINNOW_CHECK(position >= 0 && position < width * block_size,
-                   "positions: expected -1 or 0 <= position < ", width * block_size,
-                   " (the blocks of block_table), got ", position, " in row ", b);
-      const int32_t block = table[b * table_stride + position / block_size];
-      WINNOW_CHECK(block >= 0 && block < num_blocks, "block_table: expected 0 <= block < ",
-                   num_blocks, " at position ", position, " of row ", b, ", got ", block);
-    }
-  }
-
   const Stream keys(key_pages, key);
   const Stream values(value_pages, value);
   const int64_t heads = key.size(1);

@@ -5,6 +5,7 @@
 #include <initializer_list>
 
 #include "common/device.h"
+#include "kvcache/paged_write_arguments.h"
 
 namespace winnow {
 namespace {
@@ -170,45 +171,13 @@ Pages<Unit> pages_of(const Tensor& tensor) {
   return pages;
 }
 
-void check_tokens(const char* name, const Tensor& tokens, const char* pages_name,
-                  const Tensor& pages) {
-  check_device(name, tokens);
-  check_device(pages_name, pages);
-  check_dim(pages_name, pages, 4, "(num_blocks, Hkv, block_size, D)");
-  check_dim(name, tokens, 4, "(B, Hkv, T, D)");
-  check_dtype(name, tokens, pages.scalar_type());
-  WINNOW_CHECK(tokens.size(1) == pages.size(1) && tokens.size(3) == pages.size(3), name,
-               ": expected (B, Hkv, T, D) with Hkv=", pages.size(1), " and D=", pages.size(3),
-               " as in ", pages_name, ", got ", shape_of(tokens));
-  check_last_contiguous(name, tokens);
-  check_last_contiguous(pages_name, pages);
-}
-
 void paged_write_cuda(Tensor key_pages, Tensor value_pages, const Tensor& key, const Tensor& value,
                       const Tensor& block_table, const Tensor& positions) {
-  check_tokens("key", key, "key_pages", key_pages);
-  check_tokens("value", value, "value_pages", value_pages);
-  for (int64_t d = 0; d < 3; ++d) {
-    WINNOW_CHECK(value_pages.size(d) == key_pages.size(d), "value_pages: expected shape like ",
-                 "key_pages up to the last dimension, ", shape_of(key_pages), ", got ",
-                 shape_of(value_pages));
-    WINNOW_CHECK(value.size(d) == key.size(d), "value: expected shape like key up to the last ",
-                 "dimension, ", shape_of(key), ", got ", shape_of(value));
-  }
+  check_write(key_pages, value_pages, key, value, block_table, positions, check_device);
+  check_dtype("key", key, key_pages.scalar_type());
+  check_dtype("value", value, value_pages.scalar_type());
   const int64_t rows = key.size(0);
   const int64_t tokens = key.size(2);
-  check_device("block_table", block_table);
-  check_dtype("block_table", block_table, ScalarType::Int);
-  WINNOW_CHECK(block_table.dim() == 2 && block_table.size(0) == rows,
-               "block_table: expected (B, max_blocks) with B=", rows, " as in key, got ",
-               shape_of(block_table));
-  check_last_contiguous("block_table", block_table);
-  check_device("positions", positions);
-  check_dtype("positions", positions, ScalarType::Long);
-  WINNOW_CHECK(positions.dim() == 2 && positions.size(0) == rows && positions.size(1) == tokens,
-               "positions: expected (B, T) = (", rows, ", ", tokens, ") as in key, got ",
-               shape_of(positions));
-  check_last_contiguous("positions", positions);
 
   const Positions where = {global<const int32_t>(block_table),
                            block_table.stride(0),

@@ -10,12 +10,14 @@ list(APPEND WINNOW_CPU_SOURCES
   csrc/kvcache/block_summaries.cpp
   csrc/kvcache/compact_pages.cpp
   csrc/kvcache/paged_attention.cpp
+  csrc/kvcache/paged_quantise.cpp
   csrc/kvcache/paged_write.cpp
 )
 list(APPEND WINNOW_SIMD_SOURCES
   csrc/kvcache/attention_mass_simd.cc
   csrc/kvcache/block_scores_simd.cc
   csrc/kvcache/paged_attention_simd.cc
+  csrc/kvcache/paged_quantise_simd.cc
 )
 list(APPEND WINNOW_CUDA_SOURCES
   csrc/kvcache/attention_mass.cu
@@ -23,5 +25,6 @@ list(APPEND WINNOW_CUDA_SOURCES
   csrc/kvcache/block_summaries.cu
   csrc/kvcache/compact_pages.cu
   csrc/kvcache/paged_attention.cu
+  csrc/kvcache/paged_quantise.cu
   csrc/kvcache/paged_write.cu
 )

@@ -91,7 +91,8 @@ void bind_kvcache(py::module_& m) {
              const int64_t width = table.width();
              table.append(layer, tokens, lengths ? &*lengths : nullptr,
                           pointer<int64_t>(positions));
-             return (table.copies().empty() ? 0 : 1) + (table.width() == width ? 0 : 2);
+             return (table.copies().empty() ? 0 : 1) + (table.width() == width ? 0 : 2) +
+                    (table.fresh().empty() ? 0 : 4) + (table.changed() ? 8 : 0);
            })
       .def(
           "write",
@@ -111,6 +112,7 @@ void bind_kvcache(py::module_& m) {
              }
              return py::make_tuple(sources, targets);
            })
+      .def_property_readonly("fresh", &CacheTable::fresh)
       .def("fork", &CacheTable::fork, Released())
       .def("permute", &CacheTable::permute, Released())
       .def("truncate", &CacheTable::truncate, Released())

@@ -29,6 +29,8 @@ def paged_attention(
     sinks: int = ...,
     key_bias: Tensor | None = ...,
     scale: float | None = ...,
+    key_scales: Tensor | None = ...,
+    value_scales: Tensor | None = ...,
     return_lse: Literal[False] = ...,
 ) -> Tensor: ...
 @overload
@@ -45,6 +47,8 @@ def paged_attention(
     sinks: int = ...,
     key_bias: Tensor | None = ...,
     scale: float | None = ...,
+    key_scales: Tensor | None = ...,
+    value_scales: Tensor | None = ...,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 def paged_attention(
@@ -60,6 +64,8 @@ def paged_attention(
     sinks: int = 0,
     key_bias: Tensor | None = None,
     scale: float | None = None,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of the last ``T`` positions of each sequence over its pages.
@@ -75,7 +81,7 @@ def paged_attention(
         query: ``(B, Hq, T, D)`` float32, bfloat16, float16 or float64; any strides, the last
             dimension contiguous. ``Hq`` is a multiple of ``Hkv``.
         key_pages: ``(num_blocks, Hkv, block_size, D)``, one layer of :attr:`BlockPool.key_pages`,
-            dtype as in query.
+            dtype as in query, or int8 or float8_e4m3fn with scales.
         value_pages: ``(num_blocks, Hkv, block_size, Dv)``.
         block_table: ``(B, max_blocks)`` int32: the block of each ``block_size`` positions, -1 where
             there is none.
@@ -90,6 +96,10 @@ def paged_attention(
             float32, bfloat16 or float16, whatever the dtype of query; float64 with a float64 query
             only.
         scale: of the scores; ``D**-0.5`` by default.
+        key_scales: ``(num_blocks, Hkv)`` float32, one layer of :attr:`BlockPool.key_scales`: what
+            the codes of a block are multiplied by, needed with quantised pages (and with a float32,
+            bfloat16 or float16 query). int8 codes lie in [-127, 127].
+        value_scales: likewise.
         return_lse: also return the natural log of the sum of exponentials.
 
     Returns:
@@ -126,6 +136,8 @@ def paged_attention(
         sinks,
         key_bias,
         scale,
+        key_scales,
+        value_scales,
     )
     return (out, lse) if return_lse else out
 
@@ -143,10 +155,13 @@ def _(
     sinks: int = 0,
     key_bias: Tensor | None = None,
     scale: float | None = None,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     check_same_device(query=query, key_pages=key_pages, value_pages=value_pages)
     check_same_device(query=query, block_table=block_table, seq_lens=seq_lens)
     check_same_device(query=query, block_indices=block_indices, key_bias=key_bias)
+    check_same_device(query=query, key_scales=key_scales, value_scales=value_scales)
     batch, heads, queries, _ = query.shape
     lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     return (

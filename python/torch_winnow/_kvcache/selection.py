@@ -23,6 +23,8 @@ def block_summaries(
     block_table: Tensor,
     seq_lens: Tensor,
     kind: Literal["minmax", "mean"] = "minmax",
+    *,
+    key_scales: Tensor | None = None,
 ) -> Tensor:
     """A short description of the keys of each block, to score it without reading it.
 
@@ -35,6 +37,7 @@ def block_summaries(
         block_table: ``(B, NB)`` int32.
         seq_lens: ``(B,)`` int32; only the first ``seq_lens[b]`` tokens count.
         kind: ``"minmax"`` or ``"mean"``.
+        key_scales: ``(num_blocks, Hkv)`` float32 of quantised pages.
 
     Returns:
         ``(B, Hkv, NB, 2, D)`` (minimum, maximum) or ``(B, Hkv, NB, D)``, float32 (float64 for
@@ -56,7 +59,7 @@ def block_summaries(
         raise ValueError(f"kind: expected 'minmax' or 'mean', got {kind!r}")
     refuse_gradients(key_pages=key_pages)
     return _block_summaries(  # type: ignore[no-any-return]
-        key_pages, block_table, seq_lens, kind == "minmax"
+        key_pages, block_table, seq_lens, kind == "minmax", key_scales
     )
 
 
@@ -193,8 +196,15 @@ def _wide(tensor: Tensor) -> torch.dtype:
 
 
 @torch.library.register_fake("winnow::block_summaries")
-def _(key_pages: Tensor, block_table: Tensor, seq_lens: Tensor, minmax: bool = True) -> Tensor:
+def _(
+    key_pages: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    minmax: bool = True,
+    key_scales: Tensor | None = None,
+) -> Tensor:
     check_same_device(key_pages=key_pages, block_table=block_table, seq_lens=seq_lens)
+    check_same_device(key_pages=key_pages, key_scales=key_scales)
     batch, width = block_table.shape
     _, heads, _, dim = key_pages.shape
     sizes = (batch, heads, width, 2, dim) if minmax else (batch, heads, width, dim)
@@ -203,10 +213,16 @@ def _(key_pages: Tensor, block_table: Tensor, seq_lens: Tensor, minmax: bool = T
 
 @torch.library.register_fake("winnow::update_block_summaries_")
 def _(
-    summaries: Tensor, key_pages: Tensor, block_table: Tensor, seq_lens: Tensor, positions: Tensor
+    summaries: Tensor,
+    key_pages: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    positions: Tensor,
+    key_scales: Tensor | None = None,
 ) -> None:
     check_same_device(summaries=summaries, key_pages=key_pages, block_table=block_table)
     check_same_device(summaries=summaries, seq_lens=seq_lens, positions=positions)
+    check_same_device(summaries=summaries, key_scales=key_scales)
 
 
 @torch.library.register_fake("winnow::score_blocks")

@@ -19,6 +19,8 @@ def paged_attention(
     sinks: int = 0,
     key_bias: Tensor | None = None,
     scale: float | None = None,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention of each query head over the keys that its query may see."""
@@ -26,6 +28,9 @@ def paged_attention(
     blocks, key_heads, block_size, _ = key_pages.shape
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
     scale = dim**-0.5 if scale is None else scale
+    if key_scales is not None and value_scales is not None:
+        key_pages = key_pages.to(wide) * key_scales[..., None, None]
+        value_pages = value_pages.to(wide) * value_scales[..., None, None]
     out = query.new_zeros(batch, heads, queries, value_pages.shape[-1])
     lse = torch.full((batch, heads, queries), -torch.inf, dtype=wide, device=query.device)
     if key_bias is not None:
@@ -103,14 +108,19 @@ def attention_mass(
                     seen &= bias != -torch.inf
                     score = score + bias
                 seen &= score != -torch.inf
-                if seen.any():
-                    total = score[seen].logsumexp(0) if lse is None else lse[b, head, t]
-                    mass[b, h, :length][seen] += (score[seen] - total).exp()
+                score = score[seen]
+                share = score.softmax(0) if lse is None else (score - lse[b, head, t]).exp()
+                mass[b, h, :length][seen] += share
     return mass
 
 
 def block_summaries(
-    key_pages: Tensor, block_table: Tensor, seq_lens: Tensor, kind: str = "minmax"
+    key_pages: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    kind: str = "minmax",
+    *,
+    key_scales: Tensor | None = None,
 ) -> Tensor:
     """Minimum and maximum, or mean, of the keys of each block; zeros where there are none."""
     batch, width = block_table.shape
@@ -118,6 +128,8 @@ def block_summaries(
     wide = torch.float64 if key_pages.dtype == torch.float64 else torch.float32
     sizes = (batch, heads, width, 2, dim) if kind == "minmax" else (batch, heads, width, dim)
     summaries = torch.zeros(sizes, dtype=wide, device=key_pages.device)
+    if key_scales is not None:
+        key_pages = key_pages.to(wide) * key_scales[..., None, None]
     for b in range(batch):
         for i in range(-(-int(seq_lens[b]) // block_size)):
             count = min(block_size, int(seq_lens[b]) - i * block_size)
@@ -130,11 +142,16 @@ def block_summaries(
 
 
 def update_block_summaries_(
-    summaries: Tensor, key_pages: Tensor, block_table: Tensor, seq_lens: Tensor, positions: Tensor
+    summaries: Tensor,
+    key_pages: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    positions: Tensor,
+    key_scales: Tensor | None = None,
 ) -> None:
     """The summaries, by place in the pages, of the blocks that hold a position; -1 is none."""
     kind = "minmax" if summaries.dim() == 4 else "mean"
-    fresh = block_summaries(key_pages, block_table, seq_lens, kind)
+    fresh = block_summaries(key_pages, block_table, seq_lens, kind, key_scales=key_scales)
     for b, row in enumerate(positions.tolist()):
         for i in {position // key_pages.shape[2] for position in row if position >= 0}:
             summaries[block_table[b, i]] = fresh[b, :, i]

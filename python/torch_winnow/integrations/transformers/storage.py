@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from torch_winnow._kvcache.mirror import sent
 from torch_winnow.integrations.transformers.sparse import BlockSparse
 from torch_winnow.kvcache import BlockPool, BlockPoolExhausted, PagedKVCache
 
@@ -30,7 +31,10 @@ class PagedStorage:
         max_cache_len: int | None,
         sparse: BlockSparse | None,
         pool: BlockPool | None,
+        cache_dtype: torch.dtype | None = None,
     ) -> None:
+        self.cache_dtype = cache_dtype
+        self.dtype: torch.dtype | None = None  # of the keys and values that came
         self.block_size = block_size
         self.max_cache_len = max_cache_len
         self.sparse = sparse
@@ -124,8 +128,8 @@ class PagedStorage:
             # Real tokens come first, because append stores the first ones of each row.
             padding = self._padding[2]
             lengths = [tokens - pad for pad in padding]
-            order = torch.tensor(padding)[:, None] + torch.arange(tokens)
-            rows = torch.arange(len(order))[:, None]
+            order = sent(torch.tensor(padding)[:, None] + torch.arange(tokens), key.device)
+            rows = torch.arange(len(order), device=key.device)[:, None]
             key, value = (
                 x[rows, :, order.clamp(max=tokens - 1)].transpose(1, 2) for x in (key, value)
             )
@@ -153,10 +157,11 @@ class PagedStorage:
                 head_dim=dim,
                 value_head_dim=value.shape[3],
                 block_size=self.block_size,
-                dtype=key.dtype,
+                dtype=self.cache_dtype or key.dtype,
                 device=key.device,
                 summaries=self.sparse.summary if self.sparse else None,
             )
+        self.dtype = key.dtype if self._pool.quantised else self._pool.dtype
         self._pages = PagedKVCache(self._pool, rows)
 
     def _limit(self, rows: int) -> int | None:
@@ -173,11 +178,12 @@ class PagedStorage:
         """Whether the pool could be enlarged by what is missing."""
         if not self._grows:
             return False
-        needed = self.pool.num_blocks + missing
-        limit = self._limit(self.rows)
-        if limit is not None and needed > limit:
-            return False
-        self.pool.grow(self._with_room(needed, self.rows) if limit is None else limit)
+        with self.pool._lock:  # copies of this cache may be at it too, in other threads
+            needed = self.pool.num_blocks + missing
+            limit = self._limit(self.rows)
+            if limit is not None and needed > limit:
+                return False
+            self.pool.grow(self._with_room(needed, self.rows) if limit is None else limit)
         return True
 
     # Rows and lengths.
@@ -193,6 +199,36 @@ class PagedStorage:
         if self.dropped is not None:
             self.dropped = [self.dropped[row] for row in rows]
         self._epoch += 1
+
+    def register_prefix(self, tokens: Sequence[Sequence[int]]) -> int:
+        """Make the full blocks of every row findable; returns how many columns are, at least."""
+        found = [self.pages.register_prefix(row, row=index) for index, row in enumerate(tokens)]
+        return min(found, default=0)
+
+    def match_prefix(self, tokens: Sequence[Sequence[int]], dropped: Sequence[int]) -> int:
+        """Begin with blocks that are known for rows of these tokens; returns the columns covered.
+
+        ``dropped`` columns lie to the left of a row's tokens. All rows go on from one column, so
+        the shortest find counts.
+        """
+        if self._pages is not None:
+            raise ValueError("WinnowCache: only an empty cache can begin with a known prefix")
+        if self._pool is None:
+            return 0
+        pages = PagedKVCache(self._pool, len(tokens))
+        found = [
+            pad + pages.match_prefix(row, row=index)
+            for index, (row, pad) in enumerate(zip(tokens, dropped, strict=True))
+        ]
+        columns = min(found, default=0)
+        if columns == 0:
+            return 0
+        pages.truncate_([max(0, columns - pad) for pad in dropped])
+        self._pages = pages
+        self.columns = [columns] * len(self.columns)
+        self.dropped = [min(pad, columns) for pad in dropped] if any(dropped) else None
+        self._epoch += 1
+        return columns
 
     def crop(self, columns: int) -> None:
         """Keep the first ``columns`` columns."""
@@ -229,12 +265,16 @@ class PagedStorage:
     def gather(self, layer: int, part: int) -> Tensor:
         """Dense ``(B, Hkv, columns, D)``; zeros where padding was not stored."""
         pages = self.pool._layers[layer][part]
+        if self.pool.quantised:
+            scales = self.pool._scales[layer][part]
+            pages = (pages.float() * scales[..., None, None]).to(self.dtype)
         table = self.pages.block_table.clamp(min=0).long()
         columns = self.columns[layer]
         if self.dropped is None:
             dense = pages[table].transpose(1, 2).flatten(2, 3)
             return dense[:, :, :columns]
-        position = torch.arange(columns) - torch.tensor(self.dropped)[:, None]
+        dropped = sent(torch.tensor(self.dropped), pages.device)
+        position = torch.arange(columns, device=pages.device) - dropped[:, None]
         stored = position.clamp(min=0)
         dense = pages[table.gather(1, stored // self.block_size), :, stored % self.block_size]
         return dense.masked_fill(position[..., None, None] < 0, 0).transpose(1, 2)

@@ -33,7 +33,7 @@ class PagedStates(Tensor):
         pages = storage.pool._layers[layer][part]
         shape = (storage.rows, pages.shape[1], storage.columns[layer], pages.shape[3])
         view: PagedStates = Tensor._make_wrapper_subclass(
-            PagedStates, shape, dtype=pages.dtype, device=pages.device
+            PagedStates, shape, dtype=storage.dtype, device=pages.device
         )
         view.source, view.layer, view.part = storage, layer, part
         view.stamp = storage.stamp(layer)
