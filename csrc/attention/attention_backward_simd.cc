@@ -1,4 +1,4 @@
-// Gradients in one pass over tiles of 64 query rows by up to 64 keys: weights are recomputed from
+// Gradients in one pass over tiles of 64 query rows by up to 80 keys: weights are recomputed from
 // the saved lse, then
 //   dV += P^T dO,  dS = P * (dO V^T - delta) * scale,  dK += dS^T Q,  dQ += dS K
 // with delta = rowsum(dO * O) - dlse. Local key gradients live in a window that follows the rows,

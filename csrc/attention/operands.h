@@ -46,8 +46,6 @@ struct Pack;
 // One number per operand: numbers of the accumulator's type.
 template <typename T, typename Acc>
 struct Pack<T, Multiply<Acc>> {
-  static constexpr int kSize = VecOf<Acc>::size();
-
   static constexpr int64_t leading(int64_t dim) { return padded_dim(dim); }
 
   // (row, dim), for products over dim.

@@ -88,7 +88,6 @@ class RowTile {
   Segment segment[kVectors + kSingles];
 
   void clear() { vectors = singles = segments = 0; }
-  bool empty() const { return segments == 0; }
   Segment all() const { return {0, vectors, 0, singles}; }
 
   // Takes rows from `begin` on, before `end`, and returns the first one that found no place.
