@@ -39,7 +39,7 @@ void load_query(const T* from, int64_t dim, Row* to) {
 
 template <typename T>
 void load_queries(const PagedAttention& call, const PagedAttentionTask& task,
-                  RowElement<T>* queries) {
+                  RowElement<T>* queries, [[maybe_unused]] WordRow* words) {
   const int64_t stride = padded_dim(call);
   for (int64_t r = 0; r < task.rows; ++r) {
     const int64_t row = task.first_row + r;
@@ -50,9 +50,18 @@ void load_queries(const PagedAttention& call, const PagedAttentionTask& task,
     std::memset(static_cast<void*>(to), 0, static_cast<size_t>(stride) * sizeof *to);
     if constexpr (ElementsOf<T>::kCodePairs) {
       const auto* from = static_cast<const c10::BFloat16*>(call.query) + offset;
+      float numbers[kMostWords] = {};
       for (int64_t i = 0; i < stride; ++i) {
         const int64_t d = i / kCodes * kCodes + place_of(i % kCodes);
-        if (d < call.head_dim) to[i] = from[d];
+        if (d >= call.head_dim) continue;
+        if constexpr (std::is_same_v<RowElement<T>, int16_t>) {
+          numbers[i] = load_part(from + d, 1)[0];
+        } else {
+          to[i] = from[d];
+        }
+      }
+      if constexpr (std::is_same_v<RowElement<T>, int16_t>) {
+        words[r] = to_words(numbers, stride, to);
       }
     } else if constexpr (ElementsOf<T>::kCodes) {
       dispatch_element(call.type, [&](auto zero) {
@@ -92,6 +101,7 @@ void load_bias(const PagedAttention& call, const Tile& tile, int64_t head, float
 template <typename T>
 struct Rows {
   RowElement<T>* queries;
+  WordRow* words;
   float* sums;
   RowState state;
 };
@@ -112,8 +122,9 @@ struct Scratch {
 
   Rows<T> rows(const PagedAttention& call, int64_t count) {
     auto* queries = reinterpret_cast<RowElement<T>*>(take(count * padded_dim(call)));
+    auto* words = reinterpret_cast<WordRow*>(take(2 * count));
     float* sums = take(count * sums_stride);
-    return {queries, sums, {take(count), take(count), take(count)}};
+    return {queries, words, sums, {take(count), take(count), take(count)}};
   }
 
  private:
@@ -143,8 +154,8 @@ void attend_rows(const PagedAttention& call, const PagedAttentionTask& task, con
   const Ahead keys_ahead = ahead_of(key_row<Page>(call, next.tile, next.key_head), call.head_dim,
                                     call.key_stride[2], next.tile.keys);
   auto scale = static_cast<float>(call.scale);
-  dot_keys<NR, T>(queries, padded_dim(call), keys, call.key_stride[2], tile.keys, call.head_dim,
-                  scores, keys_ahead);
+  dot_keys<NR, T>(queries, padded_dim(call), rows.words + first, keys, call.key_stride[2],
+                  tile.keys, call.head_dim, scores, keys_ahead);
   if constexpr (ElementsOf<T>::kCodes) {
     scale *= scale_of(call.key_scales, call.key_scale_stride, tile, head);
   }
@@ -203,7 +214,7 @@ struct Progress {
     task = &of;
     rows = scratch->rows(call, of.rows);
     walk = Walk(call, of);
-    load_queries<T>(call, of, rows.queries);
+    load_queries<T>(call, of, rows.queries, rows.words);
     std::memset(rows.sums, 0, static_cast<size_t>(of.rows * scratch->sums_stride) * sizeof(float));
     for (int64_t r = 0; r < of.rows; ++r) {
       rows.state.top[r] = kNone;
@@ -389,7 +400,8 @@ void dispatch_pages(const PagedAttention& call, const Fn& fn) {
   dispatch_codes(call.codes, [&](auto zero) {
     using Code = decltype(zero);
 #if defined(__AVX512BF16__)
-    if (call.type == ElementType::kBFloat16) return fn(Coded<Code, true>{});
+    const bool fits = std::is_same_v<Code, Float8> || call.head_dim <= kMostWords;
+    if (call.type == ElementType::kBFloat16 && fits) return fn(Coded<Code, true>{});
 #endif
     fn(Coded<Code, false>{});
   });
@@ -400,7 +412,7 @@ void dispatch_pages(const PagedAttention& call, const Fn& fn) {
 void paged_attention_scratch(const PagedAttention& call, int64_t tasks, int64_t rows,
                              int64_t* floats) {
   *floats = 5 * kKeys + tasks * (rows * (padded_dim(call) + round_up(call.value_dim, kLanes)) +
-                                 3 * round_up(rows, kLanes));
+                                 5 * round_up(rows, kLanes));
 }
 
 void paged_attention_tasks(const PagedAttention& call, const PagedAttentionTask* tasks,
