@@ -310,3 +310,49 @@ def test_permute(measure, blocks, impl):
         dynamic = Concatenation(torch.randn(64, 1, 4 * blocks, 64))
         function, inputs = dynamic.permute, [(ancestors,)]
     measure(f"permute_ 64 sequences of {blocks} blocks", impl, function, inputs=inputs, rounds=5)
+
+
+class TensorTables:
+    """The bookkeeping of a step in tensors: owners are counted anew, shared blocks replaced."""
+
+    def __init__(self, rows: int, blocks: int) -> None:
+        self.table = torch.arange(rows * blocks).view(rows, blocks)
+        self.blocks = 2 * rows * blocks
+
+    def step(self, ancestors: torch.Tensor) -> torch.Tensor:
+        table = self.table[ancestors]
+        owners = torch.bincount(table.flatten(), minlength=self.blocks)
+        last = table[:, -1]
+        shared = (owners[last] > 1).nonzero()[:, 0]
+        free = (owners == 0).nonzero()[: len(shared), 0]
+        table[shared, -1] = free
+        return table
+
+
+@pytest.mark.parametrize("impl", ["winnow", "tensors"])
+def test_bookkeeping_of_a_step(measure, impl):
+    """Resample 64 sequences of 1024 blocks and append a token to each; the keys are one number."""
+    rows, blocks = 64, 1024
+    ancestors = torch.randint(rows, (rows,))
+    if impl == "winnow":
+        pool = BlockPool(
+            2 * rows * blocks,
+            num_layers=1,
+            num_kv_heads=1,
+            head_dim=1,
+            block_size=4,
+            dtype=torch.float32,
+        )
+        start = PagedKVCache(pool, rows)
+        tokens = torch.randn(rows, 1, 4 * blocks - 2, 1)
+        start.append(0, tokens, tokens)
+        token = tokens[:, :, :1]
+
+        def function(ancestors):
+            cache = start.fork(range(rows))  # every round begins alike
+            cache.permute_(ancestors)
+            cache.append(0, token, token)
+
+    else:
+        function = TensorTables(rows, blocks).step
+    measure(f"step of {rows} sequences of {blocks} blocks", impl, function, inputs=[(ancestors,)])

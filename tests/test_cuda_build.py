@@ -105,6 +105,15 @@ def test_the_library_links_what_every_cuda_torch_has(cuda_library):
     assert "RUNPATH" not in text
 
 
+def test_no_host_code_calls_a_function_of_the_device(cuda_library):
+    """In a template nvcc accepts such a call without a word, and makes it one of exit()."""
+    command = ["readelf", "--dyn-syms", "--wide", cuda_library]
+    text = subprocess.run(command, capture_output=True, text=True).stdout
+    wanted = re.findall(r"UND (\w+)", text)
+    assert "aoti_torch_get_current_cuda_stream" in wanted
+    assert "exit" not in wanted
+
+
 def test_the_stub_is_not_installed():
     package = Path(torch_winnow.__file__).parent
     assert not list(package.rglob("libtorch_cuda*"))

@@ -10,27 +10,27 @@ from torch_winnow.demo.text import Text
 from torch_winnow.models import CATConfig, CompressAttendTransformer, StackConfig
 from torch_winnow.models.training import Recipe
 
-SMALL = adaptive.RecallTask(context=32, pairs=4, keys=6, values=5, noise=3)
+SMALL = adaptive.RecallTask(context=64, pairs=8, keys=10, values=5, noise=3)
 TINY = StackConfig(width=16, depth=1, heads=2)
 
 
 def test_every_answer_is_in_the_context_once():
     texts = SMALL.texts(50, torch.Generator().manual_seed(0))
-    assert texts.shape == (50, SMALL.length) == (50, 40)
+    assert texts.shape == (50, SMALL.length) == (50, 80)
     assert int(texts.max()) < SMALL.vocab_size
     answers = SMALL.answers(texts)
-    assert answers.shape == (50, 4)
+    assert answers.shape == (50, 8)
     for text, values in zip(texts.tolist(), answers.tolist(), strict=True):
-        asked = text[32::2]
-        assert len(set(asked)) == 4
+        asked = text[64::2]
+        assert len(set(asked)) == 8
         for key, value in zip(asked, values, strict=True):
-            assert text[:32].count(key) == 1
+            assert text[:64].count(key) == 1
             place = text.index(key)
             assert place % 2 == 0
             assert text[place + 1] == value
-            assert 6 <= value < 11
-        noise = [token for token in text[:32] if token >= 11]
-        assert len(noise) == 24
+            assert 10 <= value < 15
+        noise = [token for token in text[:64] if token >= 15]
+        assert len(noise) == 48
 
 
 @pytest.fixture

@@ -65,6 +65,21 @@ CALLS = {
     "kvcache summaries": lambda: ops.score_blocks(
         torch.zeros(2, 2, 1, 8), torch.zeros(2, 2, 1, 8, device="meta")
     ),
+    "through block_table": lambda: ops.score_blocks(
+        torch.zeros(2, 2, 1, 8), PAGES[:, :, 0], TABLE.to("meta")
+    ),
+    "fused seq_lens": lambda: ops.score_select_blocks(
+        torch.zeros(2, 2, 1, 8), PAGES[:, :, 0], 2, LENGTHS.to("meta"), 4, TABLE
+    ),
+    "update positions": lambda: ops.update_block_summaries_(
+        PAGES[:, :, 0].clone(), PAGES, TABLE, LENGTHS, INDICES.to("meta")
+    ),
+    "mass lse": lambda: ops.attention_mass(
+        torch.zeros(2, 2, 1, 8), PAGES, TABLE, LENGTHS, torch.zeros(2, 2, 1, device="meta")
+    ),
+    "compact keep": lambda: ops.compact_pages_(
+        PAGES[None].clone(), TABLE, TABLE, INDICES[None, :, None].to("meta")
+    ),
     "select seq_lens": lambda: ops.select_blocks(torch.zeros(2, 2, 3), 1, LENGTHS.to("meta"), 4),
     "write positions": lambda: ops.paged_write_(
         PAGES, PAGES.clone(), PAGES[:2, :, :1], PAGES[:2, :, :1], TABLE, LENGTHS.to("meta")

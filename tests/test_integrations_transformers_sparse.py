@@ -17,6 +17,7 @@ from test_integrations_transformers_cache import forward, near, states
 from tiny_transformers import SIZES, make
 from torch_winnow import reference
 from torch_winnow.integrations.transformers import BlockSparse, WinnowCache, attention, dense
+from torch_winnow.kvcache import BlockPool
 
 CONFIG = LlamaConfig(**SIZES)
 
@@ -77,6 +78,20 @@ def test_sparse_with_every_block_is_dense(llama):
     ]
     assert torch.equal(results[0], results[1])
     assert not torch.equal(results[0], results[2])
+
+
+def test_a_shared_pool_has_the_summaries_that_are_asked_for(llama):
+    sizes = {"num_layers": 2, "num_kv_heads": 2, "head_dim": 8, "block_size": 4}
+    pool = BlockPool(40, dtype=torch.float32, summaries="mean", **sizes)
+    with pytest.raises(ValueError, match="pool: expected summaries='minmax' as in sparse, got"):
+        WinnowCache(CONFIG, pool=pool, sparse=BlockSparse(k=3))
+    tokens = torch.randint(1, 64, (2, 21))
+    results = []
+    for options in ({"pool": pool}, {"block_size": 4}):
+        cache = WinnowCache(CONFIG, sparse=BlockSparse(k=3, summary="mean"), **options)
+        forward(llama, tokens[:, :20], cache)
+        results.append(forward(llama, tokens[:, 20:], cache))
+    assert torch.equal(results[0], results[1])
 
 
 # Models with a selection of their own.

@@ -355,7 +355,7 @@ def test_ops_are_checked_and_compile():
         ({"block_size": 0}, "block_size: expected at least 1, got 0"),
         ({"value_head_dim": -1}, "value_head_dim: expected at least 1, got -1"),
         ({"dtype": torch.uint8}, "dtype: expected float32, bfloat16.*got torch.uint8"),
-        ({"device": "meta"}, "device: expected cpu.*got meta"),
+        ({"device": "meta"}, "device: expected cpu or cuda, got meta"),
         ({"blocks": -1}, "num_blocks: expected 0 <= num_blocks.*got -1"),
     ],
 )

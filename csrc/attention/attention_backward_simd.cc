@@ -41,6 +41,13 @@ inline Split split_of(const Pattern& pattern, int64_t index, int64_t splits) {
   return split;
 }
 
+// A copy with zeros for what is not finite: in a product over keys that some lanes don't see, zero
+// weight times NaN would be NaN.
+template <typename Acc>
+inline void copy_finite(const Acc* src, int64_t count, Acc* dst) {
+  for (int64_t i = 0; i < count; ++i) dst[i] = src[i] * Acc(0) == Acc(0) ? src[i] : Acc(0);
+}
+
 template <typename T, class Math>
 class Backward {
   using Acc = typename Math::Acc;
@@ -123,17 +130,17 @@ class Backward {
 
   void tile(int64_t head, int64_t row, int64_t count, bool own) {
     load_queries(head, row, count);
-    visible_ranges(pattern_, row, count, &slots_, &locals_);
+    see_rows(row, count);
     for (int64_t i = 0; i < ld_ * kTile; ++i) grad_query_[i] = 0;
     if (own) {
       attend(slots_, forward_.slot_key, forward_.slot_value, slot_key_sums_, slot_value_sums_,
              true);
       // Keys of earlier splits: their own split accumulates them.
-      LaneRanges earlier = locals_;
-      earlier.clip(0, split_.row_begin);
+      PlaceRanges<kSize> earlier;
+      clip(locals_, 0, split_.row_begin, &earlier);
       attend(earlier, forward_.key, forward_.value, nullptr, nullptr, true);
     }
-    locals_.clip(split_.row_begin, split_.row_end);
+    clip(locals_, split_.row_begin, split_.row_end, &locals_);
     attend(locals_, forward_.key, forward_.value, window_.key(0), window_.value(0), own);
     if (!own) return;
     transpose_tile(grad_query_, kTile, ld_, kTile, out_, ld_);
@@ -142,6 +149,30 @@ class Backward {
       store_row(out_ + lane * ld_, dim_,
                 static_cast<T*>(problem_.grad_query) + (first + lane) * dim_);
     }
+  }
+
+  void see_rows(int64_t row, int64_t count) {
+    Chunk chunk{0, 0, 0, 0, 0};
+    for (int64_t lane = 0; lane < kTile; ++lane) {
+      const int64_t t = row + lane;
+      if (lane >= count) {
+        slots_.place[lane] = locals_.place[lane] = {};
+        continue;
+      }
+      if (lane == 0 || t >= chunk.end) chunk = chunk_of(pattern_, t);
+      slots_.place[lane] = {chunk.slot_begin, chunk.slot_end};
+      locals_.place[lane] = {chunk.local_begin, pattern_.causal ? t + 1 : chunk.end};
+    }
+    slots_.bound(kTile / kSize);
+  }
+
+  static void clip(const PlaceRanges<kSize>& ranges, int64_t begin, int64_t end,
+                   PlaceRanges<kSize>* clipped) {
+    for (int lane = 0; lane < kTile; ++lane) {
+      clipped->place[lane] = {larger(ranges.place[lane].begin, begin),
+                              smaller(ranges.place[lane].end, end)};
+    }
+    clipped->bound(kTile / kSize);
   }
 
   void load_queries(int64_t head, int64_t row, int64_t count) {
@@ -180,21 +211,19 @@ class Backward {
   }
 
   // key_sums, value_sums: where the gradient of key 0 would lie, or null.
-  void attend(const LaneRanges& ranges, const Source& key, const Source& value, Acc* key_sums,
-              Acc* value_sums, bool queries) {
-    int64_t first;
-    int64_t last;
-    ranges.bounds(&first, &last);
+  void attend(const PlaceRanges<kSize>& ranges, const Source& key, const Source& value,
+              Acc* key_sums, Acc* value_sums, bool queries) {
+    const auto [first, last] = union_of(ranges.some, kTile / kSize);
     const T* keys = rows_of(key, kv_head_);
     const T* values = rows_of(value, kv_head_);
     for (int64_t j = first; j < last; j += kTile) {
       const int64_t count = smaller(kTile, last - j);
-      const TileMask<Math> mask(ranges, j, count);
+      const TileMask<Math> mask(ranges, 0, kTile / kSize, j, count);
       key_is_finite_ = load_rows(keys + j * key.row, key.row, count, dim_, key_, ld_);
       load_rows(values + j * value.row, value.row, count, dim_, value_, ld_);
       if (!key_is_finite_) copy_finite(key_, count * ld_, finite_key_);
       for (int g = 0; g < mask.count; ++g) {
-        with_width(mask.groups[g].width, [&](auto width) {
+        with_constant<kMaxWidth>(mask.groups[g].width, [&](auto width) {
           group<decltype(width)::value>(mask, mask.groups[g],
                                         key_sums ? key_sums + j * ld_ : nullptr,
                                         value_sums ? value_sums + j * ld_ : nullptr, queries);
@@ -210,34 +239,33 @@ class Backward {
     const int lane = group.vector * kSize;
     const int keys = group.end - group.begin;
     const int64_t first = group.begin * ld_;
-    Vec factor[W];
-    for (Vec& vec : factor) vec = Vec(static_cast<Acc>(forward_.scale * kLog2E));
-    product<Math, W, false>(keys, {key_ + first, ld_, 1}, query_lanes_ + lane, kTile, dim_,
-                            weights_, kLanesWide, factor);
-    for (Vec& vec : factor) vec = Vec(Acc(1));
-    product<Math, W, false>(keys, {value_ + first, ld_, 1}, grad_lanes_ + lane, kTile, dim_,
-                            grad_scores_, kLanesWide, factor);
+    const Acc scale = static_cast<Acc>(forward_.scale * kLog2E);
+    const Acc one(1);
+    product<Math, Into::kScaled, W>(keys, {key_ + first, ld_, 1}, query_lanes_ + lane, kTile, dim_,
+                                    weights_, kLanesWide, &scale);
+    product<Math, Into::kScaled, W>(keys, {value_ + first, ld_, 1}, grad_lanes_ + lane, kTile, dim_,
+                                    grad_scores_, kLanesWide, &one);
     for (int w = 0; w < W; ++w) {
       weights(mask, group, group.vector + w, weights_ + w * kSize, grad_scores_ + w * kSize,
               kLanesWide);
     }
     if (value_sums) {
       const Acc* grad = grad_is_finite_ ? grad_ : finite_grad_;
-      product_columns<Math>(keys, {weights_, kLanesWide, 1}, grad + lane * ld_, ld_, kLanesWide,
-                            ld_, value_sums + first, ld_);
+      product_columns<Math, Into::kAdded>({weights_, kLanesWide, 1}, grad + lane * ld_, ld_,
+                                          kLanesWide, ld_, value_sums + first, ld_, nullptr, keys);
       if (!grad_is_finite_)
         add_nonfinite_rows(mask, group, kLanesWide, weights_, grad_, value_sums);
       const Acc* query = query_is_finite_ ? query_ : finite_query_;
-      product_columns<Math>(keys, {grad_scores_, kLanesWide, 1}, query + lane * ld_, ld_,
-                            kLanesWide, ld_, key_sums + first, ld_);
+      product_columns<Math, Into::kAdded>({grad_scores_, kLanesWide, 1}, query + lane * ld_, ld_,
+                                          kLanesWide, ld_, key_sums + first, ld_, nullptr, keys);
       if (!query_is_finite_) {
         add_nonfinite_rows(mask, group, kLanesWide, grad_scores_, query_, key_sums);
       }
     }
     if (queries) {
       const Acc* key = (key_is_finite_ ? key_ : finite_key_) + first;
-      product<Math, W, true>(dim_, {key, 1, ld_}, grad_scores_, kLanesWide, keys,
-                             grad_query_ + lane, kTile, factor);
+      product<Math, Into::kAdded, W>(dim_, {key, 1, ld_}, grad_scores_, kLanesWide, keys,
+                                     grad_query_ + lane, kTile, nullptr);
       if (!key_is_finite_) add_nonfinite_keys(mask, group, kLanesWide);
     }
   }
@@ -249,14 +277,15 @@ class Backward {
     const Vec delta = Vec::loadu(delta_ + v * kSize);
     const Vec scale(static_cast<Acc>(forward_.scale));
     const Vec none(Acc(0));
+    const bool full = group.full_begin <= group.begin && group.end <= group.full_end;
+    const typename TileMask<Math>::Lanes lanes(mask, v);
     for (int j = group.begin; j < group.end; ++j) {
       const int64_t place = (j - group.begin) * ld;
       Vec p = exp2_lanes(Vec::loadu(weights + place) - lse);
       Vec grad = p * (Vec::loadu(grads + place) - delta) * scale;
-      if (j < group.full_begin || j >= group.full_end) {
-        const Vec sees = mask.sees(v, j);
-        p = Vec::blendv(none, p, sees);
-        grad = Vec::blendv(none, grad, sees);
+      if (!full) {
+        p = lanes.where_seen(j, p, none);
+        grad = lanes.where_seen(j, grad, none);
       }
       p.store(weights + place);
       grad.store(grads + place);
@@ -303,7 +332,7 @@ class Backward {
   int64_t batch_ = 0;
   int64_t kv_head_ = 0;
   Split split_{0, 0, 0, 0};
-  LaneRanges slots_, locals_;
+  PlaceRanges<kSize> slots_, locals_;
   // (lane, dim), their transposes (dim, lane), and copies without what is not finite
   Acc *query_, *query_lanes_, *finite_query_;
   Acc *grad_, *grad_lanes_, *finite_grad_;

@@ -1,14 +1,21 @@
-// Online softmax over tiles of 64 query rows by up to 64 keys, first the slots, then the local
-// rows. Queries lie in vector lanes: a tile's queries are transposed once, keys and values are
-// packed as they are, running maximum, sum and output are kept per lane. Reads each key once per
-// tile of queries, writes each output once.
+// Online softmax over tiles of 64 query rows by up to 80 keys, first the slots, then the local
+// rows. Scores have query rows in vector lanes: a tile's queries are transposed once, keys are read
+// where they lie, and maximum and sum are kept per lane. Outputs have the head dimension in lanes,
+// values too. Reads each key once per tile of queries, writes each output once.
+//
+// A product over keys that some rows don't see meets zero weights, which an infinite or NaN value
+// would turn into NaN. Values are not searched for those: a tile whose result is not finite is
+// computed once more with zeros in their place, which is the result of the rows that don't see
+// them, to the last bit; then each row that does see one, by itself, from the keys that it sees.
 #include "attention/attention_forward_simd.h"
 
+#include <cstring>
 #include <limits>
 
 #include "attention/dot_bf16.h"
 #include "attention/key_tile.h"
 #include "attention/operands.h"
+#include "attention/row_tile.h"
 #include "attention/scratch.h"
 #include "common/dispatch_simd.h"
 
@@ -18,6 +25,39 @@ namespace {
 constexpr double kLog2E = 1.4426950408889634;
 constexpr double kLn2 = 0.6931471805599453;
 
+// Rows of queries, keys, values and outputs of the next task, fetched while this one computes: the
+// rows of a task are few and its neighbour is computed much later, so that the processor guesses
+// none of them.
+class Ahead {
+ public:
+  void start(int64_t rows, int64_t row_bytes) {
+    left_ = rows;
+    bytes_ = row_bytes;
+    count_ = 0;
+  }
+  void add(const void* rows, int64_t stride_bytes) {
+    next_[count_] = static_cast<const char*>(rows);
+    stride_[count_++] = stride_bytes;
+  }
+
+  void fetch(int64_t rows) {
+    for (; rows > 0 && left_ > 0; --rows, --left_) {
+      for (int i = 0; i < count_; ++i) {
+        for (int64_t x = 0; x < bytes_; x += 64) __builtin_prefetch(next_[i] + x, 0, 2);
+        next_[i] += stride_[i];
+      }
+    }
+  }
+
+ private:
+  static constexpr int kMost = 4;
+  const char* next_[kMost];
+  int64_t stride_[kMost];
+  int count_ = 0;
+  int64_t bytes_ = 0;
+  int64_t left_ = 0;
+};
+
 template <typename T, class Math>
 class Forward {
   using Acc = typename Math::Acc;
@@ -25,198 +65,398 @@ class Forward {
   using Operand = typename Math::Operand;
   using Packed = Pack<T, Math>;
   static constexpr int kSize = Vec::size();
+  using Tile = RowTile<kSize>;
   static constexpr Acc kNone = -std::numeric_limits<Acc>::infinity();
 
  public:
   Forward(const AttentionProblem& problem, void* memory)
-      : problem_(problem), dim_(problem.dim), ld_(padded_dim(problem.dim)) {
+      : problem_(problem),
+        dim_(problem.dim),
+        ld_(padded_dim(problem.dim)),
+        depth_((problem.dim + Math::kDepth - 1) / Math::kDepth),
+        scale_(static_cast<Acc>(problem.scale * kLog2E)),
+        tile_(problem.pattern) {
     Scratch scratch(memory);
-    rows_ = scratch.take<Acc>(kTile * ld_);
     query_ = scratch.take<Operand>(kTile * ld_ + kTile * 16);
-    out_ = scratch.take<Acc>(kTile * ld_);
-    key_ = scratch.take<Operand>(kTile * ld_ + kTile * 16);
-    value_ = scratch.take<Operand>(kTile * ld_ + kTile * 16);
-    scores_ = scratch.take<Acc>(kTile * kTile);
-    weights_ = scratch.take<Operand>(kTile * kTile);
+    buffer_ = scratch.take<Operand>(kSize * ld_ + kSize * 16);
+    single_query_ = scratch.take<Operand>(kSingles * (ld_ + 16));
+    out_ = scratch.take<Acc>(kPlaces * ld_);
+    key_ = scratch.take<Operand>(kKeyTile * (ld_ + 16));
+    value_ = scratch.take<Operand>(kKeyTile * (ld_ + 16));
+    scores_ = scratch.take<Acc>(kKeyTile * kTile);
+    weights_ = scratch.take<Operand>(kKeyTile * kTile);
+    finite_values_ = scratch.take<T>(kKeyTile * dim_);
   }
 
-  void tile(int64_t batch, int64_t head, int64_t row, T* out, Acc* lse) {
-    const int64_t count = smaller(kTile, problem_.pattern.rows - row);
-    const int64_t kv_head = head / (problem_.query_heads / problem_.kv_heads);
-    const Source& q = problem_.query;
-    Packed::lanes(static_cast<const T*>(q.data) + batch * q.batch + head * q.head + row * q.row,
-                  q.row, count, dim_, key_, query_);
-    zero(out_, ld_ * kTile);
-    for (int lane = 0; lane < kTile; ++lane) {
-      top_[lane] = kNone;
-      sum_[lane] = 0;
+  // Rows [row, end) of one head; out and lse point to the first of the head.
+  void rows(int64_t batch, int64_t head, int64_t row, int64_t end, T* out, Acc* lse) {
+    batch_ = batch;
+    head_ = head;
+    out_rows_ = out;
+    lse_ = lse;
+    while (row < end) {
+      row = tile_.fill(row, end);
+      attend();
+      if (!finish()) again();
     }
+  }
 
-    visible_ranges(problem_.pattern, row, count, &slots_, &locals_);
-    attend(slots_, problem_.slot_key, problem_.slot_value, batch, kv_head);
-    attend(locals_, problem_.key, problem_.value, batch, kv_head);
-    finish(count, out, lse);
+  // The rows that come next, if any.
+  void expect(int64_t batch, int64_t head, int64_t row, int64_t end, const T* out) {
+    const int64_t kv_head = head / (problem_.query_heads / problem_.kv_heads);
+    ahead_.start(end - row, dim_ * static_cast<int64_t>(sizeof(T)));
+    expect(problem_.query, batch, head, row);
+    expect(problem_.key, batch, kv_head, row);
+    expect(problem_.value, batch, kv_head, row);
+    ahead_.add(out + row * dim_, dim_ * static_cast<int64_t>(sizeof(T)));
   }
 
  private:
-  void attend(const LaneRanges& ranges, const Source& key, const Source& value, int64_t batch,
-              int64_t kv_head) {
-    int64_t first;
-    int64_t last;
-    ranges.bounds(&first, &last);
-    const T* keys = static_cast<const T*>(key.data) + batch * key.batch + kv_head * key.head;
+  void expect(const Source& source, int64_t batch, int64_t head, int64_t row) {
+    ahead_.add(static_cast<const T*>(source.data) + batch * source.batch + head * source.head +
+                   row * source.row,
+               source.row * static_cast<int64_t>(sizeof(T)));
+  }
+
+  // The tile once more, as the head of this file says.
+  void again() {
+    for (bool& sees : sees_nonfinite_) sees = false;
+    hide_nonfinite_ = true;
+    attend();
+    finish();
+    hide_nonfinite_ = false;
+    int64_t rows[kPlaces];
+    int count = 0;
+    const auto collect = [&](int begin, int end) {
+      for (int place = begin; place < end; ++place) {
+        if (sees_nonfinite_[place] && tile_.row[place] >= 0) rows[count++] = tile_.row[place];
+      }
+    };
+    collect(0, tile_.vectors * kSize);
+    collect(kTile, kTile + tile_.singles);
+    for (int i = 0; i < count; ++i) {
+      tile_.fill_single(rows[i]);
+      attend();
+      finish();
+    }
+  }
+
+  void attend() {
+    const Source& q = problem_.query;
+    const T* query = static_cast<const T*>(q.data) + batch_ * q.batch + head_ * q.head;
+    for (int v = 0; v < tile_.vectors; ++v) {
+      int64_t count = 0;
+      while (count < kSize && tile_.row[v * kSize + count] >= 0) ++count;
+      Packed::lanes(query + tile_.row[v * kSize] * q.row, q.row, count, dim_, buffer_,
+                    query_ + v * kSize);
+    }
+    for (int i = 0; i < tile_.singles; ++i) {
+      single_[i] = Packed::rows(query + tile_.row[kTile + i] * q.row, q.row, 1, dim_,
+                                single_query_ + i * (ld_ + 16))
+                       .data;
+    }
+    for (int place = 0; place < kPlaces; ++place) {
+      top_[place] = kNone;
+      sum_[place] = 0;
+      decay_[place] = 1;
+      fresh_[place] = true;
+    }
+
+    attend(tile_.slots, tile_.all(), problem_.slot_key, problem_.slot_value);
+    for (int i = 0; i < tile_.segments; ++i) {
+      attend(tile_.locals, tile_.segment[i], problem_.key, problem_.value);
+    }
+  }
+
+  void attend(const PlaceRanges<kSize>& ranges, const Segment& segment, const Source& key,
+              const Source& value) {
+    const int64_t kv_head = head_ / (problem_.query_heads / problem_.kv_heads);
+    const T* keys = static_cast<const T*>(key.data) + batch_ * key.batch + kv_head * key.head;
     const T* values =
-        static_cast<const T*>(value.data) + batch * value.batch + kv_head * value.head;
-    for (int64_t j = first; j < last; j += kTile) {
-      const int64_t count = smaller(kTile, last - j);
-      const TileMask<Math> mask(ranges, j, count);
-      bool finite;
+        static_cast<const T*>(value.data) + batch_ * value.batch + kv_head * value.head;
+    const KeyRange both[2] = {
+        union_of(ranges.some + segment.first_vector, segment.last_vector - segment.first_vector),
+        union_of(ranges.place + kTile + segment.first_single,
+                 segment.last_single - segment.first_single)};
+    const KeyRange range = union_of(both, 2);
+    // Tiles of one size: a last one of a few keys would cost almost as much as a full one.
+    const int64_t tiles = (range.end - range.begin + kKeyTile - 1) / kKeyTile;
+    const int64_t size =
+        tiles > 0 ? ((range.end - range.begin + tiles - 1) / tiles + 1) / 2 * 2 : 0;
+    for (int64_t j = range.begin; j < range.end; j += size) {
+      const int64_t count = smaller(size, range.end - j);
       const auto k = Packed::rows(keys + j * key.row, key.row, count, dim_, key_);
-      const auto v =
-          Packed::columns(values + j * value.row, value.row, count, dim_, value_, &finite);
+      const T* tile_values = values + j * value.row;
+      int64_t stride = value.row;
+      if (hide_nonfinite_) {
+        tile_values = without_nonfinite(ranges, j, tile_values, stride, count);
+        stride = dim_;
+      }
+      const auto v = Packed::columns(tile_values, stride, count, dim_, value_);
+      const TileMask<Math> mask(ranges, segment.first_vector, segment.last_vector, j, count);
       for (int g = 0; g < mask.count; ++g) {
-        const Group& group = mask.groups[g];
-        with_width(group.width, [&](auto width) {
-          const Operand* weights = weigh<decltype(width)::value>(mask, group, k, v);
-          if (!finite) {
-            add_nonfinite(mask, group, values + j * value.row, value.row, weights,
-                          group.width * kSize);
-          }
+        with_constant<kMaxWidth>(mask.groups[g].width, [&](auto width) {
+          weigh<decltype(width)::value>(ranges, mask, mask.groups[g], k, v);
         });
       }
-    }
-  }
-
-  // One group of lanes through its keys; returns the weights.
-  template <int W>
-  const Operand* weigh(const TileMask<Math>& mask, const Group& group, OperandTile<Operand> k,
-                       OperandTile<Operand> v) {
-    constexpr int kLanesWide = W * kSize;
-    const int first_lane = group.vector * kSize;
-    const int keys = group.end - group.begin;
-    Vec factor[W];
-    for (Vec& vec : factor) vec = Vec(static_cast<Acc>(problem_.scale * kLog2E));
-    product<Math, W, false>(keys, {k.data + group.begin * k.ld, k.ld, 1}, query_ + first_lane,
-                            kTile, (dim_ + Math::kDepth - 1) / Math::kDepth, scores_, kLanesWide,
-                            factor);
-    Operand* weights = Packed::weights(scores_, weights_);
-    for (int w = 0; w < W; ++w) {
-      factor[w] = softmax(mask, group, group.vector + w, scores_ + w * kSize, kLanesWide,
-                          weights + w * kSize);
-    }
-    product<Math, W, true>(dim_, {v.data + group.begin / Math::kDepth * v.ld, 1, v.ld}, weights,
-                           kLanesWide, keys / Math::kDepth, out_ + first_lane, kTile, factor);
-    return weights;
-  }
-
-  // Scores of one vector of lanes become weights; returns the factor that the lanes' output so far
-  // is to be multiplied by.
-  Vec softmax(const TileMask<Math>& mask, const Group& group, int v, Acc* scores, int64_t ld,
-              Operand* weights) {
-    const Vec before = Vec::loadu(top_ + v * kSize);
-    const int keys = group.end - group.begin;
-    Vec top = before;
-    for (int j = 0; j < keys; ++j) {
-      Vec s = Vec::loadu(scores + j * ld);
-      if (group.begin + j < group.full_begin || group.begin + j >= group.full_end) {
-        s = Vec::blendv(Vec(kNone), s, mask.sees(v, group.begin + j));
-        s.store(scores + j * ld);
+      for (int i = segment.first_single; i < segment.last_single; ++i) {
+        const KeyRange sees = mask.inside(ranges.place[kTile + i]);
+        weigh_single(i, static_cast<int>(sees.begin), static_cast<int>(sees.end), k, v);
       }
-      top = larger_lanes(s, top);
     }
-    // Where nothing was seen yet the reference is 0, so that exp2(-inf - 0) = 0 and not NaN.
-    const Vec reference = Vec::blendv(top, Vec(Acc(0)), top == Vec(kNone));
-    const Vec decay = exp2_lanes(before - reference);
-    Vec sum(Acc(0));
-    for (int j = 0; j < keys; j += Math::kDepth) {
-      Vec p[Math::kDepth];
-      for (int i = 0; i < Math::kDepth; ++i) {
-        p[i] = exp2_lanes(Vec::loadu(scores + (j + i) * ld) - reference);
-        sum = sum + p[i];
-      }
-      Math::store(p, weights + j / Math::kDepth * ld);
-    }
-    top.store(top_ + v * kSize);
-    at::vec::fmadd(Vec::loadu(sum_ + v * kSize), decay, sum).store(sum_ + v * kSize);
-    return decay;
   }
 
-  // What Pack::columns left out, for the lanes that do see it. The result there is infinite or NaN
-  // whatever the order of the terms.
-  void add_nonfinite(const TileMask<Math>& mask, const Group& group, const T* values,
-                     int64_t stride, const Operand* weights, int lanes) {
-    const int keys = static_cast<int>(smaller(group.end, mask.keys));
-    for (int j = group.begin; j < keys; ++j) {
-      load_rows(values + j * stride, 0, 1, dim_, rows_, ld_);
+  // A copy of values with zeros for what is not finite; notes who sees such a key.
+  const T* without_nonfinite(const PlaceRanges<kSize>& ranges, int64_t first_key, const T* values,
+                             int64_t stride, int64_t count) {
+    std::memset(static_cast<void*>(finite_values_), 0,
+                static_cast<size_t>(count * dim_) * sizeof(T));
+    for (int64_t r = 0; r < count; ++r) {
+      Acc row[padded_dim(256)];
+      if (load_rows(values + r * stride, 0, 1, dim_, row, ld_)) {
+        copy(values + r * stride, dim_, finite_values_ + r * dim_);
+        continue;
+      }
       for (int64_t d = 0; d < dim_; ++d) {
-        if (rows_[d] * Acc(0) == Acc(0)) continue;
-        for (int i = 0; i < lanes; ++i) {
-          const int lane = group.vector * kSize + i;
-          if (mask.lane_sees(lane, j)) {
-            out_[d * kTile + lane] += Packed::weight(weights, lanes, j - group.begin, i) * rows_[d];
-          }
+        if (row[d] * Acc(0) == Acc(0))
+          copy(values + r * stride + d, 1, finite_values_ + r * dim_ + d);
+      }
+      for (int place = 0; place < kPlaces; ++place) {
+        const KeyRange& sees = ranges.place[place];
+        if (sees.begin <= first_key + r && first_key + r < sees.end) sees_nonfinite_[place] = true;
+      }
+    }
+    return finite_values_;
+  }
+
+  static void copy(const T* src, int64_t count, T* dst) {
+    std::memcpy(dst, src, static_cast<size_t>(count) * sizeof(T));
+  }
+
+  // One group of lanes through its keys.
+  template <int W>
+  void weigh(const PlaceRanges<kSize>& ranges, const TileMask<Math>& mask, const Group& group,
+             OperandTile<Operand> k, OperandTile<Operand> v) {
+    constexpr int kLanesWide = W * kSize;
+    constexpr int kDepth = Math::kDepth;
+    const int first_lane = group.vector * kSize;
+    product<Math, Into::kScaled, W>(smaller(group.end, mask.keys) - group.begin,
+                                    {k.data + group.begin * k.ld, k.ld, 1}, query_ + first_lane,
+                                    kTile, depth_, scores_, kLanesWide, &scale_);
+    Operand* weights = Math::weights(scores_, weights_);
+    softmax<W>(mask, group, weights);
+    for (int lane = 0; lane < kLanesWide; lane += kTogether) {
+      const int place = first_lane + lane;
+      const KeyRange sees = mask.inside(ranges.together[place / kTogether]);
+      const int64_t begin = sees.begin / kDepth;
+      const int64_t pairs = (sees.end + kDepth - 1) / kDepth - begin;
+      if (pairs <= 0) continue;
+      add_values<kTogether>(
+          place, {weights + (begin - group.begin / kDepth) * kLanesWide + lane, 1, kLanesWide},
+          v.data + begin * v.ld, v.ld, pairs);
+      ahead_.fetch(kTogether);
+    }
+  }
+
+  // out = out * decay + weights * values for the rows of some places. The first time there is no
+  // output yet: zeros to begin with would be written to lines that are no longer in the first-level
+  // cache, one after another.
+  template <int kCount>
+  void add_values(int place, Broadcasts<Operand> weights, const Operand* values, int64_t ld,
+                  int64_t depth) {
+    Acc* out = out_ + place * ld_;
+    if (fresh_[place]) {
+      const Acc one(1);
+      product_columns<Math, Into::kScaled, kCount>(weights, values, ld, depth, ld_, out, ld_, &one);
+      fresh_[place] = false;
+    } else {
+      product_columns<Math, Into::kDecayed, kCount>(weights, values, ld, depth, ld_, out, ld_,
+                                                    decay_ + place);
+    }
+  }
+
+  // A group's scores become weights.
+  template <int W>
+  void softmax(const TileMask<Math>& mask, const Group& group, Operand* weights) {
+    constexpr int kLanesWide = W * kSize;
+    const int lane = group.vector * kSize;
+    const int keys = group.end - group.begin;
+    Vec top[W];
+    for (int w = 0; w < W; ++w) top[w] = Vec::loadu(top_ + lane + w * kSize);
+    if (group.full_begin <= group.begin && group.end <= group.full_end) {
+      for (int j = 0; j < keys; ++j) {
+#pragma GCC unroll 4
+        for (int w = 0; w < W; ++w) {
+          top[w] = larger_lanes(Vec::loadu(scores_ + j * kLanesWide + w * kSize), top[w]);
+        }
+      }
+    } else {
+      for (int w = 0; w < W; ++w) {
+        const typename TileMask<Math>::Lanes lanes(mask, group.vector + w);
+        for (int j = 0; j < keys; ++j) {
+          Acc* place = scores_ + j * kLanesWide + w * kSize;
+          const Vec s = lanes.where_seen(group.begin + j, Vec::loadu(place), Vec(kNone));
+          s.store(place);
+          top[w] = larger_lanes(s, top[w]);
         }
       }
     }
+    Vec reference[W];
+    Vec sum[W];
+    for (int w = 0; w < W; ++w) {
+      const int place = lane + w * kSize;
+      reference[w] = reference_of(top[w]);
+      const Vec decay = exp2_lanes(Vec::loadu(top_ + place) - reference[w]);
+      sum[w] = Vec::loadu(sum_ + place) * decay;
+      decay.store(decay_ + place);
+      top[w].store(top_ + place);
+    }
+    for (int j = 0; j < keys; j += Math::kDepth) {
+#pragma GCC unroll 4
+      for (int w = 0; w < W; ++w) {
+        Vec p[Math::kDepth];
+        for (int i = 0; i < Math::kDepth; ++i) {
+          p[i] = exp2_lanes(Vec::loadu(scores_ + (j + i) * kLanesWide + w * kSize) - reference[w]);
+          sum[w] = sum[w] + p[i];
+        }
+        Math::store(p, weights + j / Math::kDepth * kLanesWide + w * kSize);
+      }
+    }
+    for (int w = 0; w < W; ++w) sum[w].store(sum_ + lane + w * kSize);
   }
 
-  // Divides by the sums and writes the rows.
-  void finish(int64_t count, T* out, Acc* lse) {
-    for (int64_t lane = 0; lane < kTile; ++lane) {
-      if (lane < count) {
-        lse[lane] = sum_[lane] == 0
-                        ? kNone
-                        : static_cast<Acc>((top_[lane] + std::log2(sum_[lane])) * Acc(kLn2));
-      }
-      sum_[lane] = sum_[lane] == 0 ? Acc(0) : 1 / sum_[lane];
+  // Where nothing was seen yet the reference is 0, so that exp2(-inf - 0) = 0 and not NaN.
+  static Vec reference_of(const Vec& top) {
+    return Vec::blendv(top, Vec(Acc(0)), top == Vec(kNone));
+  }
+
+  // One row by itself through the keys [begin, end) of a tile, with keys in lanes for the softmax.
+  void weigh_single(int index, int begin, int end, OperandTile<Operand> k, OperandTile<Operand> v) {
+    if (begin >= end) return;
+    constexpr int kDepth = Math::kDepth;
+    const int place = kTile + index;
+    const int first = begin / kDepth * kDepth;
+    Vec tops(top_[place]);
+    for (int j = first; j < end; j += kSize) {
+      const int count = end - j < kSize ? end - j : kSize;
+      const Vec dots = dot_rows<Math>(single_[index], k.data + j * k.ld, k.ld, count, depth_);
+      const Vec key = Vec::arange(static_cast<Acc>(j), Acc(1));
+      const Vec seen = (Vec(static_cast<Acc>(begin)) <= key) & (key < Vec(static_cast<Acc>(end)));
+      const Vec s = Vec::blendv(Vec(kNone), dots * Vec(scale_), seen);
+      s.store(scores_ + j - first);
+      tops = larger_lanes(s, tops);
     }
-    for (int64_t d = 0; d < dim_; ++d) {
-      for (int x = 0; x < kTile; x += kSize) {
-        Acc* place = out_ + d * kTile + x;
-        (Vec::loadu(place) * Vec::loadu(sum_ + x)).store(place);
-      }
+    const Acc top = largest_lane(tops);
+    const Acc reference = top == kNone ? Acc(0) : top;
+    Vec sums(Acc(0));
+    for (int j = first; j < end; j += kSize) {
+      const Vec p = exp2_lanes(Vec::loadu(scores_ + j - first) - Vec(reference));
+      sums = sums + p;
+      Math::store_run(p, weights_ + (j - first) / kDepth);
     }
-    if constexpr (std::is_same_v<T, Acc>) {
-      if (count == kTile && ld_ == dim_) {
-        transpose_tile(out_, kTile, ld_, kTile, out, dim_);
-        return;
-      }
+    decay_[place] = exp2_lane(top_[place] - reference);
+    top_[place] = top;
+    sum_[place] = sum_[place] * decay_[place] + sum_of_lanes(sums);
+    add_values<1>(place, {weights_, 0, 1}, v.data + first / kDepth * v.ld, v.ld,
+                  (end - first + kDepth - 1) / kDepth);
+    ahead_.fetch(2);
+  }
+
+  // Divides by the sums and writes the rows. Returns whether all are finite.
+  bool finish() {
+    const bool lanes = finish(0, tile_.vectors * kSize);
+    return finish(kTile, kTile + tile_.singles) && lanes;
+  }
+
+  bool finish(int begin, int end) {
+    for (int place = begin; place < end; place += kSize) {
+      const Vec sum = Vec::loadu(sum_ + place);
+      const Vec lse = (Vec::loadu(top_ + place) + log2_lanes(sum)) * Vec(Acc(kLn2));
+      lse.store(lse_of_ + place);
+      (Vec(Acc(1)) / sum).store(decay_ + place);
     }
-    transpose_tile(out_, kTile, ld_, kTile, rows_, ld_);
-    for (int64_t lane = 0; lane < count; ++lane) {
-      store_row(rows_ + lane * ld_, dim_, out + lane * dim_);
+    bool finite = true;
+    for (int place = begin; place < end; ++place) {
+      if (tile_.row[place] >= 0) finite = finish_place(place) && finite;
     }
+    return finite;
+  }
+
+  bool finish_place(int place) {
+    const int64_t row = tile_.row[place];
+    Acc* out = out_ + place * ld_;
+    if (sum_[place] == 0) {
+      lse_[row] = kNone;
+      zero(out, ld_);
+      store_row(out, dim_, out_rows_ + row * dim_);
+      return true;
+    }
+    lse_[row] = lse_of_[place];
+    const Vec factor(decay_[place]);
+    Vec probe(Acc(0));  // NaN once an infinity or a NaN was multiplied by zero
+    for (int64_t d = 0; d < ld_; d += kSize) {
+      const Vec x = Vec::loadu(out + d) * factor;
+      probe = at::vec::fmadd(x, Vec(Acc(0)), probe);
+      x.store(out + d);
+    }
+    store_row(out, dim_, out_rows_ + row * dim_);
+    return probe.zero_mask() == (1 << kSize) - 1;
   }
 
   const AttentionProblem& problem_;
   const int64_t dim_;
-  const int64_t ld_;  // dim_ in whole vectors
-  LaneRanges slots_, locals_;
-  Acc* rows_;         // (lane, dim): outputs on their way out
-  Operand* query_;    // (dim, lane)
-  Acc* out_;          // (dim, lane), not yet divided by the sum
-  Operand* key_;      // (key, dim)
-  Operand* value_;    // (key, dim)
-  Acc* scores_;       // (key, lane of the group)
-  Operand* weights_;  // (key, lane of the group), where operands are not the scores' own type
-  Acc top_[kTile];    // maximum score so far, in units of log 2
-  Acc sum_[kTile];    // sum of exp2(score - top)
+  const int64_t ld_;     // dim_ in whole vectors
+  const int64_t depth_;  // dim_ in operands
+  const Acc scale_;
+  Tile tile_;
+  Ahead ahead_;
+  int64_t batch_ = 0;
+  int64_t head_ = 0;
+  T* out_rows_ = nullptr;
+  Acc* lse_ = nullptr;
+  Operand* query_;         // (dim, lane)
+  Operand* buffer_;        // a vector of rows on their way there
+  Operand* single_query_;  // (row by itself, dim), where they are not used in place
+  Acc* out_;               // (place, dim), not yet divided by the sum
+  Operand* key_;           // (key, dim)
+  Operand* value_;         // (key, dim)
+  Acc* scores_;            // (key, lane of the group)
+  Operand* weights_;       // (key, lane of the group), where operands are not the scores' own type
+  const Operand* single_[kSingles];
+  Acc top_[kPlaces];     // maximum score so far, in units of log 2
+  Acc sum_[kPlaces];     // sum of exp2(score - top)
+  Acc decay_[kPlaces];   // what the output so far is to be multiplied by
+  bool fresh_[kPlaces];  // no output so far; of lanes, the first of each kTogether counts
+  Acc lse_of_[kPlaces];
+  T* finite_values_;  // (key, dim), see without_nonfinite
+  bool hide_nonfinite_ = false;
+  bool sees_nonfinite_[kPlaces];
 };
 
 template <typename T, class Math>
 void forward_units_of(const AttentionProblem& problem, int64_t unit_begin, int64_t unit_end,
                       void* scratch, void* out, void* lse) {
   Forward<T, Math> forward(problem, scratch);
-  const int64_t tiles = row_tiles(problem.pattern.rows);
+  const int64_t rows = problem.pattern.rows;
+  const int64_t size = task_rows(problem.pattern);
+  const int64_t tasks = row_tasks(problem.pattern);
+  // Early and late rows alternate: later ones see more, and threads get neighbouring units.
+  const auto with_rows = [&](int64_t unit, const auto& fn) {
+    const int64_t head = unit / tasks;
+    const int64_t place = unit % tasks;
+    const int64_t row = (place % 2 == 0 ? place / 2 : tasks - 1 - place / 2) * size;
+    fn(head / problem.query_heads, head % problem.query_heads, row, smaller(row + size, rows),
+       static_cast<T*>(out) + head * rows * problem.dim, head * rows);
+  };
   for (int64_t unit = unit_begin; unit < unit_end; ++unit) {
-    const int64_t head = unit / tiles;
-    // Early and late tiles alternate: later ones see more, and threads get neighbouring units.
-    const int64_t place = unit % tiles;
-    const int64_t row = (place % 2 == 0 ? place / 2 : tiles - 1 - place / 2) * kTile;
-    const int64_t first = head * problem.pattern.rows + row;
-    forward.tile(head / problem.query_heads, head % problem.query_heads, row,
-                 static_cast<T*>(out) + first * problem.dim,
-                 static_cast<typename Math::Acc*>(lse) + first);
+    if (unit + 1 < unit_end) {
+      with_rows(unit + 1, [&](int64_t batch, int64_t head, int64_t row, int64_t end, T* head_out,
+                              int64_t) { forward.expect(batch, head, row, end, head_out); });
+    }
+    with_rows(unit, [&](int64_t batch, int64_t head, int64_t row, int64_t end, T* head_out,
+                        int64_t first) {
+      forward.rows(batch, head, row, end, head_out, static_cast<typename Math::Acc*>(lse) + first);
+    });
   }
 }
 

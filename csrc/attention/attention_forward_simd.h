@@ -5,14 +5,25 @@
 
 namespace winnow {
 
-// A unit is one tile of rows of one head: batch * query_heads * row_tiles(rows) units.
+// Rows that a task takes: about a tile, of whole chunks where they are not larger than a few tiles.
+// How the rows are divided decides how well vectors are filled, nothing else.
+constexpr int64_t task_rows(const Pattern& pattern) {
+  if (pattern.chunk_size > 4 * kTile) return kTile;
+  const int64_t most = pattern.chunk_size < 16 ? kTile : kTile + 8;
+  return pattern.chunk_size * larger(1, most / pattern.chunk_size);
+}
+
+constexpr int64_t row_tasks(const Pattern& pattern) {
+  return (pattern.rows + task_rows(pattern) - 1) / task_rows(pattern);
+}
+
 constexpr int64_t forward_units(const AttentionProblem& problem) {
-  return problem.batch * problem.query_heads * row_tiles(problem.pattern.rows);
+  return problem.batch * problem.query_heads * row_tasks(problem.pattern);
 }
 
 // Bytes of scratch memory per thread, whatever the number of rows.
 constexpr int64_t forward_scratch_bytes(int64_t dim) {
-  return 8 * (5 * kTile * padded_dim(dim) + 3 * kTile * 16 + 2 * kTile * kTile) + 4096;
+  return 8 * (6 * kKeyTile * (padded_dim(dim) + 16) + 2 * kKeyTile * kTile) + 4096;
 }
 
 // out: contiguous (batch, query_heads, rows, dim) of the element type. lse: contiguous (batch,

@@ -1,6 +1,5 @@
-// Queries, keys and values as the operands of tile_product.h, for one way of multiplying. Keys and
-// values are packed even where they could be used in place: products read an operand in small
-// pieces, which waits for memory far longer than one pass over whole rows does.
+// Queries, keys and values as the operands of tile_product.h, for one way of multiplying: in place
+// where they have the operands' type and fill whole vectors, else packed.
 #pragma once
 
 #include <type_traits>
@@ -18,16 +17,27 @@ struct OperandTile {
   int64_t ld;
 };
 
-// A copy with zeros for what is not finite: in a product over keys that some lanes don't see, zero
-// weight times NaN would be NaN.
-template <typename Acc>
-inline void copy_finite(const Acc* src, int64_t count, Acc* dst) {
-  for (int64_t i = 0; i < count; ++i) dst[i] = src[i] * Acc(0) == Acc(0) ? src[i] : Acc(0);
-}
-
 template <typename Acc>
 inline void zero(Acc* dst, int64_t count) {
   for (int64_t i = 0; i < count; ++i) dst[i] = Acc(0);
+}
+
+// (row, column) to (column, lane) for one vector of lanes, kTile lanes apart; lanes from count on
+// are zero. `columns` is a multiple of 16; the buffer holds as many rows as a vector has lanes.
+template <typename T>
+inline void transpose_lanes(const T* rows, int64_t ld, int64_t count, int64_t columns, T* buffer,
+                            T* result) {
+  constexpr int kSize = VecOf<T>::size();
+  if (count < kSize) {
+    for (int64_t r = 0; r < kSize; ++r) {
+      for (int64_t c = 0; c < columns; ++c) {
+        buffer[r * columns + c] = r < count ? rows[r * ld + c] : T(0);
+      }
+    }
+    rows = buffer;
+    ld = columns;
+  }
+  transpose_tile(rows, ld, kSize, columns, result, kTile);
 }
 
 template <typename T, class Math>
@@ -36,44 +46,31 @@ struct Pack;
 // One number per operand: numbers of the accumulator's type.
 template <typename T, typename Acc>
 struct Pack<T, Multiply<Acc>> {
-  static constexpr bool kSameType = std::is_same_v<T, Acc>;
+  static constexpr int kSize = VecOf<Acc>::size();
 
   static constexpr int64_t leading(int64_t dim) { return padded_dim(dim); }
 
   // (row, dim), for products over dim.
   static OperandTile<Acc> rows(const T* src, int64_t stride, int64_t count, int64_t dim,
                                Acc* buffer) {
+    if constexpr (std::is_same_v<T, Acc>) {
+      if (leading(dim) == dim) return {src, stride};
+    }
     load_rows(src, stride, count, dim, buffer, leading(dim));
     return {buffer, leading(dim)};
   }
 
-  // (row, dim), for products over rows: with zeros for what is not finite, which is reported.
+  // (row, dim), for products over rows.
   static OperandTile<Acc> columns(const T* src, int64_t stride, int64_t count, int64_t dim,
-                                  Acc* buffer, bool* finite) {
-    *finite = load_rows(src, stride, count, dim, buffer, leading(dim));
-    if (!*finite) copy_finite(buffer, count * leading(dim), buffer);
-    return {buffer, leading(dim)};
+                                  Acc* buffer) {
+    return rows(src, stride, count, dim, buffer);
   }
 
-  // (dim, lane) out of rows; lanes from count on are zero.
-  static void lanes(const T* src, int64_t stride, int64_t count, int64_t dim, Acc* rows,
+  // (dim, lane) out of rows, one vector of lanes; lanes from count on are zero.
+  static void lanes(const T* src, int64_t stride, int64_t count, int64_t dim, Acc* buffer,
                     Acc* result) {
-    const int64_t ld = leading(dim);
-    if constexpr (kSameType) {
-      if (count == kTile && ld == dim) {
-        transpose_tile(src, stride, kTile, dim, result, kTile);
-        return;
-      }
-    }
-    load_rows(src, stride, count, dim, rows, ld);
-    zero(rows + count * ld, (kTile - count) * ld);
-    transpose_tile(rows, ld, kTile, ld, result, kTile);
-  }
-
-  // Weights are made in place of the scores.
-  static Acc* weights(Acc* scores, Acc*) { return scores; }
-  static Acc weight(const Acc* weights, int64_t ld, int key, int lane) {
-    return weights[key * ld + lane];
+    const OperandTile<Acc> tile = rows(src, stride, count, dim, buffer);
+    transpose_lanes(tile.data, tile.ld, count, leading(dim), buffer, result);
   }
 };
 

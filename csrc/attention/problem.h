@@ -27,9 +27,11 @@ struct AttentionProblem {
   Source query, key, value, slot_key, slot_value;
 };
 
-// A tile is this many query rows by at most this many keys. With 64 by 64 the packed operands of a
-// tile fit the second-level cache at D = 256 and the scores the first level.
+// A tile is this many query rows by at most that many keys: the packed operands of a tile fit the
+// second-level cache at D = 256 and the scores the first level. Chunks of up to 80 rows are one
+// tile of keys.
 constexpr int64_t kTile = 64;
+constexpr int64_t kKeyTile = 80;
 
 constexpr int64_t padded_dim(int64_t dim) {
   return (dim + 15) / 16 * 16;

@@ -46,7 +46,8 @@ std::tuple<Tensor, Tensor> run_forward(const AttentionProblem& problem, const Op
   void* lse_data = lse.data_ptr();
   const auto loop = WINNOW_SIMD(attention_forward);
   torch::stable::parallel_for(
-      0, forward_units(problem), grain_of(problem, kTile), [&](int64_t begin, int64_t end) {
+      0, forward_units(problem), grain_of(problem, task_rows(problem.pattern)),
+      [&](int64_t begin, int64_t end) {
         const auto memory = scratch_memory(forward_scratch_bytes(problem.dim));
         loop(problem, begin, end, memory.get(), out_data, lse_data);
       });

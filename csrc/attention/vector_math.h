@@ -83,6 +83,41 @@ inline VecOf<double> exp2_lanes(const VecOf<double>& x) {
   return VecOf<double>::loadu(value);
 }
 
+// log2 of normal positive numbers, NaN for NaN; of others an arbitrary number.
+inline VecOf<double> log2_lanes(const VecOf<double>& x) {
+  double value[VecOf<double>::size()];
+  x.store(value);
+  for (double& lane : value) lane = ::log2(lane);
+  return VecOf<double>::loadu(value);
+}
+
+// x = 2^n m with m in [sqrt(1/2), sqrt(2)); ln m = 2 atanh(s), s = (m - 1) / (m + 1), whose series
+// ends within 1e-9.
+inline VecOf<float> log2_lanes(const VecOf<float>& x) {
+  constexpr int kSize = VecOf<float>::size();
+  float mantissa[kSize];
+  float power[kSize];
+  x.store(mantissa);
+  for (int i = 0; i < kSize; ++i) {
+    int32_t bits;
+    std::memcpy(&bits, &mantissa[i], sizeof bits);
+    const int32_t n = (bits - 0x3f3504f3) >> 23;  // sqrt(1/2)
+    bits -= n * (1 << 23);
+    std::memcpy(&mantissa[i], &bits, sizeof bits);
+    power[i] = static_cast<float>(n);
+  }
+  using Vec = VecOf<float>;
+  const Vec m = Vec::loadu(mantissa);
+  const Vec s = (m - Vec(1.0f)) / (m + Vec(1.0f));
+  const Vec s2 = s * s;
+  Vec p = Vec(2.0f / 9);
+  p = at::vec::fmadd(p, s2, Vec(2.0f / 7));
+  p = at::vec::fmadd(p, s2, Vec(2.0f / 5));
+  p = at::vec::fmadd(p, s2, Vec(2.0f / 3));
+  p = at::vec::fmadd(p, s2, Vec(2.0f));
+  return at::vec::fmadd(p * s, Vec(1.44269504f), Vec::loadu(power)) + x * Vec(0.0f);
+}
+
 // dst[c][r] = src[r][c] for a square block.
 template <typename T>
 constexpr int kTransposeBlock = 1;
@@ -166,6 +201,75 @@ inline void transpose_tile(const T* src, int64_t ld_src, int64_t rows, int64_t c
       transpose_block(src + r * ld_src + c, ld_src, dst + c * ld_dst + r, ld_dst);
     }
   }
+}
+
+// The sums of as many rows as a vector has lanes, as a vector.
+template <typename T>
+inline VecOf<T> sum_rows(const VecOf<T>* rows) {
+  constexpr int kSize = VecOf<T>::size();
+  T x[kSize * kSize];
+  T columns[kSize * kSize];
+  for (int i = 0; i < kSize; ++i) rows[i].store(x + i * kSize);
+  transpose_tile(x, kSize, kSize, kSize, columns, kSize);
+  VecOf<T> sum = VecOf<T>::loadu(columns);
+  for (int i = 1; i < kSize; ++i) sum = sum + VecOf<T>::loadu(columns + i * kSize);
+  return sum;
+}
+
+#if defined(__AVX512F__)
+// Each step adds halves of two vectors: 45 instructions where a transposition takes twice as many.
+template <>
+inline VecOf<float> sum_rows(const VecOf<float>* rows) {
+  __m512 a[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) a[i] = rows[i];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {  // rows 2i, 2i + 1 in turn
+    a[i] = _mm512_add_ps(_mm512_unpacklo_ps(a[2 * i], a[2 * i + 1]),
+                         _mm512_unpackhi_ps(a[2 * i], a[2 * i + 1]));
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {  // rows 4i to 4i + 3 in each quarter
+    a[i] = _mm512_add_ps(_mm512_shuffle_ps(a[2 * i], a[2 * i + 1], 0x44),
+                         _mm512_shuffle_ps(a[2 * i], a[2 * i + 1], 0xee));
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {  // two quarters of each
+    a[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a[2 * i], a[2 * i + 1], 0x88),
+                         _mm512_shuffle_f32x4(a[2 * i], a[2 * i + 1], 0xdd));
+  }
+  return _mm512_add_ps(_mm512_shuffle_f32x4(a[0], a[1], 0x88),
+                       _mm512_shuffle_f32x4(a[0], a[1], 0xdd));
+}
+#endif
+
+// One number of a vector's lanes, in halves.
+template <typename T, typename Fn>
+inline T fold_lanes(const VecOf<T>& x, const Fn& fn) {
+  T value[VecOf<T>::size()];
+  x.store(value);
+#pragma GCC unroll 4
+  for (int half = VecOf<T>::size() / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) value[i] = fn(value[i], value[i + half]);
+  }
+  return value[0];
+}
+
+template <typename T>
+inline T sum_of_lanes(const VecOf<T>& x) {
+  return fold_lanes<T>(x, [](T a, T b) { return a + b; });
+}
+
+template <typename T>
+inline T largest_lane(const VecOf<T>& x) {
+  return fold_lanes<T>(x, [](T a, T b) { return a > b ? a : b; });
+}
+
+template <typename T>
+inline T exp2_lane(T x) {
+  T value[VecOf<T>::size()];
+  exp2_lanes(VecOf<T>(x)).store(value);
+  return value[0];
 }
 
 }  // namespace

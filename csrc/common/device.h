@@ -4,6 +4,9 @@
 // kernel therefore uses these names only, never threadIdx, __shared__ or <<<>>>.
 //
 //   WINNOW_KERNEL(threads), WINNOW_DEVICE     qualifiers; blocks are one-dimensional
+//   WINNOW_CALLED                             a device function that is called, not inlined: what
+//   is
+//                                             large and used in many places makes compiling slow
 //   thread_index() block_index() block_index_y() lane_index() warp_index()
 //   Global<T>, Shared<T>                      pointers; plain ones under nvcc. Read an element into
 //                                             a typed variable (never `auto x = p[i]`)

@@ -101,11 +101,11 @@ void add_weights(const float* scores, const Tile& tile, const Span& span, float 
 
 template <int NR, typename T>
 void add_rows(const AttentionMass& call, const PagedAttentionTask& task, const Tile& tile,
-              int64_t first, const Rows<T>& rows, float* received) {
+              int64_t first, const Rows<T>& rows, float* received, Ahead ahead) {
   const PagedAttention& attention = call.attention;
   dot_rows<NR, T>(rows.queries + first * padded_dim(attention), padded_dim(attention),
                   key_row<T>(attention, tile, task.key_head), attention.key_stride[2], tile.keys,
-                  attention.head_dim, rows.scores, Ahead{nullptr, 0, 0, 0, 0});
+                  attention.head_dim, rows.scores, ahead);
   const int64_t length = attention.seq_lens[task.batch];
   for (int r = 0; r < NR; ++r) {
     add_weights(rows.scores + r * kKeys, tile,
@@ -122,18 +122,30 @@ void run_task(const AttentionMass& call, const PagedAttentionTask& task, const R
   rows.load(call, task);
   Walk walk(attention, task);
   Tile tile;
-  while (walk.next(&tile)) {
+  Tile next{};
+  bool more = walk.next(&tile);
+  while (more) {
+    more = walk.next(&next);
+    if (!more) next.keys = 0;
     if (call.key_bias) {
       const auto* from = static_cast<const float*>(bias_of(call, tile, task.key_head, 4));
       for (int64_t j = 0; j < tile.keys; ++j) rows.bias[j] = from[j * call.bias_stride[2]];
     }
     alignas(64) float received[kKeys] = {};
-    int64_t r = 0;
-    for (; r + kAbreast <= task.rows; r += kAbreast) {
-      add_rows<kAbreast, T>(call, task, tile, r, rows, received);
+    // The next tile comes while the first rows meet this one.
+    Ahead ahead = ahead_of(key_row<T>(attention, next, task.key_head), attention.head_dim,
+                           attention.key_stride[2], next.keys);
+    for (int64_t r = 0; r < task.rows; ahead.rows = 0) {
+      if (r + kAbreast <= task.rows) {
+        add_rows<kAbreast, T>(call, task, tile, r, rows, received, ahead);
+        r += kAbreast;
+      } else {
+        add_rows<1, T>(call, task, tile, r, rows, received, ahead);
+        ++r;
+      }
     }
-    for (; r < task.rows; ++r) add_rows<1, T>(call, task, tile, r, rows, received);
     for (int64_t j = 0; j < tile.keys; ++j) mass[tile.position + j] += received[j];
+    tile = next;
   }
 }
 

@@ -42,6 +42,13 @@ struct Scoring {
 
   Scoring(const Tensor& q, const Tensor& s, const std::optional<Tensor>& block_table);
 
+  // The blocks of a row lie scattered, so the machine's own prefetcher stops at each end.
+  void fetch(int64_t block, int64_t h, int64_t bytes) const {
+    if (block < 0) return;
+    const char* from = summaries + (block * stride[2] + h * stride[1]) * size;
+    for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(from + line);
+  }
+
   // Blocks [first, first + count) of a row and key head.
   void score(int64_t b, int64_t h, int64_t first, int64_t count, char* out) const {
     const auto run = WINNOW_SIMD(block_scores);
@@ -54,8 +61,10 @@ struct Scoring {
       score_run(summaries + (b * stride[0] + h * stride[1] + first * stride[2]) * size, count, out);
       return;
     }
+    const int64_t bytes = (bounds_stride > 0 ? 2 : 1) * dim * size;
     for (int64_t i = 0; i < count; ++i, out += size) {
       const int64_t block = table[b * table_stride + first + i];
+      if (i + 1 < count) fetch(table[b * table_stride + first + i + 1], h, bytes);
       if (block < 0) {
         std::memset(out, 0, static_cast<size_t>(size));
       } else {

@@ -12,6 +12,8 @@
 namespace winnow::CPU_CAPABILITY {
 namespace {
 
+constexpr int kAbreast = 4;  // queries that are scored together
+
 // As torch.minimum and torch.maximum: NaN where either is.
 inline f32x16 lower(f32x16 a, f32x16 b) {
   i32x16 take = a < b;
@@ -104,24 +106,36 @@ void summary_of(const double* keys, int64_t stride, int64_t count, int64_t dim, 
 
 // sum_d max(q_d low_d, q_d high_d) bounds q.k for every key between the two; without a high it is
 // the dot product with the mean.
-template <typename T>
-float score_of(const T* query, const float* low, const float* high, int64_t dim) {
-  f32x16 sum = 0.0f;
+// NR queries at a time share the loads, and their sums do not wait for one another.
+template <int NR, typename T>
+void scores_of(const T* const* query, const float* low, const float* high, int64_t dim,
+               float* scores) {
+  f32x16 sum[NR];
+  for (int r = 0; r < NR; ++r) sum[r] = 0.0f;
   for (int64_t d = 0; d < dim; d += kLanes) {
-    const f32x16 q = load(query + d, dim - d);
-    const f32x16 x = q * load(low + d, dim - d);
-    sum = sum + (high ? higher(x, q * load(high + d, dim - d)) : x);
+    const f32x16 a = load(low + d, dim - d);
+    const f32x16 b = high ? load(high + d, dim - d) : a;
+#pragma GCC unroll 4
+    for (int r = 0; r < NR; ++r) {
+      const f32x16 q = load(query[r] + d, dim - d);
+      const f32x16 x = q * a;
+      sum[r] = sum[r] + (high ? higher(x, q * b) : x);
+    }
   }
-  return sum_lanes(sum);
+  for (int r = 0; r < NR; ++r) scores[r] = sum_lanes(sum[r]);
 }
 
-double score_of(const double* query, const double* low, const double* high, int64_t dim) {
-  double sum = 0.0;
-  for (int64_t d = 0; d < dim; ++d) {
-    const double x = query[d] * low[d];
-    sum += high ? higher(x, query[d] * high[d]) : x;
+template <int NR>
+void scores_of(const double* const* query, const double* low, const double* high, int64_t dim,
+               double* scores) {
+  for (int r = 0; r < NR; ++r) {
+    double sum = 0.0;
+    for (int64_t d = 0; d < dim; ++d) {
+      const double x = query[r][d] * low[d];
+      sum += high ? higher(x, query[r][d] * high[d]) : x;
+    }
+    scores[r] = sum;
   }
-  return sum;
 }
 
 }  // namespace
@@ -163,12 +177,24 @@ void block_scores(const void* query, ElementType type, int64_t head_stride, int6
       const Result* low = static_cast<const Result*>(summaries) + i * block_stride;
       const Result* high = bounds_stride > 0 ? low + bounds_stride : nullptr;
       Result best = -std::numeric_limits<Result>::infinity();
-      for (int64_t g = 0; g < group; ++g) {
-        for (int64_t t = 0; t < queries; ++t) {
-          const T* q = static_cast<const T*>(query) + g * head_stride + t * position_stride;
-          const Result score = score_of(q, low, high, dim);
-          if (score > best || score != score) best = score;
+      const int64_t rows = group * queries;
+      for (int64_t n = 0; n < rows;) {
+        const int64_t count = rows - n >= kAbreast ? kAbreast : 1;
+        const T* q[kAbreast];
+        for (int64_t r = 0; r < count; ++r) {
+          q[r] = static_cast<const T*>(query) + (n + r) / queries * head_stride +
+                 (n + r) % queries * position_stride;
         }
+        Result score[kAbreast];
+        if (count == kAbreast) {
+          scores_of<kAbreast>(q, low, high, dim, score);
+        } else {
+          scores_of<1>(q, low, high, dim, score);
+        }
+        for (int64_t r = 0; r < count; ++r) {
+          if (score[r] > best || score[r] != score[r]) best = score[r];
+        }
+        n += count;
       }
       static_cast<Result*>(scores)[i] = best;
     }

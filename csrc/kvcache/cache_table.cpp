@@ -60,6 +60,7 @@ class CacheTable::Claim {
     table_.copies_.reserve(table_.shared_.size());
     pool_.require(fresh + static_cast<int64_t>(table_.shared_.size()));
     taken_ = true;
+    table_.changed_ = !table_.shared_.empty();
     table_.copy_shared();
   }
 
@@ -135,6 +136,7 @@ void CacheTable::append(int64_t layer, int64_t tokens, const Integers* lengths,
     row.released = false;
     if (start <= row.length) continue;
     row.length = start;
+    changed_ = true;
     if (lengths_) lengths_[r] = static_cast<int32_t>(start);
     const size_t needed = static_cast<size_t>((start + block_size_ - 1) / block_size_);
     while (row.blocks.size() < needed) {
@@ -342,10 +344,12 @@ int64_t CacheTable::match_prefix(int64_t row, const Integers& tokens) {
   return held.length;
 }
 
-std::vector<bool> CacheTable::blocks_of(const Integers& rows) const {
+std::vector<bool> CacheTable::blocks_of(const char* argument, const Integers& rows) const {
   std::vector<bool> held(static_cast<size_t>(pool_->num_blocks()), false);
   for (const int64_t r : rows) {
-    if (r < 0 || r >= num_rows()) fail("rows: expected 0 <= row < ", num_rows(), ", got ", r);
+    if (r < 0 || r >= num_rows()) {
+      fail(argument, ": expected 0 <= row < ", num_rows(), ", got ", r);
+    }
     for (const int32_t block : rows_[static_cast<size_t>(r)].blocks) {
       held[static_cast<size_t>(block)] = true;
     }
@@ -355,13 +359,13 @@ std::vector<bool> CacheTable::blocks_of(const Integers& rows) const {
 
 int64_t CacheTable::retained(const Integers& rows) const {
   const auto lock = pool_->lock();
-  const std::vector<bool> held = blocks_of(rows);
+  const std::vector<bool> held = blocks_of("rows", rows);
   return std::count(held.begin(), held.end(), true);
 }
 
 CacheTable::Integers CacheTable::marginal(const Integers* kept) const {
   const auto lock = pool_->lock();
-  const std::vector<bool> held = kept ? blocks_of(*kept) : std::vector<bool>();
+  const std::vector<bool> held = kept ? blocks_of("kept", *kept) : std::vector<bool>();
   Integers counts(rows_.size(), 0);
   for (size_t r = 0; r < rows_.size(); ++r) {
     for (const int32_t block : rows_[r].blocks) {

@@ -61,6 +61,8 @@ class CacheTable {
   // holds: what free() gives back, at once or, of a registered block, as soon as it is needed.
   Integers marginal(const Integers* kept) const;
 
+  // Whether the last append or write changed the table or the lengths.
+  bool changed() const { return changed_; }
   // Copies that the last append or write asks for, in any order, before the tokens are stored.
   const std::vector<Copy>& copies() const { return copies_; }
   // Blocks that the last append took from the pool and that are no copies.
@@ -85,7 +87,7 @@ class CacheTable {
   // The registered blocks that the tokens begin with.
   std::vector<int32_t> find_prefix(const Integers& tokens) const;
   void check_count(const char* argument, const Integers& values) const;
-  std::vector<bool> blocks_of(const Integers& rows) const;
+  std::vector<bool> blocks_of(const char* argument, const Integers& rows) const;
   // What a write is about to change. It gives shares of blocks up to find out what it needs, and
   // takes them back unless the write comes about.
   class Claim;
@@ -103,6 +105,7 @@ class CacheTable {
   std::vector<int32_t> written_;  // blocks that the prefix index will have to forget
   std::vector<Copy> copies_;
   std::vector<int32_t> fresh_;
+  bool changed_ = false;
   int64_t width_ = 0;
   int32_t* table_ = nullptr;
   int32_t* lengths_ = nullptr;

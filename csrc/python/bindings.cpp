@@ -92,7 +92,7 @@ void bind_kvcache(py::module_& m) {
              table.append(layer, tokens, lengths ? &*lengths : nullptr,
                           pointer<int64_t>(positions));
              return (table.copies().empty() ? 0 : 1) + (table.width() == width ? 0 : 2) +
-                    (table.fresh().empty() ? 0 : 4);
+                    (table.fresh().empty() ? 0 : 4) + (table.changed() ? 8 : 0);
            })
       .def(
           "write",

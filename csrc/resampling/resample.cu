@@ -18,8 +18,10 @@ resample_populations(ResampleLaunch call) {
   WINNOW_SHARED(uint64_t, words, kSize / kWarp);
   WINNOW_SHARED(double, doubles, kSize / kWarp);
   WINNOW_SHARED(TeamSums, sums, kSize / kWarp);
-  PopulationBlock<kSize> p = {
-      call, block_index() / call.team, block_index() % call.team, words, doubles, sums};
+  const int64_t row = block_index() / call.team;
+  const Team team = {call.team, block_index() % call.team, call.meetings + row,
+                     call.tallies + row * call.team, call.rows * call.team};
+  PopulationBlock<kSize> p = {call, row, team, words, doubles, sums};
   p.list_live();
   p.find_top();
   p.weigh();

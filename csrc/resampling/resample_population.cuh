@@ -36,6 +36,62 @@ struct AddTeamSums {
   }
 };
 
+// A block of a population's team, and where the team meets.
+struct Team {
+  int64_t size;
+  int64_t member;
+  Global<uint32_t> meetings;
+  Global<Tally> tallies;  // two turns of one per member: nobody is two meetings ahead of another
+  int64_t turn_length;
+};
+
+template <int kThreads>
+WINNOW_DEVICE void meet(const Team& team) {
+  if constexpr (kThreads == kWarp) {  // alone
+    warp_sync(kFullWarp);
+  } else if (team.size > 1) {
+    blocks_sync(team.meetings, team.size);
+  } else {
+    block_sync();
+  }
+}
+
+// take(member, its tally) for every member, each by one thread; a meeting too.
+template <int kThreads, typename Take>
+WINNOW_DEVICE void exchange(const Team& team, int turn, const Tally& mine, const Take& take) {
+  const Global<Tally> tallies = team.tallies + turn * team.turn_length;
+  if (thread_index() == 0) tallies[team.member] = mine;
+  meet<kThreads>(team);
+  for (int64_t i = thread_index(); i < team.size; i += kThreads) {
+    const Tally other = tallies[i];
+    take(i, other);
+  }
+}
+
+// Sums of what the threads of the whole team bring, for each of them; a meeting too.
+template <int kThreads>
+WINNOW_CALLED TeamSums add_up(Team team, int turn, Shared<TeamSums> scratch, Tally mine) {
+  const TeamSums own = block_reduce<kThreads>(TeamSums{mine, {}}, scratch, AddTeamSums{});
+  if (kThreads == kWarp || team.size == 1) {
+    meet<kThreads>(team);
+    return own;
+  }
+  TeamSums seen = {};
+  exchange<kThreads>(team, turn, own.all, [&](int64_t i, const Tally& other) {
+    seen = AddTeamSums{}(seen, {other, i < team.member ? other : Tally{}});
+  });
+  return block_reduce<kThreads>(seen, scratch, AddTeamSums{});
+}
+
+WINNOW_CALLED uint64_t called_philox_bits(uint64_t seed, uint64_t row, uint64_t element) {
+  return philox_bits(seed, row, element);
+}
+
+WINNOW_CALLED Forced called_force(Scheme scheme, int64_t pinned, int64_t samples, uint64_t weight,
+                                  uint64_t before, uint64_t total, uint64_t bits) {
+  return force(scheme, pinned, samples, weight, before, total, bits);
+}
+
 struct Range {
   int64_t begin;
   int64_t end;
@@ -85,11 +141,11 @@ struct PopulationBlock {
   static constexpr int kSize = kThreads;
   const ResampleLaunch& call;
   int64_t row;
-  int64_t member;
+  Team team;
   Shared<uint64_t> words;  // kThreads / 32 each
   Shared<double> doubles;
   Shared<TeamSums> sums;
-  int64_t turn = 0;   // of the tallies
+  int turn = 0;       // of the tallies
   int64_t live = 0;   // particles
   int64_t count = 0;  // samples
   int64_t pinned = -1;
@@ -107,53 +163,26 @@ struct PopulationBlock {
 
   // ---- the team ----
 
-  WINNOW_DEVICE void sync() const {
-    if (call.team > 1) {
-      blocks_sync(call.meetings + row, call.team);
-    } else {
-      block_sync();
-    }
-  }
+  WINNOW_DEVICE bool alone() const { return kThreads == kWarp || team.size == 1; }
+  WINNOW_DEVICE void sync() const { meet<kThreads>(team); }
 
   // This block's share of n elements.
   WINNOW_DEVICE Range share(int64_t n) const {
+    if (alone()) return {0, n};
     const int64_t parts = ceil_div<int64_t>(n, kBlock);
-    const int64_t end = parts * (member + 1) / call.team * kBlock;
-    return {parts * member / call.team * kBlock, end < n ? end : n};
+    const int64_t end = parts * (team.member + 1) / team.size * kBlock;
+    return {parts * team.member / team.size * kBlock, end < n ? end : n};
   }
 
-  // take(member, its numbers) for every member, each by one thread; a barrier too. Two turns of
-  // tallies suffice: nobody is two barriers ahead of another.
-  template <typename Take>
-  WINNOW_DEVICE void exchange(const Tally& mine, const Take& take) {
-    turn = 1 - turn;
-    const Global<Tally> tallies = call.tallies + (turn * call.rows + row) * call.team;
-    if (thread_index() == 0) tallies[member] = mine;
-    sync();
-    for (int64_t i = thread_index(); i < call.team; i += kThreads) {
-      const Tally other = tallies[i];
-      take(i, other);
-    }
-  }
-
-  // Sums of what the threads of the whole team bring, for each of them; a barrier too.
   WINNOW_DEVICE TeamSums add_up(uint64_t first, uint64_t second) {
-    const TeamSums own = block_reduce<kThreads>(TeamSums{{first, second}, {}}, sums, AddTeamSums{});
-    if (call.team == 1) {
-      sync();
-      return own;
-    }
-    TeamSums seen = {};
-    exchange(own.all, [&](int64_t i, const Tally& other) {
-      seen = AddTeamSums{}(seen, {other, i < member ? other : Tally{}});
-    });
-    return block_reduce<kThreads>(seen, sums, AddTeamSums{});
+    turn = 1 - turn;
+    return winnow::add_up<kThreads>(team, turn, sums, Tally{first, second});
   }
 
   // The sum of number(k) over the shares before this block's.
   template <typename Number>
   WINNOW_DEVICE uint64_t sum_before_share(const Range& mine, const Number& number) {
-    if (call.team == 1) return 0;
+    if (alone()) return 0;
     uint64_t found = 0;
     for (int64_t k = mine.begin + thread_index(); k < mine.end; k += kThreads) found += number(k);
     return add_up(found, 0).before.first;
@@ -205,7 +234,7 @@ struct PopulationBlock {
 
   WINNOW_DEVICE uint64_t drawn_bits(int64_t element) const {
     const uint64_t seed = call.seed_given ? call.seed.get() : call.seed_number;
-    return philox_bits(seed, static_cast<uint64_t>(row), static_cast<uint64_t>(element));
+    return called_philox_bits(seed, static_cast<uint64_t>(row), static_cast<uint64_t>(element));
   }
   WINNOW_DEVICE uint64_t uniform_bits(int64_t element) const {
     if (element == forced.element) return forced.bits;
@@ -257,12 +286,14 @@ struct PopulationBlock {
     }
     top = block_reduce<kThreads>(best, doubles, larger);
     nan = block_any(nan);
-    if (call.team > 1) {
+    if (!alone()) {
       best = -infinity;
-      exchange({bits_as<uint64_t>(top), nan ? uint64_t{1} : 0}, [&](int64_t, const Tally& other) {
-        best = larger(best, bits_as<double>(other.first));
-        if (other.second != 0) nan = true;
-      });
+      turn = 1 - turn;
+      exchange<kThreads>(team, turn, {bits_as<uint64_t>(top), nan ? uint64_t{1} : 0},
+                         [&](int64_t, const Tally& other) {
+                           best = larger(best, bits_as<double>(other.first));
+                           if (other.second != 0) nan = true;
+                         });
       top = block_reduce<kThreads>(best, doubles, larger);
       nan = block_any(nan);
     }
@@ -349,8 +380,8 @@ struct PopulationBlock {
     before = found.before.first;
     before_pinned = found.all.second;
     if (pinned < 0 || call.scheme == Scheme::kKilling || call.scheme == Scheme::kOptimal) return;
-    forced = force(call.scheme, pinned, count, fixed_weight(pinned), before_pinned, total,
-                   drawn_bits(kPinnedPoint));
+    forced = called_force(call.scheme, pinned, count, fixed_weight(pinned), before_pinned, total,
+                          drawn_bits(kPinnedPoint));
   }
 };
 

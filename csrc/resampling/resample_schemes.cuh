@@ -171,7 +171,8 @@ WINNOW_DEVICE void count_pairs(const Block& p) {
   for (int64_t size = 1; entries > 1; size *= kRun) {
     // Entry g * kRun * size holds what run g leaves; `size` particles lie between entries.
     const int64_t runs = ceil_div(entries, kRun);
-    for (int64_t g = p.member * p.kSize + thread_index(); g < runs; g += p.call.team * p.kSize) {
+    for (int64_t g = p.team.member * p.kSize + thread_index(); g < runs;
+         g += p.team.size * p.kSize) {
       const int64_t last = (g + 1) * kRun < entries ? (g + 1) * kRun : entries;
       const int64_t home = g * kRun * size;
       Remainder live = {rests[home], owners[home]};
@@ -245,8 +246,8 @@ WINNOW_DEVICE void force_drawn(Block& p, const Threshold& t) {
     if (weight < t.least) light += weight;
   }
   light = p.add_up(light, 0).all.first;
-  p.forced = force(p.call.scheme, p.pinned, t.drawn, p.fixed_weight(p.pinned), light, t.drawn_total,
-                   p.drawn_bits(kPinnedPoint));
+  p.forced = called_force(p.call.scheme, p.pinned, t.drawn, p.fixed_weight(p.pinned), light,
+                          t.drawn_total, p.drawn_bits(kPinnedPoint));
 }
 
 template <typename Block>

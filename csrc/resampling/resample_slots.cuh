@@ -51,7 +51,7 @@ WINNOW_DEVICE void write_finished(const Block& p) {
 
 template <typename Block>
 WINNOW_DEVICE void report(const Block& p) {
-  if (p.member != 0 || thread_index() != 0) return;
+  if (p.team.member != 0 || thread_index() != 0) return;
   p.call.log_z.store(p.row, p.log_z);
   p.call.ess.store(p.row, p.ess);
   p.call.resampled[p.row] = p.resampled ? 1 : 0;
@@ -128,7 +128,7 @@ WINNOW_DEVICE void fill_freed_slots(Block& p, const Threshold& t) {
   const auto freed = [&](int64_t k) { return static_cast<uint64_t>(copies_of(k) == 0 ? 1 : 0); };
   const Range mine = p.share(p.live);
   TeamSums found = {};
-  if (p.call.team > 1) {
+  if (!p.alone()) {
     Tally own = {};
     for (int64_t k = mine.begin + thread_index(); k < mine.end; k += p.kSize) {
       own.first += beyond(k);

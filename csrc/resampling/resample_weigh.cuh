@@ -39,7 +39,7 @@ WINNOW_DEVICE float exp_weight(float x) {
 }
 
 // exp_wide.
-WINNOW_DEVICE double exp_weight(double x) {
+WINNOW_CALLED double exp_weight(double x) {
   if (!(x >= -708.0)) return 0.0;
   const double magic = 0x1.8p52;
   const double n = (x * 1.44269504088896340736 + magic) - magic;
@@ -64,7 +64,7 @@ WINNOW_DEVICE double exp_weight(double x) {
 }
 
 // log_wide.
-WINNOW_DEVICE double log_number(double x) {
+WINNOW_CALLED double log_number(double x) {
   constexpr double kInverseOdd[] = {1.0 / 3,  1.0 / 5,  1.0 / 7,  1.0 / 9,  1.0 / 11,
                                     1.0 / 13, 1.0 / 15, 1.0 / 17, 1.0 / 19, 1.0 / 21};
   constexpr int64_t kRootHalf = 0x3fe6a09e667f3bcd;

@@ -18,11 +18,10 @@ struct PreviousSums {
   Global<const double> cross;
 };
 
-template <typename T, typename Real>
+template <typename Real>
 WINNOW_KERNEL(kThreads)
-write_parts(LogitView<T, Real> view, LogitView<T, Real> previous, RowOptions options,
-            PartLayout layout, Global<const SliceSums> blocks, PreviousSums before,
-            Global<Real> parts) {
+write_parts(LogitView<Real> view, LogitView<Real> previous, RowOptions options, PartLayout layout,
+            Global<const SliceSums> blocks, PreviousSums before, Global<Real> parts) {
   WINNOW_SHARED(uint32_t, bits, kThreads);
   WINNOW_SHARED(Clock, clock_scratch, kThreads / kWarp);
   WINNOW_SHARED(double, scan_scratch, kThreads / kWarp);
@@ -33,7 +32,7 @@ write_parts(LogitView<T, Real> view, LogitView<T, Real> previous, RowOptions opt
     for (int64_t w = thread_index(); w < layout.words(); w += kThreads) part[w] = Real(0);
     return;
   }
-  const auto copy_edges = [&](const LogitView<T, Real>& from, int64_t head_at, int64_t tail_at) {
+  const auto copy_edges = [&](const LogitView<Real>& from, int64_t head_at, int64_t tail_at) {
     for (int64_t i = thread_index(); i < layout.head; i += kThreads) {
       part[head_at + i] = logit_at(from, row, i);
     }
@@ -263,8 +262,8 @@ finish_merged(WholeRows<Real> whole, RowOptions options, RowOutputs<Real> out) {
     logit = origin.logit;
     if (origin.slot >= 0) {
       const SliceSums block = mine[clock.block];
-      LogitView<Real, Real> edge = {};
-      edge.logits = whole.edges + (row * whole.slots + origin.slot) * kLogitBlock;
+      LogitView<Real> edge = {};
+      edge.logits = {whole.edges + (row * whole.slots + origin.slot) * kLogitBlock};
       edge.vocab = kLogitBlock;
       const int64_t at = draw_in_block(
           edge, 0, 0, block.top.first, options.draw_temperature, clock.uniform, keep_all(),

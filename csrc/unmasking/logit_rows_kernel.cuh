@@ -84,8 +84,8 @@ WINNOW_DEVICE Clock race_blocks(const Seed& seed, int64_t key, int64_t place, in
 
 // The token of a block, by its index in the row, at which the cumulated weight exceeds uniform
 // times the whole.
-template <typename T, typename Real>
-WINNOW_DEVICE int64_t draw_in_block(const LogitView<T, Real>& view, int64_t row, int64_t block,
+template <typename Real>
+WINNOW_DEVICE int64_t draw_in_block(const LogitView<Real>& view, int64_t row, int64_t block,
                                     double reference, double temperature, double uniform,
                                     const Truncation& kept, Shared<uint32_t> bits,
                                     Shared<double> scratch, Shared<int64_t> index_scratch) {
@@ -157,9 +157,9 @@ WINNOW_DEVICE double log_drawn(const SliceSums& block, double top, double temper
   return log(block.sums.drawn) + (block.top.first - top) / temperature;
 }
 
-template <typename T, typename Real>
+template <typename Real>
 WINNOW_KERNEL(kThreads)
-finish_rows(LogitView<T, Real> view, RowOptions options, Global<const SliceSums> blocks,
+finish_rows(LogitView<Real> view, RowOptions options, Global<const SliceSums> blocks,
             Global<const Truncation> truncations, Global<const Sums> kept_sums,
             RowOutputs<Real> out) {
   WINNOW_SHARED(uint32_t, bits, kThreads);
@@ -252,9 +252,9 @@ finish_rows(LogitView<T, Real> view, RowOptions options, Global<const SliceSums>
 // Per block, sum of exp(t) (t - u) over what is kept, t and u being (x - reference) / temperature
 // of the row's block and of the same block of `previous`, each with its own largest logit; infinite
 // where the previous one has no mass. `stride` as in scan_blocks.
-template <typename T, typename Real>
+template <typename Real>
 WINNOW_KERNEL(kThreads)
-cross_blocks(LogitView<T, Real> view, LogitView<T, Real> previous, double temperature,
+cross_blocks(LogitView<Real> view, LogitView<Real> previous, double temperature,
              Global<const SliceSums> blocks, Global<const SliceSums> previous_blocks,
              Global<const Truncation> truncations, Global<double> cross, int64_t stride) {
   WINNOW_SHARED(uint32_t, bits, kThreads);
@@ -264,7 +264,6 @@ cross_blocks(LogitView<T, Real> view, LogitView<T, Real> previous, double temper
   Truncation kept = keep_all();
   if (truncations) kept = truncations[row];
 
-  constexpr int N = 16 / sizeof(T);
   mark_suppressed(view, slice, Shared<uint32_t>(bits));
   Real x[kPerThread];
   Real y[kPerThread];
@@ -285,7 +284,7 @@ cross_blocks(LogitView<T, Real> view, LogitView<T, Real> previous, double temper
     const int64_t first = slice * kSlice - view.offset();
 #pragma unroll
     for (int e = 0; e < kPerThread; ++e) {
-      if (!keeps(kept, x[e], first + within_slice<N>(e))) continue;
+      if (!keeps(kept, x[e], first + within_slice<Real>(e))) continue;
       const Real t = (x[e] - static_cast<Real>(own.top.first)) * scale;
       const Real weight = exp2_of(t);
       if (!(weight > Real(0))) continue;
@@ -298,9 +297,9 @@ cross_blocks(LogitView<T, Real> view, LogitView<T, Real> previous, double temper
 }
 
 // KL(current || previous) from the blocks' sums and cross terms.
-template <typename T, typename Real>
+template <typename Real>
 WINNOW_KERNEL(kThreads)
-diverge_rows(LogitView<T, Real> view, double temperature, Global<const SliceSums> blocks,
+diverge_rows(LogitView<Real> view, double temperature, Global<const SliceSums> blocks,
              Global<const SliceSums> previous_blocks, Global<const Sums> kept_sums,
              Global<const double> cross, Global<Real> kl) {
   WINNOW_SHARED(TopTwo, top_scratch, kThreads / kWarp);

@@ -66,12 +66,12 @@ struct Cut {
   uint64_t equal;  // elements equal to it
 };
 
-template <typename T, typename Real>
+template <typename Real>
 class Truncator {
  public:
   using Key = decltype(key_of(Real(0)));
 
-  WINNOW_DEVICE Truncator(const LogitView<T, Real>& view, int64_t row, Real reference, Real scale,
+  WINNOW_DEVICE Truncator(const LogitView<Real>& view, int64_t row, Real reference, Real scale,
                           Shared<uint32_t> bits, const Histogram& histogram)
       : view_(view),
         row_(row),
@@ -99,10 +99,13 @@ class Truncator {
     }
   }
 
+  // Of weights, or of one for each element.
+  WINNOW_DEVICE uint64_t measure(Real x, bool weighs) const { return weighs ? weight(x) : 1; }
+
   // All threads get it. The target must lie in (0, the measure of everything].
-  template <typename Measure>
-  WINNOW_DEVICE Cut<Key> cut(uint64_t target, const Measure& measure) const {
+  WINNOW_DEVICE Cut<Key> cut(uint64_t target, bool weighs) const {
     Cut<Key> result = {0, 0, 0};
+#pragma unroll 1
     for (int shift = 8 * sizeof(Key) - 8; shift >= 0; shift -= 8) {
       histogram_.measure[thread_index()] = uint64_t{0};
       histogram_.count[thread_index()] = 0u;
@@ -115,7 +118,7 @@ class Truncator {
           return;
         }
         const int digit = static_cast<int>(key >> shift & (kDigits - 1));
-        atomic_add(histogram_.measure + digit, measure(x));
+        atomic_add(histogram_.measure + digit, measure(x, weighs));
         atomic_add(histogram_.count + digit, 1u);
       });
       block_sync();
@@ -175,7 +178,7 @@ class Truncator {
   }
 
  private:
-  const LogitView<T, Real>& view_;
+  const LogitView<Real>& view_;
   int64_t row_;
   Real reference_;
   Real scale_;
@@ -185,9 +188,9 @@ class Truncator {
 
 // Finds what top_k (0: all), then top_p (1: all) and `reach` below the largest logit (-infinity:
 // all) keep of each row, and the sums over it, block by block, relative to the row's largest logit.
-template <typename T, typename Real>
+template <typename Real>
 WINNOW_KERNEL(kThreads)
-truncate_rows(LogitView<T, Real> view, double temperature, double draw_temperature, int64_t top_k,
+truncate_rows(LogitView<Real> view, double temperature, double draw_temperature, int64_t top_k,
               double top_p, double reach, Global<const SliceSums> blocks,
               Global<Truncation> truncations, Global<Sums> kept_sums) {
   WINNOW_SHARED(uint32_t, bits, kThreads);
@@ -211,30 +214,32 @@ truncate_rows(LogitView<T, Real> view, double temperature, double draw_temperatu
   const Real scale = exponent_scale<Real>(draw_temperature);
   const Histogram histogram = {Shared<uint64_t>(measure), Shared<uint32_t>(equals),
                                Shared<uint64_t>(found)};
-  const Truncator<T, Real> truncator(view, row, reference, scale, Shared<uint32_t>(bits),
-                                     histogram);
+  const Truncator<Real> truncator(view, row, reference, scale, Shared<uint32_t>(bits), histogram);
   const auto plus = [](uint64_t a, uint64_t b) { return a + b; };
-  const auto total = [&](const Truncation& kept, bool mass) {
+  const auto total = [&](const Truncation& kept, bool weighs) {
     uint64_t sum = 0;
     truncator.each([&](Real x, int64_t i) {
-      if (keeps(kept, x, i)) sum += mass ? truncator.weight(x) : 1;
+      if (keeps(kept, x, i)) sum += truncator.measure(x, weighs);
     });
     return block_reduce<kThreads>(sum, Shared<uint64_t>(mass_scratch), plus);
   };
 
   Truncation kept = keep_all();
-  if (top_k > 0 && static_cast<uint64_t>(top_k) < total(kept, false)) {
-    const auto cut = truncator.cut(static_cast<uint64_t>(top_k), [](Real) { return uint64_t{1}; });
+#pragma unroll 1
+  for (int step = 0; step < 2; ++step) {  // top-k counts what is kept, then top-p weighs it
+    const bool weighs = step == 1;
+    if (weighs ? top_p >= 1.0 : top_k == 0) continue;
+    const uint64_t all = total(kept, weighs);
+    auto target = static_cast<uint64_t>(top_k);
+    if (weighs) {
+      const double wanted = ceil(top_p * static_cast<double>(all));
+      target = wanted < 1.0 ? 1 : static_cast<uint64_t>(wanted);
+    } else if (target >= all) {
+      continue;
+    }
+    const auto cut = truncator.cut(target, weighs);
     const Real threshold = value_of(cut.key);
-    kept = {threshold, truncator.nth_equal(threshold, static_cast<uint64_t>(top_k) - cut.above,
-                                           Shared<uint32_t>(count_scratch))};
-  }
-  if (top_p < 1.0) {
-    const double wanted = ceil(top_p * static_cast<double>(total(kept, true)));
-    const uint64_t target = wanted < 1.0 ? 1 : static_cast<uint64_t>(wanted);
-    const auto cut = truncator.cut(target, [&](Real x) { return truncator.weight(x); });
-    const Real threshold = value_of(cut.key);
-    const uint64_t each = truncator.weight(threshold);
+    const uint64_t each = truncator.measure(threshold, weighs);
     const uint64_t ties = each == 0 ? cut.equal : ceil_div(target - cut.above, each);
     const int64_t last = truncator.nth_equal(threshold, ties < cut.equal ? ties : cut.equal,
                                              Shared<uint32_t>(count_scratch));
@@ -247,7 +252,6 @@ truncate_rows(LogitView<T, Real> view, double temperature, double draw_temperatu
   if (least > kept.threshold) kept = {least, view.vocab - 1};
   if (thread_index() == 0) truncations[row] = kept;
 
-  constexpr int N = 16 / sizeof(T);
   for (int64_t slice = 0; slice * kSlice < view.vocab; ++slice) {
     mark_suppressed(view, slice, Shared<uint32_t>(bits));
     Real x[kPerThread];
@@ -256,7 +260,7 @@ truncate_rows(LogitView<T, Real> view, double temperature, double draw_temperatu
     Real moment = Real(0);
 #pragma unroll
     for (int e = 0; e < kPerThread; ++e) {
-      if (!keeps(kept, x[e], slice * kSlice + within_slice<N>(e))) continue;
+      if (!keeps(kept, x[e], slice * kSlice + within_slice<Real>(e))) continue;
       const Real t = x[e] == reference ? Real(0) : (x[e] - reference) * scale;
       const Real weight = exp2_of(t);
       mass += weight;

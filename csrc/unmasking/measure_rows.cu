@@ -10,21 +10,11 @@ namespace {
 
 constexpr int64_t kMostVocab = int64_t{1} << 19;  // what masses in fixed point hold
 
-bool reads_vectors(const Rows& rows) {
-  const auto bytes = static_cast<int64_t>(rows.tensor.element_size());
-  return reinterpret_cast<uintptr_t>(rows.tensor.data_ptr()) % 16 == 0 &&
-         (rows.count <= 1 || rows.stride * bytes % 16 == 0);
-}
-
-template <typename T, typename Real>
-LogitView<T, Real> view_of(const LogitArguments& call, const Rows& rows,
-                           const MaskedTokens& tokens) {
-  LogitView<T, Real> view = {};
-  view.logits = global<const T>(rows.tensor);
-  view.stride = rows.stride;
+template <typename Real>
+LogitView<Real> view_of(const LogitArguments& call, const Rows& rows, const MaskedTokens& tokens) {
+  LogitView<Real> view = view_of<Real>(rows);
   view.start = call.start;
-  view.vectors = reads_vectors(rows) && view.offset() * sizeof(T) % 16 == 0;
-  view.vocab = rows.length;
+  view.vectors = view.vectors && call.start % kGroup<Real> == 0;
   if (call.suppressed) {
     view.suppressed = global<const int64_t>(*call.suppressed);
     view.given_count = view.suppressed_count = call.suppressed->numel();
@@ -39,73 +29,99 @@ LogitView<T, Real> view_of(const LogitArguments& call, const Rows& rows,
   return view;
 }
 
-template <typename T, typename Real>
+// Doubles for `count` structures of this many bytes.
+Tensor workspace(int64_t count, size_t bytes, const Tensor& like) {
+  return empty({count, static_cast<int64_t>(bytes / sizeof(double))}, ScalarType::Double, like);
+}
+
+template <typename Real>
+void launch_sums(const LogitView<Real>& view, const LogitArguments& call, const RowSums& sums,
+                 const Stream& stream) {
+  const int64_t rows = call.rows.count;
+  const int64_t blocks = logit_blocks(call.start, call.rows.length);
+  const LogitOptions& options = call.options;
+  launch("logit_stats", scan_blocks<Real>, {rows, ceil_div<int64_t>(blocks, kSliceBlocks)},
+         kThreads, stream, view, options.temperature, options.draw_temperature,
+         global<SliceSums>(sums.blocks), blocks);
+  if (!options.truncates()) return;
+  launch("logit_stats", truncate_rows<Real>, {rows}, kThreads, stream, view, options.temperature,
+         options.draw_temperature, options.top_k, options.top_p, options.reach(),
+         global<SliceSums>(sums.blocks), global<Truncation>(sums.truncations),
+         global<Sums>(sums.kept));
+}
+
+RowSums empty_sums(const LogitArguments& call, const Tensor& like) {
+  WINNOW_CHECK(call.options.top_p == 1.0 || call.rows.length <= kMostVocab,
+               "top_p: expected a vocabulary of at most ", kMostVocab, " tokens on the GPU, got ",
+               call.rows.length);
+  const int64_t rows = call.rows.count;
+  const int64_t blocks = rows * logit_blocks(call.start, call.rows.length);
+  const bool truncates = call.options.truncates();
+  return {workspace(blocks, sizeof(SliceSums), like),
+          workspace(truncates ? rows : 0, sizeof(Truncation), like),
+          workspace(truncates ? blocks : 0, sizeof(Sums), like)};
+}
+
+template <typename Real>
 void launch_rows(const LogitArguments& call, const RowOptions& options, const MaskedTokens& tokens,
                  const RowOutputs<Real>& out, const std::optional<Tensor>& part, const Tensor& like,
                  const Stream& stream) {
   const Rows& rows = call.rows;
   const int64_t blocks = logit_blocks(call.start, rows.length);
-  LogitView<T, Real> view = view_of<T, Real>(call, rows, tokens);
+  LogitView<Real> view = view_of<Real>(call, rows, tokens);
   if (call.unconditional) {
-    view.unconditional = global<const T>(call.unconditional->tensor);
+    view.unconditional = source_of<Real>(call.unconditional->tensor);
     view.unconditional_stride = call.unconditional->stride;
-    view.vectors = view.vectors && reads_vectors(*call.unconditional);
+    view.vectors = view.vectors && in_groups<Real>(*call.unconditional);
     view.guidance = static_cast<Real>(call.guidance);
   }
-  const auto workspace = [&](int64_t count, size_t bytes) {
-    return empty({count, static_cast<int64_t>(bytes / sizeof(double))}, ScalarType::Double, like);
-  };
   const Grid every_slice = {rows.count, ceil_div<int64_t>(blocks, kSliceBlocks)};
   const Grid every_row = {rows.count};
   const int64_t all = rows.count * blocks;
 
-  const Tensor sums = workspace(all, sizeof(SliceSums));
-  const auto block_sums = global<SliceSums>(sums);
-  launch("logit_stats", scan_blocks<T, Real>, every_slice, kThreads, stream, view,
-         options.temperature, options.draw_temperature, block_sums, blocks);
-  const bool truncates = options.truncates;
-  const Tensor truncations = workspace(truncates ? rows.count : 0, sizeof(Truncation));
-  const Tensor kept = workspace(truncates ? all : 0, sizeof(Sums));
-  const auto kept_sums = global<Sums>(kept);
-  if (truncates) {
-    launch("logit_stats", truncate_rows<T, Real>, every_row, kThreads, stream, view,
-           options.temperature, options.draw_temperature, call.options.top_k, call.options.top_p,
-           call.options.reach(), block_sums, global<Truncation>(truncations), kept_sums);
-  }
-  launch("logit_stats", finish_rows<T, Real>, every_row, kThreads, stream, view, options,
-         block_sums, global<Truncation>(truncations), kept_sums, out);
-  LogitView<T, Real> previous = {};
-  const Tensor before = workspace(call.previous ? all : 0, sizeof(SliceSums));
-  const Tensor cross = workspace(call.previous ? all : 0, sizeof(double));
+  const RowSums sums = empty_sums(call, like);
+  launch_sums(view, call, sums, stream);
+  const auto block_sums = global<SliceSums>(sums.blocks);
+  const auto truncations = global<Truncation>(sums.truncations);
+  const auto kept_sums = global<Sums>(sums.kept);
+  launch("logit_stats", finish_rows<Real>, every_row, kThreads, stream, view, options, block_sums,
+         truncations, kept_sums, out);
+  LogitView<Real> previous = {};
+  const Tensor before = workspace(call.previous ? all : 0, sizeof(SliceSums), like);
+  const Tensor cross = workspace(call.previous ? all : 0, sizeof(double), like);
   const auto previous_sums = global<SliceSums>(before);
   if (call.previous) {
-    previous = view_of<T, Real>(call, *call.previous, tokens);
-    const bool described = truncates && !options.raw;
-    launch("logit_stats", scan_blocks<T, Real>, every_slice, kThreads, stream, previous,
+    previous = view_of<Real>(call, *call.previous, tokens);
+    const bool described = options.truncates && !options.raw;
+    launch("logit_stats", scan_blocks<Real>, every_slice, kThreads, stream, previous,
            options.temperature, options.temperature, previous_sums, blocks);
-    launch("logit_stats", cross_blocks<T, Real>, every_slice, kThreads, stream, view, previous,
+    launch("logit_stats", cross_blocks<Real>, every_slice, kThreads, stream, view, previous,
            options.temperature, block_sums, previous_sums,
-           described ? global<Truncation>(truncations) : Global<Truncation>(nullptr),
-           global<double>(cross), blocks);
-    launch("logit_stats", diverge_rows<T, Real>, every_row, kThreads, stream, view,
+           described ? truncations : Global<Truncation>(nullptr), global<double>(cross), blocks);
+    launch("logit_stats", diverge_rows<Real>, every_row, kThreads, stream, view,
            options.temperature, block_sums, previous_sums,
            described ? kept_sums : Global<Sums>(nullptr), global<double>(cross), out.kl);
   }
   if (part) {
-    launch("logit_stats", write_parts<T, Real>, every_row, kThreads, stream, view, previous,
-           options, layout_of(call, std::is_same_v<Real, double>), block_sums,
+    launch("logit_stats", write_parts<Real>, every_row, kThreads, stream, view, previous, options,
+           layout_of(call, std::is_same_v<Real, double>), block_sums,
            PreviousSums{previous_sums, global<double>(cross)}, global<Real>(*part));
   }
 }
 
 }  // namespace
 
+RowSums sum_rows(const LogitArguments& call, const Tensor& logits, const Stream& stream) {
+  const RowSums sums = empty_sums(call, logits);
+  dispatch_real(logits, [&](auto zero) {
+    launch_sums(view_of<decltype(zero)>(call, call.rows, MaskedTokens{}), call, sums, stream);
+  });
+  return sums;
+}
+
 void measure_rows(const LogitArguments& call, const MaskedTokens& tokens,
                   const std::optional<Tensor>& seed, const Tensor& logits, const LogitOutputs& out,
                   const Stream& stream, const std::optional<Tensor>& part) {
-  WINNOW_CHECK(call.options.top_p == 1.0 || call.rows.length <= kMostVocab,
-               "top_p: expected a vocabulary of at most ", kMostVocab, " tokens on the GPU, got ",
-               call.rows.length);
   RowOptions options = {};
   options.temperature = call.options.temperature;
   options.draw_temperature = call.options.draw_temperature;
@@ -115,10 +131,9 @@ void measure_rows(const LogitArguments& call, const MaskedTokens& tokens,
   options.is_part = call.is_part;
   if (seed) options.seed = seed_of(*seed);
   if (call.target) options.target = global<const int64_t>(*call.target);
-  dispatch_floating(logits, [&](auto zero) {
-    using T = decltype(zero);
-    using Real = std::conditional_t<std::is_same_v<T, double>, double, float>;
-    launch_rows<T, Real>(call, options, tokens, out.pointers<Real>(), part, logits, stream);
+  dispatch_real(logits, [&](auto zero) {
+    using Real = decltype(zero);
+    launch_rows<Real>(call, options, tokens, out.pointers<Real>(), part, logits, stream);
   });
 }
 

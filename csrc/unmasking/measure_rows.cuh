@@ -1,4 +1,4 @@
-// What logit_stats and unmask_step_ share on the GPU.
+// What the operators that measure rows of logits share on the GPU.
 #pragma once
 
 #include <optional>
@@ -13,6 +13,15 @@ namespace winnow {
 inline PartLayout layout_of(const LogitArguments& call, bool is_double) {
   return part_layout(call.start, call.rows.length, call.previous.has_value(), is_double);
 }
+
+// What is summed over the rows that count, block by block, in the words of the kernels.
+struct RowSums {
+  Tensor blocks;
+  Tensor truncations;  // of each row; empty, as the next, where nothing is truncated
+  Tensor kept;
+};
+
+RowSums sum_rows(const LogitArguments& call, const Tensor& logits, const Stream& stream);
 
 // Statistics of the rows that count into `out`, and with them the state of a part of a vocabulary
 // into `part`.

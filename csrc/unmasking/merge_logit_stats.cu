@@ -117,8 +117,8 @@ void merge_rows(const std::vector<Tensor>& parts, const std::vector<int64_t>& st
   for (const EdgeRun& run : edges.runs()) {
     const int64_t block = run.block - whole.start / kLogitBlock;
     const auto view_of_run = [&](Global<Real> logits) {
-      LogitView<Real, Real> view = {};
-      view.logits = logits + run.slot * kLogitBlock;
+      LogitView<Real> view = {};
+      view.logits = {logits + run.slot * kLogitBlock};
       view.stride = whole.slots * kLogitBlock;
       view.vectors = true;
       view.vocab = run.count * kLogitBlock;
@@ -126,22 +126,22 @@ void merge_rows(const std::vector<Tensor>& parts, const std::vector<int64_t>& st
       return view;
     };
     const Grid every_slice = {rows, ceil_div<int64_t>(run.count, kSliceBlocks)};
-    const LogitView<Real, Real> view = view_of_run(whole.edges);
-    launch("merge_logit_stats", scan_blocks<Real, Real>, every_slice, kThreads, stream, view,
+    const LogitView<Real> view = view_of_run(whole.edges);
+    launch("merge_logit_stats", scan_blocks<Real>, every_slice, kThreads, stream, view,
            options.temperature, options.draw_temperature, whole.sums + block, whole.blocks);
     if (!has_previous) continue;
-    const LogitView<Real, Real> before = view_of_run(whole.previous_edges);
-    launch("merge_logit_stats", scan_blocks<Real, Real>, every_slice, kThreads, stream, before,
+    const LogitView<Real> before = view_of_run(whole.previous_edges);
+    launch("merge_logit_stats", scan_blocks<Real>, every_slice, kThreads, stream, before,
            options.temperature, options.temperature, whole.previous + block, whole.blocks);
-    launch("merge_logit_stats", cross_blocks<Real, Real>, every_slice, kThreads, stream, view,
-           before, options.temperature, whole.sums + block, whole.previous + block,
+    launch("merge_logit_stats", cross_blocks<Real>, every_slice, kThreads, stream, view, before,
+           options.temperature, whole.sums + block, whole.previous + block,
            Global<Truncation>(nullptr), whole.cross + block, whole.blocks);
   }
   if (has_previous) {
-    LogitView<Real, Real> view = {};
+    LogitView<Real> view = {};
     view.vocab = whole.vocab;
     view.start = whole.start;
-    launch("merge_logit_stats", diverge_rows<Real, Real>, every_row, kThreads, stream, view,
+    launch("merge_logit_stats", diverge_rows<Real>, every_row, kThreads, stream, view,
            options.temperature, whole.sums, whole.previous, Global<Sums>(nullptr), whole.cross,
            out.kl);
   }
@@ -169,16 +169,11 @@ merge_logit_stats_cuda(const std::vector<Tensor>& parts, const std::vector<int64
   for (const Tensor& part : parts) dense.push_back(torch::stable::contiguous(part));
   const Stream stream(like);
   const LogitOutputs out(like, has_target, has_previous);
-  const auto merge = [&](auto zero) {
+  dispatch_real(like, [&](auto zero) {
     using Real = decltype(zero);
     merge_rows<Real>(dense, starts, counts, has_previous, keys, options, out.pointers<Real>(),
                      stream);
-  };
-  if (like.scalar_type() == ScalarType::Double) {
-    merge(double{});
-  } else {
-    merge(float{});
-  }
+  });
   return out.tensors();
 }
 

@@ -6,13 +6,13 @@
 #include <type_traits>
 
 #include "unmasking/logit_truncation_kernel.cuh"
+#include "unmasking/measure_rows.cuh"
 #include "unmasking/soft_embedding.h"
 
 namespace winnow {
 namespace {
 
-constexpr int64_t kMostVocab = int64_t{1} << 19;  // what masses in fixed point hold
-constexpr int kColumns = 4;                       // of a thread; kThreads apart
+constexpr int kColumns = 4;  // of a thread; kThreads apart
 
 template <typename E>
 struct Mixture {
@@ -31,9 +31,9 @@ struct KeptToken {
   double weight;
 };
 
-template <typename T, typename Real, typename E>
+template <typename Real, typename E>
 WINNOW_KERNEL(kThreads)
-mix_rows(LogitView<T, Real> view, Mixture<E> mixture, Global<const SliceSums> blocks,
+mix_rows(LogitView<Real> view, Mixture<E> mixture, Global<const SliceSums> blocks,
          Global<const Truncation> truncations, Global<const Sums> kept_sums) {
   WINNOW_SHARED(uint32_t, bits, kThreads);
   WINNOW_SHARED(TopTwo, top_scratch, kThreads / kWarp);
@@ -76,7 +76,6 @@ mix_rows(LogitView<T, Real> view, Mixture<E> mixture, Global<const SliceSums> bl
 
   const Real reference = static_cast<Real>(full.top.first);
   const Real scale = exponent_scale<Real>(mixture.temperature);
-  constexpr int N = 16 / sizeof(T);
   Real sum[kColumns] = {};
   for (int64_t slice = 0; slice * kSlice < view.vocab && share > 0.0; ++slice) {
     Real x[kPerThread];
@@ -84,7 +83,7 @@ mix_rows(LogitView<T, Real> view, Mixture<E> mixture, Global<const SliceSums> bl
     int mine = 0;
 #pragma unroll
     for (int e = 0; e < kPerThread; ++e) {
-      const int64_t index = slice * kSlice + within_slice<N>(e);
+      const int64_t index = slice * kSlice + within_slice<Real>(e);
       // What is not kept, or too small, becomes -infinity.
       const Real t = x[e] == reference ? Real(0) : (x[e] - reference) * scale;
       if (!keeps(kept, x[e], index) || !(exp2_of(t) > Real(0))) {
@@ -103,7 +102,7 @@ mix_rows(LogitView<T, Real> view, Mixture<E> mixture, Global<const SliceSums> bl
         if (x[e] == -std::numeric_limits<Real>::infinity()) continue;
         if (at >= 0 && at < kThreads) {
           list[at] =
-              KeptToken{slice * kSlice + within_slice<N>(e), static_cast<double>(exp2_of(x[e]))};
+              KeptToken{slice * kSlice + within_slice<Real>(e), static_cast<double>(exp2_of(x[e]))};
         }
         ++at;
       }
@@ -146,66 +145,37 @@ Tensor soft_embedding_cuda(const Tensor& logits, const Tensor& embedding,
 
   const Stream stream(logits);
   const Rows rows = as_rows(logits);
-  std::optional<Tensor> dense_mask;
-  if (mask) dense_mask = torch::stable::contiguous(*mask);
   Shape out_shape = leading_shape(logits);
   out_shape.push_back(embedding.size(1));
   const Tensor out = empty(out_shape, embedding.scalar_type(), embedding);
 
-  const double divisor = temperature > 0.0 ? temperature : 1.0;
-  int64_t limit = temperature == 0.0 ? 1 : top_k.value_or(0);
-  if (limit >= rows.length) limit = 0;
-  const double share = top_p.value_or(1.0);
-  const bool truncates = limit > 0 || share < 1.0;
-  WINNOW_CHECK(share == 1.0 || rows.length <= kMostVocab,
-               "top_p: expected a vocabulary of at most ", kMostVocab, " tokens on the GPU, got ",
-               rows.length);
-  const int64_t slices = ceil_div<int64_t>(rows.length, kSlice);
-  const int64_t blocks = logit_blocks(0, rows.length);
-  const auto workspace = [&](int64_t count, size_t bytes) {
-    return empty({count, static_cast<int64_t>(bytes / sizeof(double))}, ScalarType::Double, logits);
-  };
-  const Tensor sums = workspace(rows.count * blocks, sizeof(SliceSums));
-  const Tensor truncations = workspace(truncates ? rows.count : 0, sizeof(Truncation));
-  const Tensor kept = workspace(truncates ? rows.count * blocks : 0, sizeof(Sums));
-  dispatch_floating(logits, [&](auto of_logits) {
-    using T = decltype(of_logits);
-    using Real = std::conditional_t<std::is_same_v<T, double>, double, float>;
-    LogitView<T, Real> view = {};
-    view.logits = global<const T>(rows.tensor);
-    view.stride = rows.stride;
-    view.vectors = reinterpret_cast<uintptr_t>(rows.tensor.data_ptr()) % 16 == 0 &&
-                   (rows.count <= 1 || rows.stride * sizeof(T) % 16 == 0);
-    view.vocab = rows.length;
-    if (dense_mask) view.mask = global<const bool>(*dense_mask);
-    const auto block_sums = global<SliceSums>(sums);
-    launch("soft_embedding", scan_blocks<T, Real>, Grid{rows.count, slices}, kThreads, stream, view,
-           divisor, divisor, block_sums, blocks);
-    Global<Truncation> truncation = {};
-    Global<Sums> kept_sums = {};
-    if (truncates) {
-      truncation = global<Truncation>(truncations);
-      kept_sums = global<Sums>(kept);
-      launch("soft_embedding", truncate_rows<T, Real>, Grid{rows.count}, kThreads, stream, view,
-             divisor, divisor, limit, share, -std::numeric_limits<double>::infinity(), block_sums,
-             truncation, kept_sums);
-    }
-    dispatch_floating(embedding, [&](auto of_embedding) {
-      using E = decltype(of_embedding);
-      if constexpr (std::is_same_v<T, double> == std::is_same_v<E, double>) {
-        const Mixture<E> mixture = {global<const E>(embedding),
-                                    embedding.stride(0),
-                                    embedding.size(1),
-                                    global<const E>(mask_embedding),
-                                    divisor,
-                                    mix,
-                                    std::log(static_cast<double>(rows.length)),
-                                    global<E>(out)};
-        launch("soft_embedding", mix_rows<T, Real, E>,
-               Grid{rows.count, ceil_div<int64_t>(embedding.size(1), kThreads * kColumns)},
-               kThreads, stream, view, mixture, block_sums, truncation, kept_sums);
-      }
-    });
+  LogitArguments call = {};
+  call.rows = rows;
+  if (mask) call.mask = torch::stable::contiguous(*mask);
+  call.options = logit_options(temperature, false, false);
+  call.options.top_k = temperature == 0.0 ? 1 : top_k.value_or(0);
+  if (call.options.top_k >= rows.length) call.options.top_k = 0;
+  call.options.top_p = top_p.value_or(1.0);
+  const RowSums sums = sum_rows(call, logits, stream);
+  dispatch_floating(embedding, [&](auto zero) {
+    using E = decltype(zero);
+    using Real = std::conditional_t<std::is_same_v<E, double>, double, float>;
+    LogitView<Real> view = view_of<Real>(rows);
+    if (call.mask) view.mask = global<const bool>(*call.mask);
+    const Mixture<E> mixture = {global<const E>(embedding),
+                                embedding.stride(0),
+                                embedding.size(1),
+                                global<const E>(mask_embedding),
+                                call.options.temperature,
+                                mix,
+                                std::log(static_cast<double>(rows.length)),
+                                global<E>(out)};
+    const bool truncates = call.options.truncates();
+    launch("soft_embedding", mix_rows<Real, E>,
+           {rows.count, ceil_div<int64_t>(embedding.size(1), kThreads * kColumns)}, kThreads,
+           stream, view, mixture, global<SliceSums>(sums.blocks),
+           truncates ? global<Truncation>(sums.truncations) : Global<Truncation>(nullptr),
+           global<Sums>(sums.kept));
   });
   return out;
 }

@@ -9,18 +9,6 @@
 namespace winnow {
 namespace {
 
-template <typename T, typename Real>
-LogitView<T, Real> view_of(const Rows& rows) {
-  const auto bytes = static_cast<int64_t>(rows.tensor.element_size());
-  LogitView<T, Real> view = {};
-  view.logits = global<const T>(rows.tensor);
-  view.stride = rows.stride;
-  view.vectors = reinterpret_cast<uintptr_t>(rows.tensor.data_ptr()) % 16 == 0 &&
-                 (rows.count <= 1 || rows.stride * bytes % 16 == 0);
-  view.vocab = rows.length;
-  return view;
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor> speculative_verify_cuda(
     const Tensor& draft_tokens, const std::optional<Tensor>& draft_logits,
     const Tensor& target_logits, double temperature, const std::optional<Tensor>& lengths,
@@ -70,22 +58,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> speculative_verify_cuda(
       empty({measured * slices, static_cast<int64_t>(sizeof(SliceSums) / sizeof(double))},
             ScalarType::Double, target_logits);
   const Tensor masses = empty({sizes.batch, slices}, ScalarType::Double, target_logits);
-  dispatch_floating(target_logits, [&](auto zero) {
-    using T = decltype(zero);
-    using Real = std::conditional_t<std::is_same_v<T, double>, double, float>;
-    const LogitView<T, Real> of_target = view_of<T, Real>(target);
-    const Models<T, Real> models = {of_target, draft ? view_of<T, Real>(*draft) : of_target};
+  dispatch_real(target_logits, [&](auto zero) {
+    using Real = decltype(zero);
+    const LogitView<Real> of_target = view_of<Real>(target);
+    const Models<Real> models = {of_target, draft ? view_of<Real>(*draft) : of_target};
     const auto slice_sums = global<SliceSums>(sums);
     const auto residuals = global<double>(masses);
     const VerificationOutputs<Real> out = {global<int64_t>(accepted), global<int64_t>(token),
                                            global<int64_t>(tokens), global<Real>(log_prob)};
-    launch("speculative_verify", measure_steps<T, Real>, Grid{measured, slices}, kThreads, stream,
+    launch("speculative_verify", measure_steps<Real>, Grid{measured, slices}, kThreads, stream,
            models, steps, slice_sums);
     if (!greedy) {
-      launch("speculative_verify", sum_residuals<T, Real>, Grid{sizes.batch, slices}, kThreads,
-             stream, models, steps, slice_sums, residuals);
+      launch("speculative_verify", sum_residuals<Real>, Grid{sizes.batch, slices}, kThreads, stream,
+             models, steps, slice_sums, residuals);
     }
-    launch("speculative_verify", finish_verification<T, Real>, Grid{sizes.batch}, kThreads, stream,
+    launch("speculative_verify", finish_verification<Real>, Grid{sizes.batch}, kThreads, stream,
            models, steps, slice_sums, residuals, out);
   });
   return {accepted, token, tokens, log_prob};

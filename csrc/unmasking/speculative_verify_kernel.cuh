@@ -43,16 +43,16 @@ struct Steps {
   }
 };
 
-template <typename T, typename Real>
+template <typename Real>
 struct Models {
-  LogitView<T, Real> target;
-  LogitView<T, Real> draft;
+  LogitView<Real> target;
+  LogitView<Real> draft;
 };
 
 // Slice sums of the target's rows of all steps, then of the draft's.
-template <typename T, typename Real>
+template <typename Real>
 WINNOW_KERNEL(kThreads)
-measure_steps(Models<T, Real> models, Steps steps, Global<SliceSums> sums) {
+measure_steps(Models<Real> models, Steps steps, Global<SliceSums> sums) {
   WINNOW_SHARED(uint32_t, bits, kThreads);
   WINNOW_SHARED(TopTwo, top_scratch, kThreads / kWarp);
   WINNOW_SHARED(Sums, sum_scratch, kThreads / kWarp);
@@ -63,9 +63,8 @@ measure_steps(Models<T, Real> models, Steps steps, Global<SliceSums> sums) {
   const int64_t place = steps.place(b, j);
   const int64_t slice = block_index_y();
   if (place < 0 || j > steps.length(b) || (!of_target && !steps.reads_draft(b, j))) return;
-  const LogitView<T, Real>& view = of_target ? models.target : models.draft;
+  const LogitView<Real>& view = of_target ? models.target : models.draft;
   const int64_t row = b * (of_target ? steps.places : steps.drafts) + place;
-  constexpr int N = 16 / sizeof(T);
   Real x[kPerThread];
   load_slice(view, row, slice, Shared<uint32_t>(bits), x);
   const Real none = -std::numeric_limits<Real>::infinity();
@@ -80,7 +79,7 @@ measure_steps(Models<T, Real> models, Steps steps, Global<SliceSums> sums) {
       at = e;
     }
   }
-  TopTwo top = {first, none, at < 0 ? -1 : slice * kSlice + within_slice<N>(at), nan};
+  TopTwo top = {first, none, at < 0 ? -1 : slice * kSlice + within_slice<Real>(at), nan};
   top = block_reduce<kThreads>(top, Shared<TopTwo>(top_scratch), merge_tops);
   Real mass = Real(0);
   const Real reference = static_cast<Real>(top.first);
@@ -120,8 +119,8 @@ WINNOW_DEVICE double log_prob_of(const Distribution& row, double logit, double t
 }
 
 // `emit(step, token, log_prob)` for each accepted draft.
-template <typename T, typename Real, typename Emit>
-WINNOW_DEVICE Verdict walk(const Models<T, Real>& models, const Steps& steps, int64_t b,
+template <typename Real, typename Emit>
+WINNOW_DEVICE Verdict walk(const Models<Real>& models, const Steps& steps, int64_t b,
                            Global<const SliceSums> sums, Shared<TopTwo> top_scratch,
                            Shared<Sums> sum_scratch, const Emit& emit) {
   const int64_t slices = ceil_div<int64_t>(models.target.vocab, kSlice);
@@ -183,15 +182,15 @@ WINNOW_DEVICE Verdict walk(const Models<T, Real>& models, const Steps& steps, in
 }
 
 // What is left of the target: max(p - q, 0).
-template <typename T, typename Real>
+template <typename Real>
 struct Residual {
-  const Models<T, Real>& models;
+  const Models<Real>& models;
   int64_t target;
   int64_t draft;  // or -1
   int64_t excluded;
   Real target_reference, target_share, draft_reference, draft_share, scale;
 
-  WINNOW_DEVICE Residual(const Models<T, Real>& models_, const Verdict& verdict, double temperature)
+  WINNOW_DEVICE Residual(const Models<Real>& models_, const Verdict& verdict, double temperature)
       : models(models_),
         target(verdict.target),
         draft(verdict.draft),
@@ -221,7 +220,6 @@ struct Residual {
   // All threads get it.
   WINNOW_DEVICE double slice_mass(int64_t slice, Shared<uint32_t> bits,
                                   Shared<double> scratch) const {
-    constexpr int N = 16 / sizeof(T);
     Real x[kPerThread];
     Real y[kPerThread];
     load_slice(models.target, target, slice, bits, x);
@@ -229,7 +227,7 @@ struct Residual {
     double mass = 0.0;
 #pragma unroll
     for (int e = 0; e < kPerThread; ++e) {
-      mass += weight(slice * kSlice + within_slice<N>(e), x[e], draft >= 0 ? y[e] : Real(0));
+      mass += weight(slice * kSlice + within_slice<Real>(e), x[e], draft >= 0 ? y[e] : Real(0));
     }
     return block_reduce<kThreads>(mass, scratch, [](double a, double b) { return a + b; });
   }
@@ -263,9 +261,9 @@ struct Residual {
   }
 };
 
-template <typename T, typename Real>
+template <typename Real>
 WINNOW_KERNEL(kThreads)
-sum_residuals(Models<T, Real> models, Steps steps, Global<const SliceSums> sums,
+sum_residuals(Models<Real> models, Steps steps, Global<const SliceSums> sums,
               Global<double> masses) {
   WINNOW_SHARED(uint32_t, bits, kThreads);
   WINNOW_SHARED(TopTwo, top_scratch, kThreads / kWarp);
@@ -276,7 +274,7 @@ sum_residuals(Models<T, Real> models, Steps steps, Global<const SliceSums> sums,
                                Shared<Sums>(sum_scratch), [](int64_t, int64_t, double) {});
   if (verdict.step < 0 || verdict.lost) return;
   const double mass =
-      Residual<T, Real>(models, verdict, steps.temperature)
+      Residual<Real>(models, verdict, steps.temperature)
           .slice_mass(block_index_y(), Shared<uint32_t>(bits), Shared<double>(mass_scratch));
   if (thread_index() == 0) {
     masses[b * ceil_div<int64_t>(models.target.vocab, kSlice) + block_index_y()] = mass;
@@ -291,9 +289,9 @@ struct VerificationOutputs {
   Global<Real> log_prob;
 };
 
-template <typename T, typename Real>
+template <typename Real>
 WINNOW_KERNEL(kThreads)
-finish_verification(Models<T, Real> models, Steps steps, Global<const SliceSums> sums,
+finish_verification(Models<Real> models, Steps steps, Global<const SliceSums> sums,
                     Global<const double> masses, VerificationOutputs<Real> out) {
   WINNOW_SHARED(uint32_t, bits, kThreads);
   WINNOW_SHARED(TopTwo, top_scratch, kThreads / kWarp);
@@ -318,7 +316,7 @@ finish_verification(Models<T, Real> models, Steps steps, Global<const SliceSums>
     token = verdict.target_distribution.top.argmax;
     if (!steps.greedy) {
       const int64_t slices = ceil_div<int64_t>(models.target.vocab, kSlice);
-      Residual<T, Real> residual(models, verdict, steps.temperature);
+      Residual<Real> residual(models, verdict, steps.temperature);
       Clock clock = {0.0, -1, 0.0};
       const auto enter = [&](int64_t s, double mass) {
         if (!(mass > 0.0)) return;

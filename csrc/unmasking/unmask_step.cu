@@ -96,7 +96,7 @@ unmask_step_cuda(Tensor tokens, const Tensor& logits, int64_t mask_id,
   selection.leftmost = global<int64_t>(rank) + call.batch * call.length;
   selection.transfer = global<bool>(transfer);
   selection.count = global<int64_t>(count);
-  const auto choose = [&](auto zero) {
+  dispatch_real(logits, [&](auto zero) {
     using Real = decltype(zero);
     MeasuredScores<Real> source = {};
     source.tokens = masked;
@@ -105,12 +105,7 @@ unmask_step_cuda(Tensor tokens, const Tensor& logits, int64_t mask_id,
     source.kind = static_cast<StepScore>(score);
     launch("unmask_step_", select_rows<MeasuredScores<Real>>, {call.batch}, kChoosers, stream,
            source, selection);
-  };
-  if (logits.scalar_type() == ScalarType::Double) {
-    choose(double{});
-  } else {
-    choose(float{});
-  }
+  });
   return std::tuple_cat(std::make_tuple(transfer, count), out.tensors());
 }
 

@@ -23,18 +23,18 @@ def run(folder: Path, sanitizers: str, optimise: str, *arguments: str) -> str:
         pytest.skip("needs a C++ compiler")
     flags = [optimise, "-std=c++20", "-pthread", f"-I{ROOT / 'csrc'}"]
     flags += [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
-    probe = folder / "probe.cpp"
+    binary, probe = str(folder / "stress"), folder / "probe.cpp"
     probe.write_text("int main() { return 0; }\n")
-    binary = str(folder / "stress")
-    for source in ([probe], SOURCES):
-        done = subprocess.run(
-            [compiler, *flags, *map(str, source), "-o", binary], capture_output=True, text=True
-        )
-        if source == [probe]:
-            if done.returncode or subprocess.run([binary], capture_output=True).returncode:
-                pytest.skip(f"needs a compiler with -fsanitize={sanitizers}")
-        assert done.returncode == 0, done.stderr
-    done = subprocess.run([binary, *arguments], capture_output=True, text=True)
+
+    def command(*line: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(line, capture_output=True, text=True)
+
+    probed = command(compiler, *flags, str(probe), "-o", binary)
+    if probed.returncode or command(binary).returncode:
+        pytest.skip(f"needs a compiler with -fsanitize={sanitizers}")
+    built = command(compiler, *flags, *map(str, SOURCES), "-o", binary)
+    assert built.returncode == 0, built.stderr
+    done = command(binary, *arguments)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from torch_winnow import _library  # noqa: F401  (registers the operators)
 from torch_winnow._fake import check_same_device
+from torch_winnow._kvcache.mirror import sent
 
 if TYPE_CHECKING:
     from torch_winnow._kvcache.storage import PagedKVCache
@@ -35,13 +36,15 @@ def compact(cache: PagedKVCache, keep: Tensor) -> None:
     targets = torch.where(moves, place, -1)
     before = cache.block_table.clone()
     pool = cache.pool
-    cache._claim(targets)
-    for pages in (pool.key_pages, pool.value_pages):
-        _compact_pages_(pages, before, cache.block_table, keep)
-    if pool.key_bias is not None:
-        _compact_pages_(pool.key_bias[..., None], before, cache.block_table, keep)
-    cache.truncate_(lengths[0, :, 0])
-    cache._written(targets)
+    with pool._lock:
+        cache._claim(targets)
+        keep = sent(keep, pool.device)
+        for pages in (pool.key_pages, pool.value_pages):
+            _compact_pages_(pages, before, cache.block_table, keep)
+        if pool.key_bias is not None:
+            _compact_pages_(pool.key_bias[..., None], before, cache.block_table, keep)
+        cache.truncate_(lengths[0, :, 0])
+        cache._written(targets)
 
 
 def _checked(cache: PagedKVCache, keep: Tensor) -> Tensor:

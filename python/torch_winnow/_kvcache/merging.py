@@ -214,30 +214,32 @@ def merge_similar_(
             for key_pages in pool.key_pages
         ]
     )
-    place = torch.arange(tokens)
+    place = torch.arange(tokens, device=runs.device)
     numbers = (runs.amax(3) + 1) if tokens > 0 else runs.new_zeros(expected)
     kept = numbers.amax((0, 2))
     # Up to the first token that joins another nothing changes, in any head or layer.
     joins = ((runs >= 0) & (runs != place)).any(0).any(1)
     changes = F.pad(joins, (0, 1))[:, 1:].cumsum(1) > 0
     targets = torch.where(changes & (place < kept[:, None]), place, -1)
-    targets = targets[:, : int(kept.max()) if kept.numel() > 0 else 0].contiguous()
-    if cache._claim(targets):
-        cache._copy()
-    for layer, (key_pages, value_pages) in enumerate(pool._layers):
-        key, value, bias = merge_runs(
-            stored(key_pages),
-            stored(value_pages),
-            runs[layer],
-            key_bias=stored(pool.key_bias[layer, ..., None])[..., 0],
-            mass=None if mass is None else mass[layer, :, :, :tokens],
-        )
-        # Hidden tokens repeat the last one, so that summaries stay as tight as they are.
-        last = (numbers[layer, :, :, None] - 1).clamp(min=0)
-        source = torch.minimum(place[: targets.shape[1]], last)[..., None]
-        key, value = (x.gather(2, source.expand(-1, -1, -1, x.shape[3])) for x in (key, value))
-        bias = F.pad(bias, (0, targets.shape[1] - bias.shape[2]), value=-torch.inf)
-        _paged_write_(key_pages, value_pages, key, value, cache.block_table, targets)
-        cache._store_bias(layer, targets, bias)
-    cache.truncate_(kept)
-    cache._written(targets)
+    targets = targets[:, : int(kept.max()) if kept.numel() > 0 else 0].cpu().contiguous()
+    with pool._lock:
+        if cache._claim(targets):
+            cache._copy()
+        for layer, (key_pages, value_pages) in enumerate(pool._layers):
+            key, value, bias = merge_runs(
+                stored(key_pages),
+                stored(value_pages),
+                runs[layer],
+                key_bias=stored(pool.key_bias[layer, ..., None])[..., 0],
+                mass=None if mass is None else mass[layer, :, :, :tokens],
+            )
+            # Hidden tokens repeat the last one, so that summaries stay as tight as they are.
+            last = (numbers[layer, :, :, None] - 1).clamp(min=0)
+            source = torch.minimum(place[: targets.shape[1]], last)[..., None]
+            key, value = (x.gather(2, source.expand(-1, -1, -1, x.shape[3])) for x in (key, value))
+            bias = F.pad(bias, (0, targets.shape[1] - bias.shape[2]), value=-torch.inf)
+            where = cache.block_table, cache._mirror.positions(targets)
+            _paged_write_(key_pages, value_pages, key, value, *where)
+            cache._store_bias(layer, targets, bias)
+        cache.truncate_(kept)
+        cache._written(targets)

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from torch_winnow import _core
 from torch_winnow._kvcache.arguments import integer
+
+if TYPE_CHECKING:
+    from torch_winnow._kvcache.storage import PagedKVCache
+
+Result = TypeVar("Result")
 
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _QUANTISED = (torch.int8, torch.float8_e4m3fn)
@@ -25,7 +32,11 @@ class BlockPool:
     """Memory for keys and values in blocks of ``block_size`` tokens, for any number of caches.
 
     A block has as many owners as rows of block tables name it, and returns to the pool with the
-    last. Calls come from one thread at a time (the interpreter lock is enough).
+    last.
+
+    **Threads.** Several threads may use a pool and different caches on it at the same time. One
+    cache may be read by several (``fork``, the counts of blocks, attention), and changed by one
+    while nobody else uses it. On a GPU they use one stream, or order theirs themselves.
 
     Args:
         num_blocks: blocks in the pool. A block holds ``block_size`` tokens for every layer.
@@ -35,7 +46,8 @@ class BlockPool:
         block_size: tokens in a block.
         dtype: float32, bfloat16, float16 or float64; or int8 or float8_e4m3fn, which hold codes of
             one byte and a scale per block and head (``docs/kvcache/quantised.md``).
-        device: where the pages lie; this release has the CPU only.
+        device: where the pages lie, ``"cpu"`` or a GPU. The bookkeeping is the host's; tables
+            follow it to a GPU without waiting for it.
         value_head_dim: of values; ``head_dim`` by default.
         summaries: keep a summary of every block's keys, ``"minmax"`` or ``"mean"`` as in
             :func:`block_summaries`, up to date with what caches store.
@@ -97,13 +109,18 @@ class BlockPool:
                 "dtype: expected float32, bfloat16, float16, float64, int8 or float8_e4m3fn, got "
                 f"{dtype}"
             )
-        if torch.device(device).type != "cpu":
-            raise ValueError(
-                f"device: expected cpu, where this release's operators run, got {device}"
-            )
+        if torch.device(device).type not in ("cpu", "cuda"):
+            raise ValueError(f"device: expected cpu or cuda, got {device}")
+        if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"device: torch finds no GPU here: expected cpu, got {device}")
         if summaries not in ("minmax", "mean", None):
             raise ValueError(f"summaries: expected 'minmax', 'mean' or None, got {summaries!r}")
         self._native = _core.BlockPool(num_blocks)
+        # Held from an append's bookkeeping until its tokens are stored: nobody writes to a block
+        # that is yet to be copied, nor to pages that move.
+        self._lock = threading.RLock()
+        self._hooks: list[Callable[[int], object]] = []
+        self._evicting = threading.local()
         self.num_layers = num_layers
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
@@ -165,20 +182,21 @@ class BlockPool:
             ValueError: on fewer blocks than there are.
         """
         num_blocks = integer("num_blocks", num_blocks)
-        before = self.num_blocks
-        if num_blocks < before:
-            raise ValueError(f"num_blocks: expected at least {before}, got {num_blocks}")
-        # All memory first, so that a want of it changes nothing; it is touched by the copies only.
-        larger = {
-            name: pages.new_empty(pages.shape[0], num_blocks, *pages.shape[2:])
-            for name, pages in self._pages().items()
-        }
-        self._native.grow(num_blocks)
-        for name, pages in larger.items():
-            pages[:, :before] = getattr(self, name)
-            pages[:, before:] = 0
-            setattr(self, name, pages)
-        self._split()
+        with self._lock:
+            before = self.num_blocks
+            if num_blocks < before:
+                raise ValueError(f"num_blocks: expected at least {before}, got {num_blocks}")
+            # All memory first, so that a want of it changes nothing; only the copies touch it.
+            larger = {
+                name: pages.new_empty(pages.shape[0], num_blocks, *pages.shape[2:])
+                for name, pages in self._pages().items()
+            }
+            self._native.grow(num_blocks)
+            for name, pages in larger.items():
+                pages[:, :before] = getattr(self, name)
+                pages[:, before:] = 0
+                setattr(self, name, pages)
+            self._split()
 
     @property
     def device(self) -> torch.device:
@@ -189,6 +207,78 @@ class BlockPool:
     def num_blocks(self) -> int:
         """Blocks in the pool, free or not."""
         return self._native.num_blocks
+
+    def add_eviction_hook(self, hook: Callable[[int], object]) -> None:
+        """Have ``hook(missing)`` called before an operation fails for want of ``missing`` blocks.
+
+        A hook may free or truncate rows of other caches, drop caches, or :meth:`grow` the pool;
+        what it returns does not matter. Hooks run in the order in which they were added, each once,
+        until the operation succeeds, which then is as if it had been called after them. If it still
+        does not, it raises :class:`BlockPoolExhausted` and has changed nothing. Prefixes that no
+        row holds are given up first.
+
+        A hook that raises ends the operation with its error. It may not change the cache whose
+        operation waits (a ``RuntimeError``), and where it runs short of blocks itself, no hook is
+        called for that. It runs in the thread of the operation, and several threads may be in it at
+        once. The pool keeps a reference to it.
+
+        Raises:
+            ValueError: if ``hook`` cannot be called.
+
+        Example:
+            >>> import torch
+            >>> from torch_winnow.kvcache import BlockPool, PagedKVCache
+            >>> pool = BlockPool(2, num_layers=1, num_kv_heads=1, head_dim=2, block_size=4,
+            ...                  dtype=torch.float32)
+            >>> idle, active = PagedKVCache(pool, 1), PagedKVCache(pool, 1)
+            >>> tokens = torch.ones(1, 1, 4, 2)
+            >>> idle.append(0, tokens, tokens)
+            >>> pool.add_eviction_hook(lambda missing: idle.free([0]))
+            >>> for _ in range(2):
+            ...     active.append(0, tokens, tokens)
+            >>> idle.seq_lens, active.seq_lens
+            (tensor([0], dtype=torch.int32), tensor([8], dtype=torch.int32))
+        """
+        if not callable(hook):
+            raise ValueError(f"hook: expected a function of a number of blocks, got {hook!r}")
+        self._hooks.append(hook)
+
+    def remove_eviction_hook(self, hook: Callable[[int], object]) -> None:
+        """Forget a hook.
+
+        Raises:
+            ValueError: if it was not added.
+        """
+        if hook not in self._hooks:
+            raise ValueError(f"hook: expected one that was added, got {hook!r}")
+        self._hooks.remove(hook)
+
+    def _with_room(
+        self, cache: PagedKVCache, operation: Callable[..., Result], *arguments: object
+    ) -> Result:
+        """Calls an operation of a cache with the lock held; hooks run without it."""
+        try:
+            return operation(*arguments)
+        except _core.BlockPoolExhausted as error:
+            if not self._hooks or getattr(self._evicting, "now", False):
+                raise
+            missing = error.needed - error.free
+        hooks = list(self._hooks)
+        while True:
+            hook = hooks.pop(0)
+            self._lock.release()
+            self._evicting.now = cache._waits = True
+            try:
+                hook(missing)
+            finally:
+                self._evicting.now = cache._waits = False
+                self._lock.acquire()
+            try:
+                return operation(*arguments)
+            except _core.BlockPoolExhausted as error:
+                if not hooks:
+                    raise
+                missing = error.needed - error.free
 
     @property
     def num_free_blocks(self) -> int:

@@ -12,6 +12,7 @@ from torch_winnow import _core
 from torch_winnow._fake import check_same_device
 from torch_winnow._kvcache.arguments import integer, integers, refuse_gradients
 from torch_winnow._kvcache.compaction import compact
+from torch_winnow._kvcache.mirror import TableMirror, sent
 from torch_winnow._kvcache.pool import BlockPool
 
 # Bound once: a look-up through torch.ops costs as much as a small op.
@@ -20,7 +21,7 @@ _paged_quantise_ = torch.ops.winnow.paged_quantise_
 _copy_blocks_ = torch.ops.winnow.copy_blocks_
 _update_block_summaries_ = torch.ops.winnow.update_block_summaries_
 
-_COPIES, _RESHAPED, _FRESH = 1, 2, 4  # what CacheTable.append reports
+_COPIES, _RESHAPED, _FRESH, _MOVED = 1, 2, 4, 8  # what CacheTable.append reports
 _TO_QUANTISE = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -42,6 +43,9 @@ class PagedKVCache:
     **Sharing.** :meth:`fork` and :meth:`permute_` copy no keys: rows share blocks. Before a row
     writes to a block with several owners, that block is copied, for all layers; the last owner
     keeps the original, so K owners cost K - 1 copies.
+
+    **Threads.** Different caches on a pool may be used by different threads; see
+    :class:`BlockPool`.
 
     **Errors.** An operation that raises, for want of blocks too, has changed nothing. Rows,
     parents, ancestors and lengths are lists of integers or one-dimensional integer tensors, for one
@@ -80,25 +84,15 @@ class PagedKVCache:
         self.pool = pool
         self.batch_size = batch_size
         self._native = native
-        self._seq_lens = torch.zeros(batch_size, dtype=torch.int32)
+        self._waits = False  # for an eviction hook, which may not change it
+        self._mirror = TableMirror(native, batch_size, pool.device)
+        # What an append has to follow: on the CPU lengths and table are the native table's own.
+        self._followed = _RESHAPED | _MOVED if self._mirror.is_apart else _RESHAPED
         self._positions = torch.empty(batch_size, 1, dtype=torch.int64)
         self._positions_address = self._positions.data_ptr()
         # The shapes and dtype that append meets at every token.
         self._heads = pool.num_kv_heads
         self._dims = pool.head_dim, pool.value_head_dim
-        self._reserve(native.width)
-        self._reshape()
-
-    def _reserve(self, width: int) -> None:
-        """Give the native table a tensor of ``width`` columns to keep in step."""
-        self._storage = torch.empty(self.batch_size, width, dtype=torch.int32)
-        self._native.attach(self._storage.data_ptr(), width, self._seq_lens.data_ptr())
-
-    def _reshape(self) -> None:
-        width = self._native.width
-        if width > self._storage.shape[1]:
-            self._reserve(max(width, 2 * self._storage.shape[1]))
-        self._block_table = self._storage[:, :width]
 
     @property
     def block_table(self) -> Tensor:
@@ -107,12 +101,12 @@ class PagedKVCache:
         The cache keeps writing to it: read it anew after an operation, clone it to keep it, and
         don't write to it (the native table is what counts).
         """
-        return self._block_table
+        return self._mirror.table
 
     @property
     def seq_lens(self) -> Tensor:
         """``(B,)`` int32: tokens of each row in the furthest layer. Kept up to date in place."""
-        return self._seq_lens
+        return self._mirror.lengths
 
     def append(
         self,
@@ -146,15 +140,17 @@ class PagedKVCache:
             positions = torch.empty(self.batch_size, tokens, dtype=torch.int64)
             address = positions.data_ptr()
         counts = None if lengths is None else integers("lengths", lengths)
-        changes = self._native.append(layer, tokens, counts, address)
-        if changes:
-            if changes & _RESHAPED:
-                self._reshape()
+        self._check_not_waiting()
+        pool = self.pool
+        with pool._lock:
+            changes = pool._with_room(self, self._native.append, layer, tokens, counts, address)
+            if changes & self._followed:
+                self._mirror.follow()
             if changes & _COPIES:
                 self._copy()
-            if changes & _FRESH and self.pool.quantised:
+            if changes & _FRESH and pool.quantised:
                 self._start_anew()
-        self._store(layer, key, value, positions)
+            self._store(layer, key, value, positions)
 
     def write(self, layer: int, key: Tensor, value: Tensor, positions: Tensor) -> None:
         """Overwrite tokens of one layer in place.
@@ -165,7 +161,8 @@ class PagedKVCache:
                 quantised pool), last dimension contiguous.
             value: ``(B, Hkv, T, Dv)``.
             positions: ``(B, T)`` integers, ``0 <= position < seq_lens[b]``, in any order; of equal
-                ones the last wins.
+                ones the last wins. On the CPU, also for a pool on a GPU: those of a GPU are
+                waited for.
 
         Raises:
             BlockPoolExhausted: if shared blocks must be copied and the pool has too few.
@@ -189,9 +186,14 @@ class PagedKVCache:
                 f"{tuple(positions.shape)} of {positions.dtype}"
             )
         positions = positions.to(device="cpu", dtype=torch.int64).contiguous()
-        if self._native.write(layer, tokens, positions.data_ptr()):
-            self._copy()
-        self._store(layer, key, value, positions)
+        self._check_not_waiting()
+        pool = self.pool
+        with pool._lock:
+            address = positions.data_ptr()
+            if pool._with_room(self, self._native.write, layer, tokens, address):
+                self._mirror.follow()
+                self._copy()
+            self._store(layer, key, value, positions)
 
     def fork(self, parents: Sequence[int] | Tensor) -> PagedKVCache:
         """A new cache whose row ``r`` continues this one's row ``parents[r]``; rows may repeat.
@@ -214,8 +216,9 @@ class PagedKVCache:
         Raises:
             ValueError: unless there are ``batch_size`` ancestors in ``[0, batch_size)``.
         """
+        self._check_not_waiting()
         self._native.permute(integers("ancestors", ancestors))
-        self._reshape()
+        self._mirror.follow()
 
     def truncate_(self, lengths: Sequence[int] | Tensor) -> None:
         """Drop the tokens from position ``lengths[b]`` on, in every layer.
@@ -223,8 +226,9 @@ class PagedKVCache:
         Raises:
             ValueError: unless there are ``batch_size`` lengths with ``0 <= length <= seq_lens[b]``.
         """
+        self._check_not_waiting()
         self._native.truncate(integers("lengths", lengths))
-        self._reshape()
+        self._mirror.follow()
 
     def compact_(self, keep: Tensor) -> None:
         """Keep some tokens of each row, in their order, and give up the blocks that this empties.
@@ -266,8 +270,42 @@ class PagedKVCache:
         Raises:
             ValueError: on a row outside ``[0, batch_size)`` or one that is already free.
         """
+        self._check_not_waiting()
         self._native.free(integers("rows", rows))
-        self._reshape()
+        self._mirror.follow()
+
+    def retained_blocks(self, rows: Sequence[int] | Tensor) -> int:
+        """How many distinct blocks these rows hold: what a search that keeps them pays.
+
+        Raises:
+            ValueError: on a row outside ``[0, batch_size)``.
+        """
+        return self._native.retained(integers("rows", rows))
+
+    def marginal_blocks(self, kept: Sequence[int] | Tensor | None = None) -> list[int]:
+        """Per row, the blocks that it does not share.
+
+        Args:
+            kept: rows that stay: a row counts the blocks that keeping it as well would add.
+                Default: what freeing the row alone returns to the pool, because no other row of any
+                cache holds it (a registered block is returned when it is needed).
+
+        Raises:
+            ValueError: on a row outside ``[0, batch_size)``.
+
+        Example:
+            >>> import torch
+            >>> from torch_winnow.kvcache import BlockPool, PagedKVCache
+            >>> pool = BlockPool(8, num_layers=1, num_kv_heads=1, head_dim=2, block_size=4,
+            ...                  dtype=torch.float32)
+            >>> prompt = PagedKVCache(pool, 1)
+            >>> prompt.append(0, torch.ones(1, 1, 8, 2), torch.ones(1, 1, 8, 2))
+            >>> tree = prompt.fork([0, 0, 0])
+            >>> tree.append(0, *torch.ones(2, 3, 1, 4, 2), lengths=[4, 4, 0])
+            >>> tree.retained_blocks([0, 1]), tree.marginal_blocks(), tree.marginal_blocks([0])
+            (4, [1, 1, 0], [0, 1, 0])
+        """
+        return self._native.marginal(None if kept is None else integers("kept", kept))
 
     def register_prefix(self, token_ids: Sequence[int] | Tensor, *, row: int = 0) -> int:
         """Make the full blocks of a row findable by :meth:`match_prefix`, in any cache of the pool.
@@ -312,8 +350,9 @@ class PagedKVCache:
         Raises:
             ValueError: on a row that holds tokens, or outside ``[0, batch_size)``.
         """
+        self._check_not_waiting()
         matched = self._native.match_prefix(integer("row", row), integers("token_ids", token_ids))
-        self._reshape()
+        self._mirror.follow()
         return matched
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
@@ -324,36 +363,33 @@ class PagedKVCache:
         )
 
     def _copy(self) -> None:
-        sources, targets = self._native.copies()
         pool = self.pool
-        _copy_blocks_(
-            pool.key_pages, pool.value_pages, torch.tensor(sources), torch.tensor(targets)
-        )
+        source, target = (sent(torch.tensor(x), pool.device) for x in self._native.copies())
+        _copy_blocks_(pool.key_pages, pool.value_pages, source, target)
         _mark_written(pool.key_pages, pool.value_pages)
         for name, pages in pool._pages().items():
             if name not in ("key_pages", "value_pages"):
-                pages[:, targets] = pages[:, sources]
+                pages[:, target] = pages[:, source]
 
     def _start_anew(self) -> None:
         # What a block's last owner needed is no measure for the next one.
+        fresh = sent(torch.tensor(self._native.fresh), self.pool.device)
         for scales in (self.pool.key_scales, self.pool.value_scales):
             assert scales is not None
-            scales[:, self._native.fresh] = 0
-
-    def _store(self, layer: int, key: Tensor, value: Tensor, positions: Tensor) -> None:
-        pages, scales = self.pool._layers[layer], self.pool._scales[layer]
-        if scales:
-            _paged_quantise_(*pages, *scales, key, value, self._block_table, positions)
-        else:
-            _paged_write_(*pages, key, value, self._block_table, positions)
-        _mark_written(*pages, *scales)
-        self._store_bias(layer, positions)
-        self._summarise(layer, positions)
+            scales[:, fresh] = 0
 
     def _claim(self, positions: Tensor) -> bool:
-        """Make the blocks of positions, -1 for none, this cache's; whether it has new ones."""
+        """Make the blocks of positions, -1 for none, this cache's; whether it has new ones.
+
+        Called with the pool's lock, which is held until the tokens are stored.
+        """
+        self._check_not_waiting()
         positions = positions.contiguous()
-        return self._native.write(0, positions.shape[1], positions.data_ptr(), absent=True)
+        arguments = 0, positions.shape[1], positions.data_ptr(), True
+        fresh = self.pool._with_room(self, self._native.write, *arguments)
+        if fresh:
+            self._mirror.follow()
+        return fresh
 
     def _written(self, positions: Tensor) -> None:
         """Tell autograd and the summaries of all layers what has been stored."""
@@ -370,7 +406,8 @@ class PagedKVCache:
             bias = pages.new_zeros(()).expand(self.batch_size, self._heads, positions.shape[1])
         # Keys of one dimension and values of none.
         tokens = bias[..., None]
-        _paged_write_(pages, pages[..., :0], tokens, tokens[..., :0], self._block_table, positions)
+        where = self._mirror.table, self._mirror.positions(positions)
+        _paged_write_(pages, pages[..., :0], tokens, tokens[..., :0], *where)
         _mark_written(self.pool.key_bias)
 
     def _summarise(self, layer: int, positions: Tensor) -> None:
@@ -381,12 +418,28 @@ class PagedKVCache:
         _update_block_summaries_(
             summaries[layer],
             self.pool._layers[layer][0],
-            self._block_table,
-            self._seq_lens,
-            positions,
+            self._mirror.table,
+            self._mirror.lengths,
+            self._mirror.positions(positions),
             *self.pool._scales[layer][:1],
         )
         _mark_written(summaries)
+
+    def _store(self, layer: int, key: Tensor, value: Tensor, positions: Tensor) -> None:
+        pages, scales = self.pool._layers[layer], self.pool._scales[layer]
+        write = _paged_quantise_ if scales else _paged_write_
+        mirror = self._mirror
+        write(*pages, *scales, key, value, mirror.table, mirror.positions(positions))
+        _mark_written(*pages, *scales)
+        self._store_bias(layer, positions)
+        self._summarise(layer, positions)
+
+    def _check_not_waiting(self) -> None:
+        if self._waits:
+            raise RuntimeError(
+                "PagedKVCache: an eviction hook may not change the cache that waits for blocks; "
+                "let it free rows of other caches, or catch BlockPoolExhausted around the call"
+            )
 
     def _check(self, key: Tensor, value: Tensor) -> None:
         """Everything that the store could refuse, before anything is changed."""

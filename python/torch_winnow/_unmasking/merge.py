@@ -21,8 +21,7 @@ def merge_logit_stats(parts: Sequence[LogitStats]) -> LogitStats:
     over blocks of 1024 tokens on a grid that starts at token 0, and the logits of a block that it
     shares with its neighbours, at most 1023 at each end (multiples of 1024 share none). A token is
     drawn from the whole distribution, with the seed of the parts; it is the one that the whole row
-    would have drawn. (On a GPU, bfloat16 and float16 logits keep every bit where cuts are multiples
-    of 1024, and else agree up to rounding.)
+    would have drawn.
 
     With a process group, gather the parts of all ranks (``torch.distributed.all_gather`` of
     ``stats.parts[0].blocks``, or ``all_gather_object`` of ``stats``) and merge them on each: every

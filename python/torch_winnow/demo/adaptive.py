@@ -14,7 +14,7 @@ counted apart: at every chunk size they have nothing but vectors before them.
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -75,14 +75,18 @@ class RecallTask:
         asked = pairs.gather(1, orders(self.pairs).expand(-1, -1, 2))
         return torch.cat((context.flatten(1), asked.flatten(1)), dim=1)
 
+    def shortened(self, share: int) -> RecallTask:
+        """The same ids in a context and with pairs of one ``share``-th."""
+        return replace(self, context=self.context // share, pairs=self.pairs // share)
+
     def answers(self, x: Tensor) -> Tensor:
         """Of texts, or of logits by place, those of the values that are asked for."""
         return x[:, self.context + 1 :: 2]
 
 
 _TASK = RecallTask()
-_RECALL = Recipe(400, matrix_rate=0.03, rate=0.02)
-_RECALL_BATCH = 8
+_RECALL = Recipe(300, matrix_rate=0.03, rate=0.02)
+_STEP_PAIRS = 256  # asked for in each step
 _TRIALS = 64
 
 
@@ -104,9 +108,12 @@ def train_recall(task: RecallTask = _TASK, recipe: Recipe = _RECALL) -> Compress
     sizes = config.chunk_sizes
 
     def loss_of(step: int) -> Tensor:
-        texts = task.texts(_RECALL_BATCH, generator)
+        # Short contexts first: how to recall is learned sooner where there is less to search.
+        progress = step / recipe.steps
+        here = task.shortened(8 if progress < 0.4 else 4 if progress < 0.6 else 1)
+        texts = here.texts(_STEP_PAIRS // here.pairs, generator)
         logits = model(texts, chunk_size=sizes[step % len(sizes)])
-        return next_token_loss(task.answers(logits), task.answers(texts))
+        return next_token_loss(here.answers(logits), here.answers(texts))
 
     with tqdm(total=recipe.steps, desc="training recall", unit="step") as bar:
         fit(model, loss_of, recipe, report=lambda step, loss: bar.update())

@@ -96,9 +96,7 @@ class CATDecoding(Decoding):
         number = total // size + 1
         first = number.cumsum(0) - number
         owner = torch.arange(batch).repeat_interleave(number)
-        turn = (
-            torch.arange(len(owner)) - first[owner]
-        )  # chunk ends between here and the fork's rows
+        turn = torch.arange(len(owner)) - first[owner]  # chunk ends that the fork has passed
         forks = _Forks(self.cache.fork(owner), first, chunks)
         rows, positions, own = self._fork_rows(chunks, done, offset, total, owner, turn)
 
@@ -140,15 +138,16 @@ class CATDecoding(Decoding):
         its chunk; fork 0 goes on in the chunk that is there.
         """
         model, size = self._model, self._size
-        ends = int(turn.max()) if len(turn) else 0
-        batch, width = len(chunks), chunks.shape[1]
-        finished = torch.arange(ends) < (total // size)[:, None]
+        batch, width = chunks.shape
+        passed = total // size
+        ends = int(passed.max())
+        finished = torch.arange(ends) < passed[:, None]
         vectors = model.embedding.weight.new_empty((0, model.embedding.weight.shape[1]))
         if finished.any():
             full = chunks[:, : ends * size].view(batch, ends, size)[finished].unsqueeze(1)
             places = (done[:, None] + torch.arange(ends))[finished].unsqueeze(1)
             vectors = model.compressor(full, places).flatten(0, 1)
-        begin = torch.cumsum(total // size, 0) - total // size  # a sequence's first vector
+        begin = passed.cumsum(0) - passed  # a sequence's first vector
         parts = [vectors]
         if model.separators is not None:
             parts.append(model.separator(size)[None])
@@ -157,18 +156,18 @@ class CATDecoding(Decoding):
         lead = torch.where(turn > 0, turn + self._lead - 1, 0)
         start = torch.where(turn > 0, 0, offset[owner])  # place in the chunk of the first token
         own = lead + (total[owner] - turn * size).clamp(max=size - 1) - start
-        row = torch.arange(int(own.max()) if len(own) else 0)
+        row = torch.arange(int(own.max()))
         place = row - lead[:, None] + start[:, None]
         token = len(vectors) + self._lead - 1 + owner[:, None] * width
         token = token + turn[:, None] * size + place
+        vector = row < turn[:, None]
         index = torch.where(
-            row < turn[:, None],
+            vector,
             begin[owner][:, None] + row,
             torch.where(row < lead[:, None], len(vectors), token),
         )
         index = torch.where(row < own[:, None], index, 0)
         rows = torch.cat(parts)[index]
-        vector = row < turn[:, None]
         block = done[owner][:, None] + torch.where(vector, row + 1, turn[:, None])
         within = torch.where(row < lead[:, None], 1, self._lead + place)
         return rows, self._positions(block, torch.where(vector, 0, within)), own

@@ -13,6 +13,7 @@
 
 #define WINNOW_KERNEL(threads) void
 #define WINNOW_DEVICE inline
+#define WINNOW_CALLED inline
 // The macro's own line names the array: one address for all threads, another per instantiation.
 #define WINNOW_SHARED(T, name, count) \
   static const char name##_site = 0;  \

@@ -160,9 +160,8 @@ def _attend(
     if blocks is not None:
         # Each query has blocks of its own: it becomes a row.
         table = table.repeat_interleave(tokens, 0)
-        lengths = (
-            lengths[:, None] - tokens + 1 + torch.arange(tokens, dtype=torch.int32)
-        ).flatten()
+        behind = torch.arange(1 - tokens, 1, dtype=torch.int32, device=query.device)
+        lengths = (lengths[:, None] + behind).flatten()
         query = query.transpose(1, 2).reshape(batch * tokens, heads, 1, dim)
         chosen = blocks.transpose(1, 2).flatten(0, 1)
         ahead = chosen * storage.block_size >= lengths[:, None, None]
@@ -198,13 +197,15 @@ def _dense_mask(
     if isinstance(mask, PagedMask):
         return mask.dense
     if mask is None:
-        position = torch.arange(columns)
+        position = torch.arange(columns, device=query.device)
         seen = position <= position[columns - tokens :, None]
         mask = seen if is_causal else torch.ones_like(seen)
         mask = mask.expand(len(query), 1, -1, -1)
     if key.source.dropped is not None:
         hidden = ~mask if mask.dtype == torch.bool else mask < -1e4
         # Queries that are padding themselves may look anywhere.
-        real = torch.tensor(key.source.dropped)[:, None] <= torch.arange(columns - tokens, columns)
+        dropped = torch.tensor(key.source.dropped, device=query.device)
+        last = torch.arange(columns - tokens, columns, device=query.device)
+        real = dropped[:, None] <= last
         key.source.check_hidden((hidden.all(1) | ~real[..., None]).all(1))
     return mask

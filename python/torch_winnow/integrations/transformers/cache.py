@@ -186,6 +186,7 @@ class WinnowCache(Cache):  # type: ignore[misc]
             if cache_dtype not in (None, pool.dtype):
                 raise ValueError(f"cache_dtype: expected None or that of the pool, got {pool!r}")
             block_size = pool.block_size
+        self._keeps_more_than_pages = "minimax_m3_sparse" in layer_types  # the keys of its indexer
         self.storage = PagedStorage(
             len(layer_types), block_size, max_cache_len, sparse, pool, cache_dtype
         )
@@ -201,6 +202,106 @@ class WinnowCache(Cache):  # type: ignore[misc]
     def pages(self) -> PagedKVCache:
         """The paged cache, whose rows are those of the batch without their left padding."""
         return self.storage.pages
+
+    def register_prefix(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> int:
+        """Make the prompts that the rows hold findable by :meth:`match_prefix`, in whole blocks.
+
+        In any cache on the same pool, and in this one after :meth:`reset`. The blocks outlive the
+        rows until the pool needs them.
+
+        Args:
+            input_ids: ``(B, L)``, what the rows hold from their first column on.
+            attention_mask: ``(B, L)``, zero on left padding. Default: no padding.
+
+        Returns:
+            How many tokens of the row that has the fewest can be found now.
+
+        Raises:
+            ValueError: on another number of rows, more tokens than a row holds, or padding that is
+                not at the left; for a model whose cache keeps more than keys and values
+                (MiniMax M3).
+        """
+        tokens, _ = self._prompts(input_ids, attention_mask)
+        if len(tokens) != self.storage.rows:
+            raise ValueError(
+                f"input_ids: expected {max(0, self.storage.rows)} rows, as the cache has, got "
+                f"{len(tokens)}"
+            )
+        return self.storage.register_prefix(tokens)
+
+    def match_prefix(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> int:
+        """Let an empty cache begin with the blocks that are known for these prompts.
+
+        ``model.generate`` with the same ``input_ids`` then runs the other columns only; the last
+        one is always left to it (two with :class:`BlockSparse`). For beam search,
+        :meth:`batch_repeat_interleave` follows.
+
+        Args:
+            input_ids: ``(B, L)``.
+            attention_mask: ``(B, L)``, zero on left padding. Default: no padding.
+
+        Returns:
+            How many columns the cache covers now; rows go on together, so the row that is known
+            the least decides.
+
+        Raises:
+            ValueError: if the cache holds something, on padding that is not at the left, and for a
+                model whose cache keeps more than keys and values (MiniMax M3).
+
+        Example:
+            >>> import torch
+            >>> from transformers import LlamaConfig, LlamaForCausalLM
+            >>> from torch_winnow.integrations.transformers import WinnowCache, register
+            >>> register()
+            >>> config = LlamaConfig(
+            ...     vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+            ...     num_attention_heads=2, attn_implementation="winnow", eos_token_id=None,
+            ... )
+            >>> model = LlamaForCausalLM(config).eval()
+            >>> prompt = torch.arange(20)[None]
+            >>> cache = WinnowCache(config, block_size=8)
+            >>> first = model.generate(prompt, past_key_values=cache, max_new_tokens=4)
+            >>> cache.register_prefix(prompt)
+            16
+            >>> cache.reset()
+            >>> cache.match_prefix(prompt)
+            16
+            >>> again = model.generate(prompt, past_key_values=cache, max_new_tokens=4)
+            >>> torch.equal(first, again)
+            True
+        """
+        tokens, padding = self._prompts(input_ids, attention_mask)
+        # A single column would be a decode step: with BlockSparse, no longer part of the prompt.
+        left = 1 if self.storage.sparse is None else 2
+        return self.storage.match_prefix([row[:-left] for row in tokens], padding)
+
+    def _prompts(
+        self, input_ids: Tensor, attention_mask: Tensor | None
+    ) -> tuple[list[list[int]], list[int]]:
+        """The tokens of each row, and the columns of padding to their left."""
+        if self._keeps_more_than_pages:
+            raise ValueError(
+                "WinnowCache: prefixes are keys and values in pages, and this model's cache keeps "
+                "the keys of its indexer too"
+            )
+        if input_ids.dim() != 2 or input_ids.is_floating_point():
+            raise ValueError(
+                f"input_ids: expected (B, L) integers, got {tuple(input_ids.shape)} of "
+                f"{input_ids.dtype}"
+            )
+        if attention_mask is None:
+            return input_ids.tolist(), [0] * len(input_ids)
+        if attention_mask.shape != input_ids.shape:
+            raise ValueError(
+                f"attention_mask: expected {tuple(input_ids.shape)} as input_ids, got "
+                f"{tuple(attention_mask.shape)}"
+            )
+        mask = attention_mask.bool()
+        if bool((mask[:, :-1] & ~mask[:, 1:]).any()):
+            raise ValueError("attention_mask: expected padding at the left only")
+        padding = (~mask).sum(1).tolist()
+        rows = input_ids.tolist()
+        return [row[pad:] for row, pad in zip(rows, padding, strict=True)], padding
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row ``r`` continues what was row ``beam_idx[r]``: beam search, particles."""

@@ -75,7 +75,7 @@ def logical_blocks(blocks: Tensor, size: int, page: int, key_heads: int) -> Tens
     if blocks.dim() != 4 or blocks.shape[1] not in (1, key_heads) or size % page != 0:
         return None
     parts = size // page
-    split = blocks[..., None] * parts + torch.arange(parts)
+    split = blocks[..., None] * parts + torch.arange(parts, device=blocks.device)
     return split.masked_fill(blocks[..., None] < 0, -1).flatten(-2).expand(-1, key_heads, -1, -1)
 
 

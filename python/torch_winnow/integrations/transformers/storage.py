@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from torch_winnow._kvcache.mirror import sent
 from torch_winnow.integrations.transformers.sparse import BlockSparse
 from torch_winnow.kvcache import BlockPool, BlockPoolExhausted, PagedKVCache
 
@@ -127,8 +128,8 @@ class PagedStorage:
             # Real tokens come first, because append stores the first ones of each row.
             padding = self._padding[2]
             lengths = [tokens - pad for pad in padding]
-            order = torch.tensor(padding)[:, None] + torch.arange(tokens)
-            rows = torch.arange(len(order))[:, None]
+            order = sent(torch.tensor(padding)[:, None] + torch.arange(tokens), key.device)
+            rows = torch.arange(len(order), device=key.device)[:, None]
             key, value = (
                 x[rows, :, order.clamp(max=tokens - 1)].transpose(1, 2) for x in (key, value)
             )
@@ -198,6 +199,36 @@ class PagedStorage:
             self.dropped = [self.dropped[row] for row in rows]
         self._epoch += 1
 
+    def register_prefix(self, tokens: Sequence[Sequence[int]]) -> int:
+        """Make the full blocks of every row findable; returns how many columns are, at least."""
+        found = [self.pages.register_prefix(row, row=index) for index, row in enumerate(tokens)]
+        return min(found, default=0)
+
+    def match_prefix(self, tokens: Sequence[Sequence[int]], dropped: Sequence[int]) -> int:
+        """Begin with blocks that are known for rows of these tokens; returns the columns covered.
+
+        ``dropped`` columns lie to the left of a row's tokens. All rows go on from one column, so
+        the shortest find counts.
+        """
+        if self._pages is not None:
+            raise ValueError("WinnowCache: only an empty cache can begin with a known prefix")
+        if self._pool is None:
+            return 0
+        pages = PagedKVCache(self._pool, len(tokens))
+        found = [
+            pad + pages.match_prefix(row, row=index)
+            for index, (row, pad) in enumerate(zip(tokens, dropped, strict=True))
+        ]
+        columns = min(found, default=0)
+        if columns == 0:
+            return 0
+        pages.truncate_([max(0, columns - pad) for pad in dropped])
+        self._pages = pages
+        self.columns = [columns] * len(self.columns)
+        self.dropped = [min(pad, columns) for pad in dropped] if any(dropped) else None
+        self._epoch += 1
+        return columns
+
     def crop(self, columns: int) -> None:
         """Keep the first ``columns`` columns."""
         if self._pages is None or columns >= max(self.columns):
@@ -241,7 +272,8 @@ class PagedStorage:
         if self.dropped is None:
             dense = pages[table].transpose(1, 2).flatten(2, 3)
             return dense[:, :, :columns]
-        position = torch.arange(columns) - torch.tensor(self.dropped)[:, None]
+        dropped = sent(torch.tensor(self.dropped), pages.device)
+        position = torch.arange(columns, device=pages.device) - dropped[:, None]
         stored = position.clamp(min=0)
         dense = pages[table.gather(1, stored // self.block_size), :, stored % self.block_size]
         return dense.masked_fill(position[..., None, None] < 0, 0).transpose(1, 2)

@@ -1,0 +1,148 @@
+// A tile of query rows on its way through the keys: up to 64 rows in vector lanes, and some rows by
+// themselves. Chunks of at least a vector begin a vector each, so that lanes see the same keys up
+// to the causal limit; what a chunk has beyond whole vectors, such as the 33rd row, would leave
+// most of a vector empty and is computed with the head dimension in lanes instead.
+#pragma once
+
+#include <cstdint>
+
+#include "attention/problem.h"
+
+namespace winnow::CPU_CAPABILITY {
+namespace {
+
+struct KeyRange {
+  int64_t begin = 0;
+  int64_t end = 0;
+};
+
+// The union of ranges, empty as [0, 0).
+inline KeyRange union_of(const KeyRange* ranges, int count) {
+  KeyRange all{INT64_MAX, 0};
+  for (int i = 0; i < count; ++i) {
+    if (ranges[i].begin >= ranges[i].end) continue;
+    all = {smaller(all.begin, ranges[i].begin), larger(all.end, ranges[i].end)};
+  }
+  return all.end == 0 ? KeyRange{} : all;
+}
+
+inline KeyRange intersection_of(const KeyRange* ranges, int count) {
+  KeyRange all = ranges[0];
+  for (int i = 1; i < count; ++i) {
+    all = {larger(all.begin, ranges[i].begin), smaller(all.end, ranges[i].end)};
+  }
+  return all;
+}
+
+constexpr int kTogether = 4;  // lanes whose outputs are summed in registers together
+constexpr int kSingles = 16;
+constexpr int kPlaces = kTile + kSingles;  // lanes, then rows by themselves
+
+// The keys of one source that each place of a tile sees.
+template <int kSize>
+struct PlaceRanges {
+  KeyRange place[kPlaces];
+  KeyRange some[kTile / kSize];   // keys that some lane of a vector sees
+  KeyRange every[kTile / kSize];  // keys that every lane sees
+  KeyRange together[kTile / kTogether];
+
+  void bound(int vectors) {
+    for (int i = 0; i < vectors * kSize / kTogether; ++i) {
+      together[i] = union_of(place + i * kTogether, kTogether);
+    }
+    for (int v = 0; v < vectors; ++v) {
+      some[v] = union_of(place + v * kSize, kSize);
+      every[v] = intersection_of(place + v * kSize, kSize);
+    }
+  }
+};
+
+// Places of a tile that see local keys of one chunk (or, of small chunks, any).
+struct Segment {
+  int first_vector, last_vector;
+  int first_single, last_single;
+};
+
+template <int kSize>
+class RowTile {
+ public:
+  static constexpr int kVectors = kTile / kSize;
+
+  explicit RowTile(const Pattern& pattern) : pattern_(pattern) {}
+
+  int vectors = 0;
+  int singles = 0;
+  int segments = 0;
+  int64_t row[kPlaces];  // -1 where the lane is empty
+  PlaceRanges<kSize> slots, locals;
+  Segment segment[kVectors + kSingles];
+
+  void clear() { vectors = singles = segments = 0; }
+  bool empty() const { return segments == 0; }
+  Segment all() const { return {0, vectors, 0, singles}; }
+
+  // Takes rows from `begin` on, before `end`, and returns the first one that found no place.
+  int64_t fill(int64_t begin, int64_t end) {
+    clear();
+    while (begin < end) {
+      const bool whole = pattern_.chunk_size >= kSize;
+      const int64_t stop = whole ? smaller(end, chunk_of(pattern_, begin).end) : end;
+      const Segment before{vectors, vectors, singles, singles};
+      int64_t rest = stop - begin;
+      while (rest > kSize / 2 && vectors < kVectors) {
+        const int64_t count = smaller(rest, kSize);
+        add_vector(begin, count);
+        begin += count;
+        rest -= count;
+      }
+      while (rest > 0 && rest <= kSize / 2 && singles < kSingles) {
+        add_single(begin++);
+        --rest;
+      }
+      if (before.first_vector == vectors && before.first_single == singles) break;
+      segment[segments++] = {before.first_vector, vectors, before.first_single, singles};
+      if (rest > 0) break;
+    }
+    slots.bound(vectors);
+    locals.bound(vectors);
+    return begin;
+  }
+
+  // One row by itself.
+  void fill_single(int64_t begin) {
+    clear();
+    add_single(begin);
+    segment[segments++] = all();
+  }
+
+ private:
+  void see(int place, int64_t r, const Chunk& chunk) {
+    row[place] = r;
+    slots.place[place] = {chunk.slot_begin, chunk.slot_end};
+    locals.place[place] = {chunk.local_begin, pattern_.causal ? r + 1 : chunk.end};
+  }
+
+  void add_vector(int64_t begin, int64_t count) {
+    Chunk chunk{0, 0, 0, 0, 0};
+    for (int i = 0; i < kSize; ++i) {
+      const int place = vectors * kSize + i;
+      const int64_t r = begin + i;
+      if (i >= count) {  // an empty lane, whose result is dropped, needs no mask of its own
+        row[place] = -1;
+        slots.place[place] = slots.place[place - 1];
+        locals.place[place] = locals.place[place - 1];
+        continue;
+      }
+      if (i == 0 || r >= chunk.end) chunk = chunk_of(pattern_, r);
+      see(place, r, chunk);
+    }
+    ++vectors;
+  }
+
+  void add_single(int64_t r) { see(kTile + singles++, r, chunk_of(pattern_, r)); }
+
+  const Pattern& pattern_;
+};
+
+}  // namespace
+}  // namespace winnow::CPU_CAPABILITY
