@@ -135,7 +135,9 @@ struct Pairs<Float8> {
     *second = _mm512_unpackhi_epi8(l, s);
   }
   static __m512i multiply_add(__m512i sum, __m512i a, __m512i b) {
-    return (__m512i)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+    // The intrinsics get copies of the sums from GCC 12, which then spills them.
+    asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+    return sum;
   }
   static FloatPart to_floats(__m512i sum) { return (FloatPart)sum; }
 };
@@ -151,7 +153,8 @@ struct Pairs<int8_t> {
     *second = _mm512_unpackhi_epi8(bytes, _mm512_setzero_si512());
   }
   static __m512i multiply_add(__m512i sum, __m512i a, __m512i b) {
-    return _mm512_dpwssd_epi32(sum, a, b);
+    asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+    return sum;
   }
   static FloatPart to_floats(__m512i sum) { return (FloatPart)_mm512_cvtepi32_ps(sum); }
 };
@@ -161,11 +164,36 @@ inline __m512i load_codes_512(const void* p, int64_t left) {
   return _mm512_maskz_loadu_epi8((__mmask64{1} << left) - 1, p);
 }
 
+// One step of the dot products, inlined with a constant `left` where it is whole: a branch per load
+// would make the compiler keep the sums in memory.
+template <int NR, typename Code>
+inline __attribute__((always_inline)) void dot_code_step(const Pairs<Code>& pairs,
+                                                         const typename Pairs<Code>::Element* q,
+                                                         int64_t q_stride, const Code* const* k,
+                                                         int64_t d, int64_t left, __m512i* sums) {
+  constexpr int NK = kWide / NR;
+#pragma GCC unroll 16
+  for (int n = 0; n < NK; ++n) {
+    __m512i first;
+    __m512i second;
+    pairs.widen(load_codes_512(k[n] + d, left), &first, &second);
+#pragma GCC unroll 16
+    for (int r = 0; r < NR; ++r) {
+      const auto* row = q + r * q_stride;
+      __m512i sum = sums[r * NK + n];
+      sum = pairs.multiply_add(sum, _mm512_loadu_si512(row), first);
+      sum = pairs.multiply_add(sum, _mm512_loadu_si512(row + 32), second);
+      sums[r * NK + n] = sum;
+    }
+  }
+}
+
 // dot_rows of tile_math.h for codes.
 template <int NR, typename Code>
-void dot_code_rows(const typename Pairs<Code>::Element* q, int64_t q_stride, const WordRow* words,
-                   const Code* keys, int64_t key_stride, int64_t count, int64_t dim, float* scores,
-                   Ahead ahead) {
+__attribute__((noinline)) void dot_code_rows(const typename Pairs<Code>::Element* q,
+                                             int64_t q_stride, const WordRow* words,
+                                             const Code* keys, int64_t key_stride, int64_t count,
+                                             int64_t dim, float* scores, Ahead ahead) {
   constexpr int NK = kWide / NR;
   constexpr bool kWords = std::is_same_v<Code, int8_t>;
   const Pairs<Code> pairs;
@@ -184,22 +212,11 @@ void dot_code_rows(const typename Pairs<Code>::Element* q, int64_t q_stride, con
     __m512i sums[kWide];
 #pragma GCC unroll 16
     for (int i = 0; i < kWide; ++i) sums[i] = _mm512_setzero_si512();
-    for (int64_t d = 0; d < dim; d += kCodes) {
-#pragma GCC unroll 16
-      for (int n = 0; n < NK; ++n) {
-        __m512i first;
-        __m512i second;
-        pairs.widen(load_codes_512(k[n] + d, dim - d), &first, &second);
-#pragma GCC unroll 16
-        for (int r = 0; r < NR; ++r) {
-          const auto* row = q + r * q_stride + d;
-          __m512i sum = sums[r * NK + n];
-          sum = pairs.multiply_add(sum, _mm512_loadu_si512(row), first);
-          sum = pairs.multiply_add(sum, _mm512_loadu_si512(row + 32), second);
-          sums[r * NK + n] = sum;
-        }
-      }
+    int64_t d = 0;
+    for (; d + kCodes <= dim; d += kCodes) {
+      dot_code_step<NR>(pairs, q + d, q_stride, k, d, kCodes, sums);
     }
+    if (d < dim) dot_code_step<NR>(pairs, q + d, q_stride, k, d, dim - d, sums);
     FloatPart floats[kWide];
 #pragma GCC unroll 16
     for (int i = 0; i < kWide; ++i) floats[i] = pairs.to_floats(sums[i]);
@@ -255,11 +272,34 @@ inline float weigh_pairs(Pairs<int8_t>, const float* weights, int64_t count, uin
   return any_nan((FloatPart)sum) ? __builtin_nanf("") : highest / 32767.0f;
 }
 
+// Adds keys j and j + 1 (without a pair, j alone); `left` is a constant where the columns are
+// whole.
+template <int NR, typename Code>
+inline __attribute__((always_inline)) void add_code_step(const Pairs<Code>& pairs,
+                                                         const uint32_t (&words)[NR][kKeys / 2],
+                                                         const Code* column, int64_t stride,
+                                                         int64_t j, int64_t left, bool pair,
+                                                         __m512i (&strip)[NR][4]) {
+  const Code* row = column + j * stride;
+  const __m512i even = load_codes_512(row, left);
+  const __m512i odd = pair ? load_codes_512(row + stride, left) : _mm512_setzero_si512();
+  __m512i v[4];  // columns 4 c to 4 c + 3 of every 16
+  pairs.widen(_mm512_unpacklo_epi8(even, odd), &v[0], &v[1]);
+  pairs.widen(_mm512_unpackhi_epi8(even, odd), &v[2], &v[3]);
+#pragma GCC unroll 16
+  for (int r = 0; r < NR; ++r) {
+    const __m512i weight = _mm512_set1_epi32(static_cast<int>(words[r][j / 2]));
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; ++c) strip[r][c] = pairs.multiply_add(strip[r][c], weight, v[c]);
+  }
+}
+
 // add_values of tile_math.h for codes: two keys at a time, whose codes of one column are a pair.
 template <int NR, typename Code>
-void add_code_values(const float* weights, const Code* values, int64_t stride, int64_t count,
-                     int64_t dim, float* sums, int64_t sums_stride, const float* shrink,
-                     Ahead ahead) {
+__attribute__((noinline)) void add_code_values(const float* weights, const Code* values,
+                                               int64_t stride, int64_t count, int64_t dim,
+                                               float* sums, int64_t sums_stride,
+                                               const float* shrink, Ahead ahead) {
   const Pairs<Code> pairs;
   alignas(64) uint32_t words[NR][kKeys / 2];
   float unit[NR];
@@ -275,21 +315,24 @@ void add_code_values(const float* weights, const Code* values, int64_t stride, i
 #pragma GCC unroll 4
       for (int c = 0; c < 4; ++c) strip[r][c] = _mm512_setzero_si512();
     }
-    for (int64_t j = 0; j < count; j += 2) {
-      ahead.fetch(kCodes);
-      if (j + 1 < count) ahead.fetch(kCodes);
-      const Code* row = values + j * stride + d;
-      const __m512i even = load_codes_512(row, left);
-      const __m512i odd = j + 1 < count ? load_codes_512(row + stride, left) : __m512i{};
-      __m512i v[4];  // columns 4 c to 4 c + 3 of every 16
-      pairs.widen(_mm512_unpacklo_epi8(even, odd), &v[0], &v[1]);
-      pairs.widen(_mm512_unpackhi_epi8(even, odd), &v[2], &v[3]);
-#pragma GCC unroll 16
-      for (int r = 0; r < NR; ++r) {
-        const __m512i weight = _mm512_set1_epi32(static_cast<int>(words[r][j / 2]));
-#pragma GCC unroll 4
-        for (int c = 0; c < 4; ++c) strip[r][c] = pairs.multiply_add(strip[r][c], weight, v[c]);
+    const Code* column = values + d;
+    int64_t j = 0;
+    if (left >= kCodes) {
+      for (; j + 2 <= count; j += 2) {
+        ahead.fetch(kCodes);
+        ahead.fetch(kCodes);
+        add_code_step<NR>(pairs, words, column, stride, j, kCodes, true, strip);
       }
+    } else {
+      for (; j + 2 <= count; j += 2) {
+        ahead.fetch(left);
+        ahead.fetch(left);
+        add_code_step<NR>(pairs, words, column, stride, j, left, true, strip);
+      }
+    }
+    if (j < count) {
+      ahead.fetch(smaller(left, kCodes));
+      add_code_step<NR>(pairs, words, column, stride, j, left, false, strip);
     }
     // By constant indices only, or the compiler would keep all strips in memory.
     __m512 quarters[NR][4];
