@@ -1,6 +1,7 @@
 """Attention over pages against SDPA on dense keys, and the choice of blocks against reading all.
 
-The limit is the bytes of keys and values over the read bandwidth of the same run.
+The limit is the bytes of keys and values over the read bandwidth of the same run: "of limit" is the
+share of that bandwidth that a decode reaches.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ def sdpa_packed(query, key, value):
 
 @pytest.mark.parametrize("impl", ["winnow", "sdpa_gqa", "sdpa_packed", "gather+sdpa"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("batch", "length"), [(4, 8192), (1, 32768), (64, 512)])
+@pytest.mark.parametrize(("batch", "length"), [(4, 8192), (1, 32768), (4, 32768), (64, 512)])
 def test_decode(measure, batch, length, dtype, impl):
     call = make_call(batch, length, DTYPES[dtype])
     query, key_pages, value_pages, table, _ = call
@@ -181,30 +182,68 @@ def test_selected_blocks(measure, share, dtype, impl):
     )
 
 
-@pytest.mark.parametrize("impl", ["winnow", "sdpa_gqa"])
+@pytest.mark.parametrize("impl", ["winnow", "winnow, row by row", "sdpa_packed, expanded"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_prefill(measure, dtype, impl):
-    length = 1024
-    call = make_call(1, length, DTYPES[dtype], queries=length)
+@pytest.mark.parametrize(("forks", "length"), [(16, 8192), (64, 8192), (16, 32768)])
+def test_cascade(measure, forks, length, dtype, impl):
+    """Forks of one prefix with a block of their own each; the least to read is the prefix, once."""
+    query, *pages, table, lengths = make_call(1, length + forks * BLOCK, DTYPES[dtype])
+    prefix, own = table[0, : length // BLOCK], table[0, length // BLOCK :]
+    query = torch.randn(forks, HEADS, 1, DIM, dtype=query.dtype)
+    forked = torch.cat([prefix.expand(forks, -1), own[:, None]], 1)
+    call = (query, *pages, forked, torch.full((forks,), length + 40, dtype=torch.int32))
+
+    def row_by_row(query, key_pages, value_pages, table, lengths):
+        rows = zip(query[:, None], table[:, None], lengths[:, None], strict=True)
+        return [paged_attention(q, key_pages, value_pages, t, n) for q, t, n in rows]
+
+    if impl == "sdpa_packed, expanded":  # over the prefix alone, and even that without copies
+        function = sdpa_packed
+        inputs = (query, *(dense(x, prefix[None]).expand(forks, -1, -1, -1) for x in pages))
+    else:
+        function = paged_attention if impl == "winnow" else row_by_row
+        inputs = call
+    if impl == "winnow" and length <= 8192:
+        agrees(paged_attention(*call), call)
+    measure(
+        f"paged_attention {forks} forks of {length} {dtype}",
+        impl,
+        function,
+        inputs=[inputs],
+        moved_bytes=2 * pages[0].nbytes,
+        rounds=5,
+    )
+
+
+@pytest.mark.parametrize("impl", ["winnow", "sdpa_gqa", "sdpa, heads repeated"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("queries", "length"), [(1024, 1024), (512, 8192)])
+def test_prefill(measure, queries, length, dtype, impl):
+    """A whole prompt, and a chunk of one onto a long context."""
+    call = make_call(1, length, DTYPES[dtype], queries=queries)
     query, key_pages, value_pages, table, _ = call
+    key, value = dense(key_pages, table), dense(value_pages, table)
+    whole = queries == length
+    mask = None if whole else torch.ones(queries, length, dtype=torch.bool).tril(length - queries)
     if impl == "winnow":
         function, inputs = paged_attention, call
     else:
 
         def function(query, key, value):
             return F.scaled_dot_product_attention(
-                query, key, value, is_causal=True, enable_gqa=True
+                query, key, value, attn_mask=mask, is_causal=whole, enable_gqa=True
             )
 
-        inputs = (query, dense(key_pages, table), dense(value_pages, table))
-    expected = sdpa_gqa(query[:, :, -1:], dense(key_pages, table), dense(value_pages, table))
+        repeats = 1 if impl == "sdpa_gqa" else GROUP
+        inputs = (query, key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1))
+    expected = sdpa_gqa(query[:, :, -1:], key, value)
     torch.testing.assert_close(function(*inputs)[:, :, -1:], expected, rtol=2e-2, atol=2e-3)
     measure(
-        f"paged_attention prefill 1x{length} {dtype}",
+        f"paged_attention prefill {queries} of {length} {dtype}",
         impl,
         function,
         inputs=[inputs],
-        operations=2.0 * HEADS * length * length * DIM,  # two products over half a square
+        operations=4.0 * HEADS * DIM * queries * (length - queries / 2),  # two products
         bf16=dtype == "bfloat16",
         rounds=5,
     )

@@ -46,18 +46,9 @@ struct Rows {
                       task.batch * attention.query_stride[0] + head * attention.query_stride[1] +
                       t * attention.query_stride[2];
       QueryElement<T>* to = queries + r * padded_dim(attention);
-      const auto dim = static_cast<size_t>(attention.head_dim);
       std::memset(static_cast<void*>(to), 0,
                   static_cast<size_t>(padded_dim(attention)) * sizeof *to);
-      if constexpr (std::is_same_v<QueryElement<T>, T>) {
-        std::memcpy(static_cast<void*>(to), from, dim * sizeof *to);
-      } else {
-        int64_t d = 0;
-        for (; d + kWide <= attention.head_dim; d += kWide) store_part(to + d, load_part(from + d));
-        if (d < attention.head_dim) {
-          store_part(to + d, load_part(from + d, attention.head_dim - d));
-        }
-      }
+      load_query<T>(from, attention.head_dim, to);
       lse[r] =
           static_cast<const float*>(call.lse)[task.batch * call.lse_stride[0] +
                                               head * call.lse_stride[1] + t * call.lse_stride[2]];
@@ -135,7 +126,7 @@ void run_task(const AttentionMass& call, const PagedAttentionTask& task, const R
     // The next tile comes while the first rows meet this one.
     Ahead ahead = ahead_of(key_row<T>(attention, next, task.key_head), attention.head_dim,
                            attention.key_stride[2], next.keys);
-    for (int64_t r = 0; r < task.rows; ahead.rows = 0) {
+    for (int64_t r = 0; r < task.rows; ahead = {}) {
       if (r + kAbreast <= task.rows) {
         add_rows<kAbreast, T>(call, task, tile, r, rows, received, ahead);
         r += kAbreast;

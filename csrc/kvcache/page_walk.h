@@ -114,33 +114,26 @@ inline const T* value_row(const PagedAttention& call, const Tile& tile, int64_t 
          head * call.value_stride[1] + tile.slot * call.value_stride[2];
 }
 
-// The rows of a tile to come, fetched in order and bit by bit while the present one is computed:
-// into the L2 cache, because the keys and values of two tiles exceed the L1.
+// The rows of a tile to come, fetched bit by bit while the present one is computed: into the L2
+// cache, because the keys and values of two tiles exceed the L1. In the order of their addresses,
+// which the processor's own prefetcher takes up (any other order was half as fast), and only where
+// the rows lie one after the other.
 struct Ahead {
-  const char* row;
-  int64_t bytes;
-  int64_t stride;
-  int64_t rows;
-  int64_t offset;
+  const char* next = nullptr;
+  const char* end = nullptr;
 
-  void fetch(int64_t amount) {
-    if (rows <= 0) return;
-    for (int64_t line = 0; line < amount; line += 64) {
-      __builtin_prefetch(row + offset + line, 0, 1);
-    }
-    offset += amount;
-    if (offset >= bytes) {
-      row += stride;
-      --rows;
-      offset = 0;
-    }
+  void fetch(int64_t bytes) {
+    if (next >= end) return;
+    for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(next + line, 0, 1);
+    next += bytes;
   }
 };
 
 template <typename T>
 inline Ahead ahead_of(const T* first, int64_t dim, int64_t stride, int64_t rows) {
-  const auto size = static_cast<int64_t>(sizeof(T));
-  return {reinterpret_cast<const char*>(first), dim * size, stride * size, rows, 0};
+  const auto* next = reinterpret_cast<const char*>(first);
+  const int64_t bytes = rows * dim * static_cast<int64_t>(sizeof(T));
+  return {next, stride == dim ? next + bytes : next};
 }
 
 }  // namespace

@@ -25,16 +25,8 @@ int64_t padded_dim(const PagedAttention& call) {
   return round_up(call.head_dim, kCodes);
 }
 
-// One row as the dot products want it: floats, or bf16 as they are.
-template <typename T, typename Row>
-void load_query(const T* from, int64_t dim, Row* to) {
-  if constexpr (std::is_same_v<Row, T>) {
-    std::memcpy(static_cast<void*>(to), from, static_cast<size_t>(dim) * sizeof *to);
-  } else if constexpr (std::is_same_v<Row, float>) {
-    int64_t d = 0;
-    for (; d + kWide <= dim; d += kWide) store_part(to + d, load_part(from + d));
-    if (d < dim) store_part(to + d, load_part(from + d, dim - d));
-  }
+int64_t padded_values(const PagedAttention& call) {
+  return round_up(call.value_dim, kStep);
 }
 
 template <typename T>
@@ -67,11 +59,12 @@ void load_queries(const PagedAttention& call, const PagedAttentionTask& task,
       dispatch_element(call.type, [&](auto zero) {
         using From = decltype(zero);
         if constexpr (!std::is_same_v<From, double>) {
-          load_query(static_cast<const From*>(call.query) + offset, call.head_dim, to);
+          load_query<PageElement<T>>(static_cast<const From*>(call.query) + offset, call.head_dim,
+                                     to);
         }
       });
     } else {
-      load_query(static_cast<const T*>(call.query) + offset, call.head_dim, to);
+      load_query<T>(static_cast<const T*>(call.query) + offset, call.head_dim, to);
     }
   }
 }
@@ -115,7 +108,7 @@ struct Scratch {
   float* next;
 
   Scratch(const PagedAttention& call, void* memory)
-      : sums_stride(round_up(call.value_dim, kLanes)), next(static_cast<float*>(memory)) {
+      : sums_stride(padded_values(call)), next(static_cast<float*>(memory)) {
     scores = take(4 * kKeys);
     bias = take(kKeys);
   }
@@ -149,13 +142,20 @@ void attend_rows(const PagedAttention& call, const PagedAttentionTask& task, con
   const int64_t head = task.key_head;
   float* scores = scratch.scores;
   const RowState& state = rows.state;
-  const RowElement<T>* queries = rows.queries + first * padded_dim(call);
-  const Page* keys = key_row<Page>(call, tile, head);
-  const Ahead keys_ahead = ahead_of(key_row<Page>(call, next.tile, next.key_head), call.head_dim,
-                                    call.key_stride[2], next.tile.keys);
+  const Page* values = value_row<Page>(call, tile, head);
+  const auto keys_ahead = [&](const Tile& of, int64_t of_head) {
+    return ahead_of(key_row<Page>(call, of, of_head), call.head_dim, call.key_stride[2], of.keys);
+  };
+  const auto values_ahead = [&](const Tile& of, int64_t of_head) {
+    return ahead_of(value_row<Page>(call, of, of_head), call.value_dim, call.value_stride[2],
+                    of.keys);
+  };
+  // This tile's values once more: the processor drops what it has no room for, and they come next.
+  dot_keys<NR, T>(rows.queries + first * padded_dim(call), padded_dim(call), rows.words + first,
+                  key_row<Page>(call, tile, head), call.key_stride[2], tile.keys, call.head_dim,
+                  scores, keys_ahead(next.tile, next.key_head),
+                  next.tile.keys > 0 ? values_ahead(tile, head) : Ahead{});
   auto scale = static_cast<float>(call.scale);
-  dot_keys<NR, T>(queries, padded_dim(call), rows.words + first, keys, call.key_stride[2],
-                  tile.keys, call.head_dim, scores, keys_ahead);
   if constexpr (ElementsOf<T>::kCodes) {
     scale *= scale_of(call.key_scales, call.key_scale_stride, tile, head);
   }
@@ -170,12 +170,20 @@ void attend_rows(const PagedAttention& call, const PagedAttentionTask& task, con
                     scale_of(call.value_scales, call.value_scale_stride, tile, head));
     }
   }
-  const Page* values = value_row<Page>(call, tile, head);
-  const Ahead values_ahead = ahead_of(value_row<Page>(call, next.tile, next.key_head),
-                                      call.value_dim, call.value_stride[2], next.tile.keys);
   float* sums = rows.sums + first * scratch.sums_stride;
   add_weighted<NR, T>(scores, values, call.value_stride[2], tile.keys, call.value_dim, sums,
-                      scratch.sums_stride, state.shrink + first, values_ahead);
+                      scratch.sums_stride, state.shrink + first,
+                      values_ahead(next.tile, next.key_head));
+}
+
+// Sums of columns in their own order instead of that of load_two.
+template <typename Page>
+void sort_columns(const PagedAttention& call, float* sums) {
+  for (int64_t c = 0; c < call.value_dim; c += kStep) {
+    float sorted[kStep];
+    for (int i = 0; i < kStep; ++i) sorted[element_in<Page>(i)] = sums[c + i];
+    std::memcpy(sums + c, sorted, sizeof sorted);
+  }
 }
 
 // Divides by the normaliser and stores a row of the result and its lse.
@@ -266,6 +274,7 @@ void finish_task(const PagedAttention& call, const Progress<T>& progress, int64_
   const RowState& state = progress.rows.state;
   for (int64_t r = 0; r < task.rows; ++r) {
     float* sums = progress.rows.sums + r * sums_stride;
+    sort_columns<PageElement<T>>(call, sums);
     if (task.partial < 0) {
       finish_row<T>(call, task, task.first_row + r, sums, state.top[r], state.total[r]);
     } else {
@@ -411,8 +420,8 @@ void dispatch_pages(const PagedAttention& call, const Fn& fn) {
 
 void paged_attention_scratch(const PagedAttention& call, int64_t tasks, int64_t rows,
                              int64_t* floats) {
-  *floats = 5 * kKeys + tasks * (rows * (padded_dim(call) + round_up(call.value_dim, kLanes)) +
-                                 5 * round_up(rows, kLanes));
+  *floats = 5 * kKeys +
+            tasks * (rows * (padded_dim(call) + padded_values(call)) + 5 * round_up(rows, kLanes));
 }
 
 void paged_attention_tasks(const PagedAttention& call, const PagedAttentionTask* tasks,

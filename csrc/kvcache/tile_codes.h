@@ -193,7 +193,7 @@ template <int NR, typename Code>
 __attribute__((noinline)) void dot_code_rows(const typename Pairs<Code>::Element* q,
                                              int64_t q_stride, const WordRow* words,
                                              const Code* keys, int64_t key_stride, int64_t count,
-                                             int64_t dim, float* scores, Ahead ahead) {
+                                             int64_t dim, float* scores, Ahead ahead, Ahead again) {
   constexpr int NK = kWide / NR;
   constexpr bool kWords = std::is_same_v<Code, int8_t>;
   const Pairs<Code> pairs;
@@ -207,16 +207,21 @@ __attribute__((noinline)) void dot_code_rows(const typename Pairs<Code>::Element
     const Code* k[NK];
     for (int n = 0; n < NK; ++n) {
       k[n] = keys + smaller(j + n, count - 1) * key_stride;
-      ahead.fetch(ahead.bytes);
     }
     __m512i sums[kWide];
 #pragma GCC unroll 16
     for (int i = 0; i < kWide; ++i) sums[i] = _mm512_setzero_si512();
     int64_t d = 0;
     for (; d + kCodes <= dim; d += kCodes) {
+      ahead.fetch(NK * kCodes);
+      again.fetch(NK * kCodes);
       dot_code_step<NR>(pairs, q + d, q_stride, k, d, kCodes, sums);
     }
-    if (d < dim) dot_code_step<NR>(pairs, q + d, q_stride, k, d, dim - d, sums);
+    if (d < dim) {
+      ahead.fetch(NK * (dim - d));
+      again.fetch(NK * (dim - d));
+      dot_code_step<NR>(pairs, q + d, q_stride, k, d, dim - d, sums);
+    }
     FloatPart floats[kWide];
 #pragma GCC unroll 16
     for (int i = 0; i < kWide; ++i) floats[i] = pairs.to_floats(sums[i]);
@@ -228,6 +233,19 @@ __attribute__((noinline)) void dot_code_rows(const typename Pairs<Code>::Element
       std::memcpy(scores + r * kKeys + j, products + r * NK, NK * sizeof(float));
     }
   }
+}
+
+// The sums of a strip once more, key by key, leaving out what is hidden: a NaN or an infinity there
+// has spoilt them.
+template <typename Load>
+FloatPart careful_sum(const float* weights, int64_t count, const Load& load) {
+  FloatPart sum{};
+  for (int64_t j = 0; j < count; ++j) {
+    int32_t bits;
+    std::memcpy(&bits, weights + j, sizeof bits);
+    if (bits != kHidden) sum = fma_part(broadcast_part(weights[j]), load(j), sum);
+  }
+  return sum;
 }
 
 // The weights of a row as 16-bit numbers, pairs of neighbouring keys in a word, 0 behind the last
@@ -372,13 +390,15 @@ __attribute__((noinline)) void add_code_values(const float* weights, const Code*
 template <int NR, typename T>
 inline void dot_keys(const RowElement<T>* q, int64_t q_stride,
                      [[maybe_unused]] const WordRow* words, const PageElement<T>* keys,
-                     int64_t key_stride, int64_t count, int64_t dim, float* scores, Ahead ahead) {
+                     int64_t key_stride, int64_t count, int64_t dim, float* scores, Ahead ahead,
+                     Ahead again) {
 #if defined(__AVX512BF16__)
   if constexpr (ElementsOf<T>::kCodePairs) {
-    return dot_code_rows<NR>(q, q_stride, words, keys, key_stride, count, dim, scores, ahead);
+    return dot_code_rows<NR>(q, q_stride, words, keys, key_stride, count, dim, scores, ahead,
+                             again);
   } else  // NOLINT
 #endif
-    dot_rows<NR, PageElement<T>>(q, q_stride, keys, key_stride, count, dim, scores, ahead);
+    dot_rows<NR, PageElement<T>>(q, q_stride, keys, key_stride, count, dim, scores, ahead, again);
 }
 
 template <int NR, typename T>

@@ -29,9 +29,55 @@ constexpr bool kPairs = false;
 template <typename T>
 using QueryElement = std::conditional_t<kPairs<T>, T, float>;
 
-// One step of the dot products: kStep<T> elements of each row and key.
+// Two registers out of 2 * kWide elements, in the order that costs least: that of element_in.
 template <typename T>
-constexpr int kStep = kPairs<T> ? 2 * kLanes : kWide;
+inline void load_two(const T* p, FloatPart* v) {
+  v[0] = load_part(p);
+  v[1] = load_part(p + kWide);
+}
+
+// A bf16 is the upper half of a float: one shift widens the even elements, one mask the odd ones.
+inline void load_two(const c10::BFloat16* p, FloatPart* v) {
+  BitsPart raw;
+  std::memcpy(&raw, p, sizeof raw);
+  v[0] = (FloatPart)(raw << 16);
+  v[1] = (FloatPart)(raw & 0xffff0000u);
+}
+
+// The first n < 2 * kWide elements, the others 0.
+template <typename T>
+inline void load_two(const T* p, int64_t n, FloatPart* v) {
+  alignas(64) unsigned char raw[2 * kWide * sizeof(T)] = {};
+  std::memcpy(raw, p, static_cast<size_t>(n) * sizeof(T));
+  load_two(reinterpret_cast<const T*>(raw), v);
+}
+
+// Which of 2 * kWide elements lies in lane i of the two registers.
+template <typename T>
+constexpr int element_in(int i) {
+  if (std::is_same_v<T, c10::BFloat16>) return i < kWide ? 2 * i : 2 * (i - kWide) + 1;
+  return i;
+}
+
+constexpr int kStep = 2 * kWide;  // elements of a row that are multiplied at once
+
+// A query row as dot_rows wants it for keys of type K.
+template <typename K, typename T, typename Row>
+void load_query(const T* from, int64_t dim, Row* to) {
+  if constexpr (std::is_same_v<Row, T>) {
+    std::memcpy(static_cast<void*>(to), from, static_cast<size_t>(dim) * sizeof *to);
+  } else if constexpr (std::is_same_v<Row, float>) {
+    for (int64_t d = 0; d < dim; d += kStep) {
+      float natural[kStep];
+      for (int64_t i = 0; i < kStep; i += kWide) {
+        const int64_t left = larger(0, dim - d - i);
+        store_part(natural + i,
+                   left >= kWide ? load_part(from + d + i) : load_part(from + d + i, left));
+      }
+      for (int i = 0; i < kStep; ++i) to[d + i] = natural[element_in<K>(i)];
+    }
+  }
+}
 
 template <int NR, typename T>
 inline void dot_step(const QueryElement<T>* q, int64_t q_stride, const T* const* k, int64_t d,
@@ -39,14 +85,14 @@ inline void dot_step(const QueryElement<T>* q, int64_t q_stride, const T* const*
   constexpr int NK = kWide / NR;
 #if defined(__AVX512BF16__)
   if constexpr (kPairs<T>) {
-    const __mmask32 mask = left >= 32 ? ~0u : (1u << left) - 1u;
+    const __mmask32 mask = left >= kStep ? ~0u : (1u << left) - 1u;
     __m512i rows[NR];
 #pragma GCC unroll 16
     for (int r = 0; r < NR; ++r) rows[r] = _mm512_loadu_si512(q + r * q_stride + d);
 #pragma GCC unroll 16
     for (int n = 0; n < NK; ++n) {
       const __m512i key =
-          left >= 32 ? _mm512_loadu_si512(k[n] + d) : _mm512_maskz_loadu_epi16(mask, k[n] + d);
+          left >= kStep ? _mm512_loadu_si512(k[n] + d) : _mm512_maskz_loadu_epi16(mask, k[n] + d);
 #pragma GCC unroll 16
       for (int r = 0; r < NR; ++r) {
         sums[r * NK + n] =
@@ -57,14 +103,25 @@ inline void dot_step(const QueryElement<T>* q, int64_t q_stride, const T* const*
   }
 #endif
   if constexpr (!kPairs<T>) {
-    FloatPart rows[NR];
-#pragma GCC unroll 16
-    for (int r = 0; r < NR; ++r) rows[r] = load_part(q + r * q_stride + d);
+    FloatPart keys[NK][2];
 #pragma GCC unroll 16
     for (int n = 0; n < NK; ++n) {
-      const FloatPart key = left >= kWide ? load_part(k[n] + d) : load_part(k[n] + d, left);
+      if (left >= kStep) {
+        load_two(k[n] + d, keys[n]);
+      } else {
+        load_two(k[n] + d, left, keys[n]);
+      }
+    }
 #pragma GCC unroll 16
-      for (int r = 0; r < NR; ++r) sums[r * NK + n] = fma_part(rows[r], key, sums[r * NK + n]);
+    for (int half = 0; half < 2; ++half) {
+#pragma GCC unroll 16
+      for (int r = 0; r < NR; ++r) {
+        const FloatPart row = load_part(q + r * q_stride + d + half * kWide);
+#pragma GCC unroll 16
+        for (int n = 0; n < NK; ++n) {
+          sums[r * NK + n] = fma_part(row, keys[n][half], sums[r * NK + n]);
+        }
+      }
     }
   }
 }
@@ -72,20 +129,23 @@ inline void dot_step(const QueryElement<T>* q, int64_t q_stride, const T* const*
 // scores[r][j] = q_r . k_j for NR rows, as many keys at a time as fill a register with sums.
 template <int NR, typename T>
 void dot_rows(const QueryElement<T>* q, int64_t q_stride, const T* keys, int64_t key_stride,
-              int64_t count, int64_t dim, float* scores, Ahead ahead) {
+              int64_t count, int64_t dim, float* scores, Ahead ahead, Ahead again = {}) {
   constexpr int NK = kWide / NR;
   for (int64_t j = 0; j < count; j += NK) {
     const T* k[NK];
     for (int n = 0; n < NK; ++n) {
       const int64_t row = smaller(j + n, count - 1);
       k[n] = keys + row * key_stride;
-      ahead.fetch(ahead.bytes);
     }
     FloatPart sums[kWide];
 #pragma GCC unroll 16
     for (int i = 0; i < kWide; ++i) sums[i] = FloatPart{};
     int64_t d = 0;
-    for (; d + kStep<T> <= dim; d += kStep<T>) dot_step<NR>(q, q_stride, k, d, kStep<T>, sums);
+    for (; d + kStep <= dim; d += kStep) {
+      ahead.fetch(NK * kStep * static_cast<int64_t>(sizeof(T)));
+      again.fetch(NK * kStep * static_cast<int64_t>(sizeof(T)));
+      dot_step<NR>(q, q_stride, k, d, kStep, sums);
+    }
     if (d < dim) dot_step<NR>(q, q_stride, k, d, dim - d, sums);
     float products[kWide];
     store_part(products, sum_each(sums));
@@ -96,8 +156,8 @@ void dot_rows(const QueryElement<T>* q, int64_t q_stride, const T* keys, int64_t
 }
 
 // Turns the scores of one row into weights exp(score - top), kHidden where the row may not look.
-void weigh(float* scores, const Tile& tile, const Span& span, float scale, const float* bias,
-           float* top, float* total, float* shrink) {
+inline void weigh(float* scores, const Tile& tile, const Span& span, float scale, const float* bias,
+                  float* top, float* total, float* shrink) {
   const bool whole = span.covers(tile.position, tile.keys);
   const auto local = [&](int64_t bound) {
     return static_cast<int32_t>(larger(-1, smaller(bound - tile.position, kKeys)));
@@ -137,62 +197,67 @@ void weigh(float* scores, const Tile& tile, const Span& span, float scale, const
   *top = highest;
 }
 
-// The sums of a strip once more, key by key, leaving out what is hidden: a NaN or an infinity there
-// has spoilt them.
-template <typename Load>
-FloatPart careful_sum(const float* weights, int64_t count, const Load& load) {
-  FloatPart sum{};
-  for (int64_t j = 0; j < count; ++j) {
+// strip[r][c] += sum_j weights[r][j] * values[j][c]. `left` < kStep for the last, incomplete
+// columns (with NC = 2). With kCareful what is hidden is left out: a NaN or an infinity there has
+// spoilt the sums.
+template <int NR, int NC, bool kCareful, typename T>
+inline void sum_values(const float* weights, const T* values, int64_t stride, int64_t count,
+                       int64_t left, FloatPart (&strip)[NR][NC], Ahead* ahead) {
+  const auto hidden = [&](int r, int64_t j) {
     int32_t bits;
-    std::memcpy(&bits, weights + j, sizeof bits);
-    if (bits != kHidden) sum = fma_part(broadcast_part(weights[j]), load(j), sum);
-  }
-  return sum;
-}
-
-// sums[r][c] = sums[r][c] * shrink[r] + sum_j weights[r][j] * values[j][c] for NR rows and NC
-// registers of columns; `columns` < kWide (with NC = 1) for the last, incomplete one.
-template <int NR, int NC, typename T>
-void add_strip(const float* weights, const T* values, int64_t stride, int64_t count,
-               int64_t columns, float* sums, int64_t sums_stride, const float* shrink,
-               Ahead* ahead) {
-  const auto load = [&](int64_t j, int c) {
-    const T* row = values + j * stride;
-    return NC > 1 || columns >= kWide ? load_part(row + c * kWide) : load_part(row, columns);
+    std::memcpy(&bits, weights + r * kKeys + j, sizeof bits);
+    return bits == kHidden;
   };
-  FloatPart strip[NR][NC];
-#pragma GCC unroll 16
-  for (int r = 0; r < NR; ++r) {
-#pragma GCC unroll 16
-    for (int c = 0; c < NC; ++c) strip[r][c] = FloatPart{};
-  }
+  constexpr int64_t kBytes = NC * kWide * static_cast<int64_t>(sizeof(T));
   for (int64_t j = 0; j < count; ++j) {
-    ahead->fetch(NC * kWide * static_cast<int64_t>(sizeof(T)));
+    if (!kCareful && (kBytes >= 64 || j % 2 == 0)) {
+      ahead->fetch(kBytes >= 64 ? kBytes : 64);
+    }
+    const T* row = values + j * stride;
     FloatPart v[NC];
 #pragma GCC unroll 16
-    for (int c = 0; c < NC; ++c) v[c] = load(j, c);
+    for (int c = 0; c < NC; c += 2) {
+      if (NC > 2 || left >= kStep) {
+        load_two(row + c * kWide, v + c);
+      } else {
+        load_two(row, left, v);
+      }
+    }
 #pragma GCC unroll 16
     for (int r = 0; r < NR; ++r) {
+      if (kCareful && hidden(r, j)) continue;
       const FloatPart weight = broadcast_part(weights[r * kKeys + j]);
 #pragma GCC unroll 16
       for (int c = 0; c < NC; ++c) strip[r][c] = fma_part(weight, v[c], strip[r][c]);
     }
   }
+}
+
+// sums[r][c] = sums[r][c] * shrink[r] + sum_j weights[r][j] * values[j][c] for NR rows and NC
+// registers of columns.
+template <int NR, int NC, typename T>
+void add_strip(const float* weights, const T* values, int64_t stride, int64_t count, int64_t left,
+               float* sums, int64_t sums_stride, const float* shrink, Ahead* ahead) {
+  FloatPart strip[NR][NC] = {};
+  sum_values<NR, NC, false>(weights, values, stride, count, left, strip, ahead);
   FloatPart all{};
 #pragma GCC unroll 16
   for (int r = 0; r < NR; ++r) {
 #pragma GCC unroll 16
     for (int c = 0; c < NC; ++c) all += strip[r][c];
   }
-  const bool spoilt = any_nan(all);
+  if (__builtin_expect(any_nan(all), 0)) {
+#pragma GCC unroll 16
+    for (int r = 0; r < NR; ++r) {
+#pragma GCC unroll 16
+      for (int c = 0; c < NC; ++c) strip[r][c] = FloatPart{};
+    }
+    sum_values<NR, NC, true>(weights, values, stride, count, left, strip, ahead);
+  }
 #pragma GCC unroll 16
   for (int r = 0; r < NR; ++r) {
 #pragma GCC unroll 16
     for (int c = 0; c < NC; ++c) {
-      if (__builtin_expect(spoilt, 0)) {
-        strip[r][c] =
-            careful_sum(weights + r * kKeys, count, [&](int64_t j) { return load(j, c); });
-      }
       float* sum = sums + r * sums_stride + c * kWide;
       store_part(sum, fma_part(load_part(sum), broadcast_part(shrink[r]), strip[r][c]));
     }
@@ -209,10 +274,11 @@ void add_values(const float* weights, const T* values, int64_t stride, int64_t c
   constexpr int NC = kStripColumns<NR> > 8 ? 8 : kStripColumns<NR>;
   int64_t c = 0;
   for (; c + NC * kWide <= dim; c += NC * kWide) {
-    add_strip<NR, NC>(weights, values + c, stride, count, 0, sums + c, sums_stride, shrink, &ahead);
+    add_strip<NR, NC>(weights, values + c, stride, count, kStep, sums + c, sums_stride, shrink,
+                      &ahead);
   }
-  for (; c < dim; c += kWide) {
-    add_strip<NR, 1>(weights, values + c, stride, count, dim - c, sums + c, sums_stride, shrink,
+  for (; c < dim; c += kStep) {
+    add_strip<NR, 2>(weights, values + c, stride, count, dim - c, sums + c, sums_stride, shrink,
                      &ahead);
   }
 }
