@@ -42,17 +42,16 @@ void load_queries(const PagedAttention& call, const PagedAttentionTask& task,
     std::memset(static_cast<void*>(to), 0, static_cast<size_t>(stride) * sizeof *to);
     if constexpr (ElementsOf<T>::kCodePairs) {
       const auto* from = static_cast<const c10::BFloat16*>(call.query) + offset;
-      float numbers[kMostWords] = {};
-      for (int64_t i = 0; i < stride; ++i) {
+      constexpr int64_t kRun = 8;  // numbers that stay side by side
+      c10::BFloat16* placed = reinterpret_cast<c10::BFloat16*>(to);
+      for (int64_t i = 0; i < stride; i += kRun) {
         const int64_t d = i / kCodes * kCodes + place_of(i % kCodes);
-        if (d >= call.head_dim) continue;
-        if constexpr (std::is_same_v<RowElement<T>, int16_t>) {
-          numbers[i] = load_part(from + d, 1)[0];
-        } else {
-          to[i] = from[d];
-        }
+        const int64_t count = smaller(kRun, call.head_dim - d);
+        if (count > 0) std::memcpy(static_cast<void*>(placed + i), from + d, 2 * count);
       }
       if constexpr (std::is_same_v<RowElement<T>, int16_t>) {
+        float numbers[kMostWords];
+        for (int64_t i = 0; i < stride; i += kWide) store_part(numbers + i, load_part(placed + i));
         words[r] = to_words(numbers, stride, to);
       }
     } else if constexpr (ElementsOf<T>::kCodes) {
