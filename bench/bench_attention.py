@@ -6,6 +6,8 @@ The rivals compute the same thing (the interleaved mask of ``cat_attention``), e
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -119,6 +121,24 @@ def test_cat_attention(measure, tokens, chunk, dtype, impl):
         operations=multiply_adds(rows, block),
         bf16=dtype == "bfloat16",
         rounds=7,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1024, 2048, 4096, 8192, 16384])
+@pytest.mark.parametrize("rule", ["C=32", "C=sqrt(N)"])
+def test_cat_attention_growth(measure, rule, tokens, dtype):
+    """Time grows as N (C + N/C) where the share of the multiply-add peak does not fall with N."""
+    chunk = 32 if rule == "C=32" else math.isqrt(tokens)
+    rows = tokens // chunk * (chunk + 1)
+    measure(
+        f"cat_attention growth {rule} N={tokens} {dtype}",
+        "winnow",
+        winnow(chunk + 1),
+        inputs=inputs(rows, DTYPES[dtype]),
+        operations=multiply_adds(rows, chunk + 1),
+        bf16=dtype == "bfloat16",
+        rounds=5,
     )
 
 

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from gpu_bench_attention import cat_attention
+from gpu_bench_attention import block_diagonal_attention, cat_attention, chunk_attention
+from gpu_bench_memory import block_selection, gather_particles, paged_write
 from gpu_case import DEVICE, Case, close, compiled, scaled
 from gpu_timing import limits, rotation, seconds
 from torch_winnow import kvcache, reference, resampling, unmasking
@@ -74,6 +75,43 @@ def resample() -> Iterator[Case]:
         )
 
 
+def check_offspring(log_weights: torch.Tensor) -> None:
+    result = resampling.resample(log_weights, scheme="ssp", keep_slots=True, seed=1)
+    counts = result.ancestors[0].bincount(minlength=log_weights.shape[-1])
+    assert torch.equal(counts, result.offspring[0])
+    shares = log_weights.shape[-1] * log_weights.double().softmax(-1)
+    assert (result.offspring - shares).abs().max() < 1 + 1e-3
+
+
+def resample_by_steps() -> Iterator[Case]:
+    """A scheme and an option that need the most steps of a huge population's blocks."""
+    particles = scaled(1_000_000, 17_000)
+    yield Case(
+        f"resample ssp keep_slots 1x{particles} float32",
+        lambda: (torch.randn(1, particles, device=DEVICE),),
+        lambda log_weights: resampling.resample(log_weights, scheme="ssp", keep_slots=True, seed=1),
+        {},
+        particles * 24.0,
+        check_offspring,
+    )
+
+
+def without_replacement() -> Iterator[Case]:
+    rows, particles, k = scaled(256, 2), scaled(1000, 30), scaled(16, 4)
+    yield Case(
+        f"inclusion_probabilities {rows}x{particles} k={k} float32",
+        lambda: (torch.randn(rows, particles, device=DEVICE),),
+        lambda log_weights: resampling.inclusion_probabilities(log_weights, k),
+        {"eager": lambda log_weights: reference.inclusion_probabilities(log_weights, k)},
+        rows * particles * 8.0,
+        close(
+            lambda log_weights: resampling.inclusion_probabilities(log_weights, k),
+            lambda log_weights: reference.inclusion_probabilities(log_weights, k),
+            1e-5,
+        ),
+    )
+
+
 def entropy_step(logits: torch.Tensor) -> torch.Tensor:
     """What a decoding step computes in plain torch: token, confidence, margin, entropy."""
     log_p = logits.float().log_softmax(-1)
@@ -112,6 +150,46 @@ def logit_stats() -> Iterator[Case]:
         {},
         scaled(32, 2) * vocab * 2,
         lambda logits: None,
+    )
+
+
+def unmask_step() -> Iterator[Case]:
+    """A block of 32 masked positions of each sequence, those below an entropy at once."""
+    vocab, batch, length = scaled(126_464, 9000), scaled(8, 2), 32
+    rule = unmasking.EntropyThreshold(3.0)
+
+    def make() -> tuple:
+        logits = 4 * torch.randn(batch, length, vocab, device=DEVICE, dtype=torch.bfloat16)
+        return torch.full((batch, length), vocab, device=DEVICE), logits
+
+    def ours(tokens, logits) -> torch.Tensor:
+        tokens.fill_(vocab)  # the step writes them
+        return unmasking.unmask_step_(tokens, logits, mask_id=vocab, rule=rule).count
+
+    def eager(tokens, logits) -> torch.Tensor:
+        tokens.fill_(vocab)
+        log_p = logits.float().log_softmax(-1)
+        entropy = -(log_p.exp() * log_p).sum(-1)
+        masked = tokens == vocab
+        entropy = entropy.masked_fill(~masked, float("inf"))
+        best = entropy == entropy.amin(-1, keepdim=True)
+        transfer = masked & ((entropy < rule.threshold) | best)
+        tokens.copy_(torch.where(transfer, logits.argmax(-1), tokens))
+        return transfer.sum(-1)
+
+    def check(tokens, logits) -> None:
+        ours(tokens, logits)
+        written = tokens.clone()
+        eager(tokens, logits)
+        assert (written == tokens).float().mean() > 0.98  # entropies next to the threshold
+
+    yield Case(
+        f"unmask_step_ EntropyThreshold {batch}x{length}x{vocab} bfloat16",
+        make,
+        ours,
+        {"eager": eager, "compiled": compiled(eager)},
+        batch * length * vocab * 2.0,
+        check,
     )
 
 
@@ -226,11 +304,19 @@ def paged_decode() -> Iterator[Case]:
 CASES = (
     effective_sample_size,
     resample,
+    resample_by_steps,
+    without_replacement,
     logit_stats,
     speculative_verify,
     soft_embedding,
+    unmask_step,
     paged_decode,
+    paged_write,
+    block_selection,
+    gather_particles,
     cat_attention,
+    chunk_attention,
+    block_diagonal_attention,
 )
 
 

@@ -106,3 +106,97 @@ def cat_attention() -> Iterator[Case]:
             check,
             pairs_seen * heads * DIM * 4.0 * (3.5 if gradients else 1.0),
         )
+
+
+def close_to(definition: Callable[..., Any], ours: Callable[..., Any], *inputs: torch.Tensor):
+    """One head against the definition in float64, which makes its masks on the CPU."""
+    part = [x[:, :1].contiguous() for x in inputs]
+    expected = definition(*(x.double().cpu() for x in part))
+    torch.testing.assert_close(ours(*part).double().cpu(), expected, rtol=4e-2, atol=4e-2)
+
+
+def chunk_attention() -> Iterator[Case]:
+    """Chunks of 64 rows that see a vector of each earlier chunk and the chunk before them."""
+    heads, size = HEADS if FULL else 1, scaled(64, 16)
+    rows = scaled(4096, 96)
+    chunks = rows // size
+
+    def make() -> tuple:
+        def random(count: int) -> torch.Tensor:
+            return torch.randn(1, heads, count, DIM, device=DEVICE, dtype=torch.bfloat16)
+
+        return random(rows), random(rows), random(rows), random(chunks), random(chunks)
+
+    def ours(*inputs: torch.Tensor) -> torch.Tensor:
+        return attention.chunk_attention(*inputs, chunk_size=size, lookback=1)
+
+    def definition(*inputs: torch.Tensor) -> torch.Tensor:
+        return reference.chunk_attention(*inputs, chunk_size=size, lookback=1)
+
+    torch._dynamo.reset()
+    attend = torch.compile(flex_attention, dynamic=False) if FULL else flex_attention
+    masks: list[Any] = []
+
+    def sees(b, h, j, i):  # slots come first
+        chunk, local = j // size, i - chunks
+        return torch.where(i < chunks, i <= chunk, (local <= j) & (local // size + 1 >= chunk))
+
+    def flex(query, key, value, slot_key, slot_value) -> torch.Tensor:
+        if not masks:
+            masks.append(
+                create_block_mask(sees, None, None, rows, chunks + rows, device=str(DEVICE))
+            )
+        keys, values = torch.cat([slot_key, key], 2), torch.cat([slot_value, value], 2)
+        return attend(query, keys, values, block_mask=masks[0])
+
+    def dense(query, key, value, slot_key, slot_value) -> torch.Tensor:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True)
+
+    def check(*inputs: torch.Tensor) -> None:
+        close_to(definition, ours, *inputs)
+        torch.testing.assert_close(flex(*inputs), ours(*inputs), rtol=4e-2, atol=4e-2)
+
+    j = torch.arange(rows)
+    seen = float((j // size + 1 + j % size + 1 + size * (j >= size)).sum())
+    yield Case(
+        f"chunk_attention forward N={rows} C={size} lookback 1, bfloat16",
+        make,
+        ours,
+        {"sdpa dense causal": dense, "compiled flex": flex},
+        heads * (4 * rows + 2 * chunks) * DIM * 2.0,
+        check,
+        seen * heads * DIM * 4.0,
+    )
+
+
+def block_diagonal_attention() -> Iterator[Case]:
+    heads, rows, size = HEADS if FULL else 1, scaled(16_384, 128), 32
+
+    def make() -> tuple:
+        shape = (1, heads, rows, DIM)
+        return tuple(torch.randn(shape, device=DEVICE, dtype=torch.bfloat16) for _ in range(3))
+
+    def ours(*inputs: torch.Tensor) -> torch.Tensor:
+        return attention.block_diagonal_attention(*inputs, block_size=size)
+
+    def folded(*inputs: torch.Tensor) -> torch.Tensor:
+        """The blocks as a batch, which costs a reshape alone."""
+        blocks = (x.view(heads * rows // size, 1, size, DIM) for x in inputs)
+        return F.scaled_dot_product_attention(*blocks).view(1, heads, rows, DIM)
+
+    def definition(*inputs: torch.Tensor) -> torch.Tensor:
+        part = (x[:, :, : 8 * size] for x in inputs)
+        return reference.block_diagonal_attention(*part, block_size=size)
+
+    def first_blocks(*inputs: torch.Tensor) -> torch.Tensor:
+        return ours(*inputs)[:, :, : 8 * size]
+
+    yield Case(
+        f"block_diagonal_attention forward N={rows} C={size} bfloat16",
+        make,
+        ours,
+        {"sdpa, blocks as a batch": folded},
+        heads * rows * DIM * 8.0,
+        lambda *inputs: close_to(definition, first_blocks, *inputs),
+        rows * size * heads * DIM * 4.0,
+    )

@@ -66,7 +66,7 @@ target_compile_options(_cuda PRIVATE
   ${WINNOW_CUDA_CODE}
   --expt-relaxed-constexpr   # constexpr functions of the standard library and of philox.h
   --fmad=false               # a*b+c rounds as on the CPU; fma() is explicit
-  -Xcompiler=-Wall,-Wextra,-fvisibility=hidden
+  -Xcompiler=-Wall,-Wextra,-fvisibility=hidden,-O1  # what runs on the host only launches
   "-Xcompiler=-fmacro-prefix-map=${CMAKE_SOURCE_DIR}/=,-fmacro-prefix-map=${TORCH_ROOT}/include/=")
 target_link_libraries(_cuda PRIVATE torch_cuda_stub ${TORCH_CPU_LIBRARY})
 set_target_properties(_cuda PROPERTIES

@@ -8,7 +8,6 @@ import torch
 from torch_winnow.demo import adaptive, generation
 from torch_winnow.demo.text import Text
 from torch_winnow.models import CATConfig, CompressAttendTransformer, StackConfig
-from torch_winnow.models.training import Recipe
 
 SMALL = adaptive.RecallTask(context=64, pairs=8, keys=10, values=5, noise=3)
 TINY = StackConfig(width=16, depth=1, heads=2)
@@ -39,6 +38,7 @@ def small(monkeypatch):
     for name, value in sizes.items():
         monkeypatch.setattr(generation, f"_{name}", value)
     monkeypatch.setattr(adaptive, "_TRIALS", 6)
+    monkeypatch.setattr(adaptive, "_STEP_BYTES", 512)
     content = torch.randint(256, (1000,), dtype=torch.uint8)
     cat = CompressAttendTransformer(CATConfig(TINY, TINY, (4, 8, 16, 32), max_tokens=256)).eval()
     return cat, Text(content, content, "a fingerprint")
@@ -47,13 +47,14 @@ def small(monkeypatch):
 def test_what_is_measured_is_drawn(small, tmp_path):
     pytest.importorskip("matplotlib")
     before = torch.random.get_rng_state()
-    memory = adaptive.train_recall(SMALL, Recipe(4))
+    memory = adaptive.train_recall(SMALL, steps=4)
     assert torch.equal(torch.random.get_rng_state(), before)
     shares = adaptive.recall(memory, SMALL)
     assert {size: share.shape for size, share in shares.items()} == dict.fromkeys(
         (4, 8, 16, 32), (6,)
     )
     cat, text = small
+    assert adaptive.train_text(text, steps=2).config.chunk_sizes == cat.config.chunk_sizes
     measured = adaptive.measure(cat, memory, text, SMALL)
     assert list(measured.bits) == [4, 8, 16, 32]
     # Untrained models guess: 8 bits per byte, near enough.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from conftest import TOLERANCE
 from torch_winnow import reference
@@ -94,6 +96,41 @@ def test_what_a_query_may_not_see_never_counts():
     assert spoilt[0, 1].isnan().any()
     assert torch.equal(spoilt[:, 0], attention_mass(*call)[:, 0])
     assert not spoilt[:, 0].isnan().any()
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_any_call(data):
+    draw, number = data.draw, st.integers
+    torch.manual_seed(draw(number(0, 2**31)))
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]))
+    batch, key_heads, group = draw(number(0, 3)), draw(number(1, 3)), draw(number(1, 5))
+    queries, size, dim = draw(number(0, 9)), draw(number(1, 70)), draw(number(1, 40))
+    width = draw(number(0, 3))
+    pages = torch.randn(3 * width + 1, key_heads, size, dim).to(dtype)
+    query = torch.randn(batch, key_heads * group, queries, dim).to(dtype)
+    table = torch.randint(len(pages), (batch, width), dtype=torch.int32)
+    lengths = torch.randint(width * size + 1, (batch,), dtype=torch.int32)
+    options = {"causal": draw(st.booleans()), "window": draw(st.none() | number(1, 12))}
+    options |= {"sinks": draw(number(0, 4)), "scale": draw(st.none() | st.floats(-1, 1))}
+    if draw(st.booleans()):
+        options["key_bias"] = torch.randn(len(pages), key_heads, size).clamp(min=-1).log()
+        options["key_bias"].nan_to_num_(nan=-INF)
+    close(
+        attention_mass(query, pages, table, lengths, **options),
+        (query, pages, table, lengths),
+        **options,
+    )
+
+
+def test_infinite_scores_spoil_what_their_query_sees():
+    query, pages, table, lengths = call = make_call(torch.float32)
+    pages[7, 0, 5, 3], query[0, 1, 2, 3] = 3e38, 3e38
+    mass = attention_mass(*call)
+    expected = reference.attention_mass(*call)
+    torch.testing.assert_close(mass, expected, equal_nan=True, **TOLERANCE[torch.float32])
+    assert mass[0, 0].isnan().any()
+    assert not mass[0, 1].isnan().any()
 
 
 def test_large_scores():

@@ -37,10 +37,12 @@ def make_pool(device: torch.device, blocks: int = 40) -> BlockPool:
         block_size=BLOCK,
         dtype=torch.float32,
         device=device,
+        summaries="minmax",
+        key_bias=True,
     )
 
 
-def history(device: torch.device, seed: int):
+def history(device: torch.device, seed: int, steps: int = 80):
     """Operations on caches of a pool; yields what a kernel would read after each."""
     dice, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     pool = make_pool(device)
@@ -49,9 +51,11 @@ def history(device: torch.device, seed: int):
     def states(tokens: int) -> torch.Tensor:
         return torch.randn(3, HEADS, tokens, DIM, generator=generator).to(device)
 
-    for _ in range(80):
+    for _ in range(steps):
         cache = dice.choice(caches)
-        move = dice.choice(["append"] * 4 + ["write", "fork", "permute", "cut", "free", "grow"])
+        move = dice.choice(
+            ["append"] * 4 + ["write", "fork", "permute", "cut", "free", "grow", "drop"]
+        )
         try:
             if move == "append":
                 key, value = states(tokens := dice.randrange(4)), states(tokens)
@@ -69,6 +73,9 @@ def history(device: torch.device, seed: int):
                 cache.permute_([dice.randrange(3) for _ in range(3)])
             elif move == "cut":
                 cache.truncate_([dice.randrange(int(n) + 1) for n in cache.seq_lens])
+            elif move == "drop":
+                keep = [[p if p < int(n) else -1 for p in range(1, 40, 2)] for n in cache.seq_lens]
+                cache.compact_(torch.tensor(keep))
             elif move == "free":
                 cache.free([0])
             elif move == "grow":
@@ -77,8 +84,21 @@ def history(device: torch.device, seed: int):
             yield str(error)
         query = states(1)
         pages = pool.key_pages[1], pool.value_pages[1]
-        out = paged_attention(query, *pages, cache.block_table, cache.seq_lens)
-        yield tuple(x.cpu().clone() for x in (cache.block_table, cache.seq_lens, out))
+        tables = cache.block_table, cache.seq_lens
+        out = paged_attention(query, *pages, *tables, key_bias=pool.key_bias[1])
+        used = pool.summaries[1, cache.block_table.clamp(min=0).long()]
+        yield tuple(x.cpu().clone() for x in (*tables, out, used))
+
+
+def agree(steps, expected) -> None:
+    for step, wanted in zip(steps, expected, strict=True):
+        if isinstance(step, str):
+            assert step == wanted
+            continue
+        assert torch.equal(step[0], wanted[0])
+        assert torch.equal(step[1], wanted[1])
+        for result, definition in zip(step[2:], wanted[2:], strict=True):
+            torch.testing.assert_close(result, definition, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -86,15 +106,14 @@ def test_tables_follow_the_host(device, seed):
     steps = list(history(device, seed))
     with pytest.MonkeyPatch.context() as plain:
         plain.setattr(mirror, "is_apart", lambda device: False)
-        expected = list(history(torch.device("cpu"), seed))
-    assert len(steps) == len(expected)
-    for step, wanted in zip(steps, expected, strict=True):
-        if isinstance(step, str):
-            assert step == wanted
-            continue
-        assert torch.equal(step[0], wanted[0])
-        assert torch.equal(step[1], wanted[1])
-        torch.testing.assert_close(step[2], wanted[2], rtol=1e-5, atol=1e-5)
+        agree(steps, list(history(torch.device("cpu"), seed)))
+
+
+def test_kernels_of_a_gpu_read_these_tables(request, monkeypatch):
+    expected = list(history(torch.device("cpu"), 7, 25))
+    gpu = request.getfixturevalue("gpu")
+    monkeypatch.setattr(mirror, "is_apart", lambda device: True)
+    agree(list(history(gpu, 7, 25)), expected)
 
 
 def test_layers_of_a_step_share_their_positions(device, monkeypatch):

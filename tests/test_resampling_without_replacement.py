@@ -238,16 +238,10 @@ def test_errors_name_the_argument(arguments, options, message):
         sample_without_replacement(*arguments, **options)
 
 
-def test_what_runs_on_the_cpu_alone_says_so():
+def test_every_design_is_one_of_gpus_too():
     with FakeTensorMode():
         log_weights = torch.zeros(2, 5, device="cuda")
-        with pytest.raises(
-            ValueError, match="log_weights: expected .* on the CPU for design='cond.*"
-        ):
-            sample_without_replacement(log_weights, 2, seed=0)
-        with pytest.raises(
-            ValueError, match="log_weights: expected .* on the CPU for inclusion_pr.*"
-        ):
-            inclusion_probabilities(log_weights, 2)
-        drawn = sample_without_replacement(log_weights, 2, design="pareto", seed=0)
-        assert drawn.indices.device.type == "cuda"
+        assert inclusion_probabilities(log_weights, 2).device.type == "cuda"
+        for design in DESIGNS:
+            drawn = sample_without_replacement(log_weights, 2, design=design, seed=0)
+            assert drawn.indices.device.type == "cuda"

@@ -38,12 +38,18 @@ RULES = [
 ]
 
 
-def chosen(scores, rule, mask=None, **options):
-    score = torch.tensor([scores])
-    masked = torch.ones_like(score, dtype=torch.bool) if mask is None else torch.tensor([mask])
-    transfer, count = select_positions(score, masked, rule, **options)
-    assert count.tolist() == [int(transfer.sum())]
-    return transfer[0].nonzero()[:, 0].tolist()
+@pytest.fixture
+def chosen(device):
+    """Positions that a rule takes of one row of scores."""
+
+    def choose(scores, rule, mask=None, **options):
+        score = torch.tensor([scores], device=device)
+        masked = torch.tensor([mask or [True] * len(scores)], device=device)
+        transfer, count = select_positions(score, masked, rule, **options)
+        assert count.tolist() == [int(transfer.sum())]
+        return transfer[0].nonzero()[:, 0].tolist()
+
+    return choose
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
@@ -75,7 +81,7 @@ def test_matches_definition(rule, data):
     assert torch.equal(count > 0, allowed.any(1))
 
 
-def test_boundaries_are_part_of_the_rules():
+def test_boundaries_are_part_of_the_rules(chosen):
     # Entropy thresholds are strict.
     assert chosen([0.5, 0.25, 0.5, 0.75], EntropyThreshold(0.5)) == [1]
     assert chosen([0.25, 0.5, 0.25], EntropyThreshold(0.5, order="left_to_right")) == [0]
@@ -92,7 +98,7 @@ def test_boundaries_are_part_of_the_rules():
     assert chosen([0.75, 0.75], ConfidenceFactor(0.7501)) == [0, 1]
 
 
-def test_boundaries_are_those_of_the_scores_dtype():
+def test_boundaries_are_those_of_the_scores_dtype(chosen):
     # 0.9, 0.2 and 0.1 + 0.2 are other numbers in float32 than in float64.
     assert chosen([0.9, 0.95, 0.1], ConfidenceThreshold(0.9)) == [0, 1]
     assert chosen([0.2, 0.1], EntropyThreshold(0.2)) == [1]
@@ -113,11 +119,11 @@ def test_boundaries_are_those_of_the_scores_dtype():
     ],
     ids=str,
 )
-def test_at_least_one_and_which(rule, best):
+def test_at_least_one_and_which(chosen, rule, best):
     assert chosen([0.5, 0.75, 0.25, 0.25, 0.75], rule) == [best]  # ties: the lowest position
 
 
-def test_nan_comes_last():
+def test_nan_comes_last(chosen):
     for rule in RULES:
         assert chosen([NAN, NAN, 0.4], rule)[:1] in ([2], [0])
         assert 2 in chosen([NAN, NAN, 0.4], rule)
@@ -127,7 +133,7 @@ def test_nan_comes_last():
     assert chosen([0.9, NAN, 0.8], TopK(2)) == [0, 2]
 
 
-def test_runs_skip_what_is_already_unmasked():
+def test_runs_skip_what_is_already_unmasked(chosen):
     mask = [True, False, True, True]
     assert chosen([0.1, 9.0, 0.1, 9.0], EntropyThreshold(0.5, order="left_to_right"), mask) == [
         0,
@@ -136,17 +142,17 @@ def test_runs_skip_what_is_already_unmasked():
     assert chosen([0.9, 0.0, 0.9, 0.1], PrefixThreshold(0.9), mask) == [0, 2]
 
 
-def test_schedule_and_dtypes():
+def test_schedule_and_dtypes(chosen, device):
     rule = TopK([3, 1], score="entropy")
     scores = [0.1, 0.2, 0.3, 0.4]
     assert [len(chosen(scores, rule, step=step)) for step in range(4)] == [3, 1, 1, 1]
-    score = torch.tensor([[0.2, 0.1, 0.3]])
-    mask = torch.ones(1, 3, dtype=torch.bool)
+    score = torch.tensor([[0.2, 0.1, 0.3]], device=device)
+    mask = torch.ones(1, 3, dtype=torch.bool, device=device)
     for wide in (torch.float64, torch.bfloat16, torch.float16):
         transfer, _ = select_positions(score.to(wide), mask, TopK(1))
         assert transfer.tolist() == [[False, False, True]]
-    strided = torch.rand(8, 6).T
-    masks = torch.rand(8, 6).T > 0.5
+    strided = torch.rand(8, 6, device=device).T
+    masks = torch.rand(8, 6, device=device).T > 0.5
     assert torch.equal(
         select_positions(strided, masks, TopK(2))[0],
         select_positions(strided.contiguous(), masks.contiguous(), TopK(2))[0],

@@ -128,15 +128,16 @@ def test_any_values(values, temperature, top_k, top_p, min_p, wide):
         assert 0 < stats.max_prob <= 1
 
 
-def test_rows_that_a_mask_excludes_never_matter(dtype):
-    logits = torch.randn(4, 3000).to(dtype)
-    mask = torch.tensor([True, False, False, True])
+def test_rows_that_a_mask_excludes_never_matter(dtype, device):
+    logits = torch.randn(4, 3000).to(device, dtype)
+    mask = torch.tensor([True, False, False, True], device=device)
     expected = logit_stats(logits, seed=1)
     for poison in (NAN, INF, -INF):
         poisoned = logits.clone()
         poisoned[1:3] = poison
         stats = logit_stats(
-            poisoned, mask=mask, seed=1, target_ids=torch.tensor([0, -5, 10**9, 2]),
+            poisoned, mask=mask, seed=1,
+            target_ids=torch.tensor([0, -5, 10**9, 2], device=device),
             previous_logits=poisoned, unconditional_logits=poisoned, cfg_scale=0.0,
         )  # fmt: skip
         for name in ("log_prob", "max_prob", "margin", "entropy", "logsumexp"):
@@ -149,15 +150,17 @@ def test_rows_that_a_mask_excludes_never_matter(dtype):
 
 
 @pytest.mark.parametrize("wide", [torch.float32, torch.float64])
-def test_special_rows(wide, cpu_capability):
-    rows = torch.full((5, 2000), 1.0, dtype=wide)
+def test_special_rows(wide, device):
+    rows = torch.full((5, 2000), 1.0, dtype=wide, device=device)
     rows[0, 1234] = NAN
     rows[1] = -INF
     rows[2, [700, 1999]] = INF
     rows[3, 3] = INF
     rows[3, 4] = NAN
     for seed in (None, 3):
-        stats = logit_stats(rows, seed=seed, target_ids=torch.zeros(5, dtype=torch.int64))
+        stats = logit_stats(
+            rows, seed=seed, target_ids=torch.zeros(5, dtype=torch.int64, device=device)
+        )
         assert stats.token[:4].tolist() == [-1, -1, 700, -1]
         assert stats.argmax.tolist() == [-1, -1, 700, -1, 0]
         for field in (stats.log_prob, stats.max_prob, stats.margin, stats.entropy,
@@ -166,7 +169,7 @@ def test_special_rows(wide, cpu_capability):
             assert not field[4].isnan()
         torch.testing.assert_close(
             stats.logsumexp,
-            torch.tensor([NAN, -INF, INF, NAN, 1 + math.log(2000)], dtype=wide),
+            torch.tensor([NAN, -INF, INF, NAN, 1 + math.log(2000)], dtype=wide, device=device),
             equal_nan=True,
         )
 

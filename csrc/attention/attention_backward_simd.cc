@@ -7,6 +7,8 @@
 
 #include <limits>
 
+#include "attention/ahead.h"
+#include "attention/dot_bf16.h"
 #include "attention/gradient_window.h"
 #include "attention/key_tile.h"
 #include "attention/operands.h"
@@ -41,18 +43,14 @@ inline Split split_of(const Pattern& pattern, int64_t index, int64_t splits) {
   return split;
 }
 
-// A copy with zeros for what is not finite: in a product over keys that some lanes don't see, zero
-// weight times NaN would be NaN.
-template <typename Acc>
-inline void copy_finite(const Acc* src, int64_t count, Acc* dst) {
-  for (int64_t i = 0; i < count; ++i) dst[i] = src[i] * Acc(0) == Acc(0) ? src[i] : Acc(0);
-}
-
 template <typename T, class Math>
 class Backward {
   using Acc = typename Math::Acc;
   using Vec = typename Math::Vec;
+  using Operand = typename Math::Operand;
+  using Packed = Pack<T, Math>;
   static constexpr int kSize = Vec::size();
+  static constexpr int kDepth = Math::kDepth;
 
  public:
   Backward(const BackwardProblem& problem, void* memory)
@@ -60,14 +58,24 @@ class Backward {
         forward_(problem.forward),
         pattern_(problem.forward.pattern),
         dim_(problem.forward.dim),
-        ld_(padded_dim(problem.forward.dim)) {
+        ld_(padded_dim(problem.forward.dim)),
+        depth_((problem.forward.dim + kDepth - 1) / kDepth) {
     Scratch scratch(memory);
-    for (Acc** tile : {&query_, &query_lanes_, &finite_query_, &grad_, &grad_lanes_, &finite_grad_,
-                       &out_, &grad_query_, &key_, &value_, &finite_key_}) {
-      *tile = scratch.take<Acc>(kTile * ld_);
+    for (Operand** tile : {&query_lanes_, &grad_lanes_, &query_, &grad_}) {
+      *tile = scratch.take<Operand>(kTile * (ld_ + 16));
     }
-    weights_ = scratch.take<Acc>(kTile * kTile);
-    grad_scores_ = scratch.take<Acc>(kTile * kTile);
+    for (Operand** tile : {&key_, &value_, &key_columns_}) {
+      *tile = scratch.take<Operand>(kKeyTile * (ld_ + 16));
+    }
+    buffer_ = scratch.take<Operand>(kSize * (ld_ + 16));
+    grad_query_ = scratch.take<Acc>(kTile * ld_);
+    for (Acc** scores : {&weights_, &grad_scores_}) *scores = scratch.take<Acc>(kKeyTile * kTile);
+    for (Operand** scores : {&weight_runs_, &grad_runs_, &grad_pairs_}) {
+      *scores = scratch.take<Operand>(kKeyTile * kTile);
+    }
+    for (T** copy : {&finite_query_, &finite_grad_, &finite_key_}) {
+      *copy = scratch.take<T>(kKeyTile * dim_);
+    }
     window_.attach(scratch, window_rows(pattern_), ld_);
   }
 
@@ -131,7 +139,8 @@ class Backward {
   void tile(int64_t head, int64_t row, int64_t count, bool own) {
     load_queries(head, row, count);
     see_rows(row, count);
-    for (int64_t i = 0; i < ld_ * kTile; ++i) grad_query_[i] = 0;
+    zero(grad_query_, count * ld_);
+    if (own) expect(head, row + count);
     if (own) {
       attend(slots_, forward_.slot_key, forward_.slot_value, slot_key_sums_, slot_value_sums_,
              true);
@@ -143,12 +152,28 @@ class Backward {
     clip(locals_, split_.row_begin, split_.row_end, &locals_);
     attend(locals_, forward_.key, forward_.value, window_.key(0), window_.value(0), own);
     if (!own) return;
-    transpose_tile(grad_query_, kTile, ld_, kTile, out_, ld_);
     const int64_t first = (batch_ * forward_.query_heads + head) * pattern_.rows + row;
     for (int64_t lane = 0; lane < count; ++lane) {
-      store_row(out_ + lane * ld_, dim_,
+      store_row(grad_query_ + lane * ld_, dim_,
                 static_cast<T*>(problem_.grad_query) + (first + lane) * dim_);
     }
+  }
+
+  // The rows that come next, if any.
+  void expect(int64_t head, int64_t row) {
+    constexpr auto kBytes = static_cast<int64_t>(sizeof(T));
+    const int64_t count = smaller(kTile, split_.row_end - row);
+    const int64_t first = (batch_ * forward_.query_heads + head) * pattern_.rows + row;
+    const auto add = [&](const Source& source, int64_t of) {
+      ahead_.add(rows_of(source, of) + row * source.row, source.row * kBytes);
+    };
+    ahead_.start(count, dim_ * kBytes);
+    add(forward_.query, head);
+    add(problem_.grad_out, head);
+    add(forward_.key, kv_head_);
+    add(forward_.value, kv_head_);
+    ahead_.add(static_cast<const T*>(problem_.out) + first * dim_, dim_ * kBytes);
+    ahead_.add(static_cast<const T*>(problem_.grad_query) + first * dim_, dim_ * kBytes);
   }
 
   void see_rows(int64_t row, int64_t count) {
@@ -163,7 +188,7 @@ class Backward {
       slots_.place[lane] = {chunk.slot_begin, chunk.slot_end};
       locals_.place[lane] = {chunk.local_begin, pattern_.causal ? t + 1 : chunk.end};
     }
-    slots_.bound(kTile / kSize);
+    for (int v = 0; v < kTile / kSize; ++v) slots_.bound(v);
   }
 
   static void clip(const PlaceRanges<kSize>& ranges, int64_t begin, int64_t end,
@@ -172,22 +197,30 @@ class Backward {
       clipped->place[lane] = {larger(ranges.place[lane].begin, begin),
                               smaller(ranges.place[lane].end, end)};
     }
-    clipped->bound(kTile / kSize);
+    for (int v = 0; v < kTile / kSize; ++v) clipped->bound(v);
   }
 
   void load_queries(int64_t head, int64_t row, int64_t count) {
     const Source& q = forward_.query;
     const Source& g = problem_.grad_out;
     const int64_t first = (batch_ * forward_.query_heads + head) * pattern_.rows + row;
-    query_is_finite_ = load_rows(rows_of(q, head) + row * q.row, q.row, count, dim_, query_, ld_);
-    grad_is_finite_ = load_rows(rows_of(g, head) + row * g.row, g.row, count, dim_, grad_, ld_);
-    load_rows(static_cast<const T*>(problem_.out) + first * dim_, dim_, count, dim_, out_, ld_);
-    for (int64_t i = count * ld_; i < kTile * ld_; ++i) query_[i] = grad_[i] = 0;
-    transpose_tile(query_, ld_, kTile, ld_, query_lanes_, kTile);
-    transpose_tile(grad_, ld_, kTile, ld_, grad_lanes_, kTile);
-    if (!query_is_finite_) copy_finite(query_, kTile * ld_, finite_query_);
-    if (!grad_is_finite_) copy_finite(grad_, kTile * ld_, finite_grad_);
+    count_ = count;
+    query_rows_ = {rows_of(q, head) + row * q.row, q.row, false};
+    grad_rows_ = {rows_of(g, head) + row * g.row, g.row, false};
+    const auto finite_query = finite_rows<Acc>(query_rows_.data, q.row, count, dim_, finite_query_);
+    const auto finite_grad = finite_rows<Acc>(grad_rows_.data, g.row, count, dim_, finite_grad_);
+    query_rows_.copied = finite_query.copied;
+    grad_rows_.copied = finite_grad.copied;
+    query_columns_ = Packed::columns(finite_query.data, finite_query.stride, count, dim_, query_);
+    grad_columns_ = Packed::columns(finite_grad.data, finite_grad.stride, count, dim_, grad_);
+    for (int64_t lane = 0; lane < kTile; lane += kSize) {
+      const int64_t rows = larger(0, smaller(kSize, count - lane));
+      Packed::lanes(query_rows_.data + lane * q.row, q.row, rows, dim_, buffer_,
+                    query_lanes_ + lane);
+      Packed::lanes(grad_rows_.data + lane * g.row, g.row, rows, dim_, buffer_, grad_lanes_ + lane);
+    }
 
+    const T* out = static_cast<const T*>(problem_.out) + first * dim_;
     const Acc* lse = static_cast<const Acc*>(problem_.lse) + first;
     const Acc* grad_lse =
         problem_.grad_lse ? static_cast<const Acc*>(problem_.grad_lse) + first : nullptr;
@@ -198,33 +231,47 @@ class Backward {
       // A row that attends nothing has weights exp2(score - inf) = 0.
       constexpr Acc kInfinity = std::numeric_limits<Acc>::infinity();
       lse_[lane] = lse[lane] == -kInfinity ? kInfinity : lse[lane] * Acc(kLog2E);
+      Acc a[padded_dim(256)];
+      Acc b[padded_dim(256)];
+      load_rows(grad_rows_.data + lane * g.row, 0, 1, dim_, a, ld_);
+      load_rows(out + lane * dim_, 0, 1, dim_, b, ld_);
       Vec sum(Acc(0));
       for (int64_t d = 0; d < ld_; d += kSize) {
-        sum = at::vec::fmadd(Vec::loadu(grad_ + lane * ld_ + d), Vec::loadu(out_ + lane * ld_ + d),
-                             sum);
+        sum = at::vec::fmadd(Vec::loadu(a + d), Vec::loadu(b + d), sum);
       }
-      Acc part[kSize];
-      sum.store(part);
-      for (int i = 0; i < kSize; ++i) delta_[lane] += part[i];
-      if (grad_lse) delta_[lane] -= grad_lse[lane];
+      delta_[lane] = sum_of_lanes(sum) - (grad_lse ? grad_lse[lane] : Acc(0));
     }
   }
+
+  // One tile of keys as operands.
+  struct Keys {
+    OperandTile<Operand> keys, values;  // (key, dim), for products over dim
+    OperandTile<Operand> columns;       // keys for products over keys, without what is not finite
+    FiniteRows<T> rows;                 // keys as they are; copied where some number is not finite
+  };
 
   // key_sums, value_sums: where the gradient of key 0 would lie, or null.
   void attend(const PlaceRanges<kSize>& ranges, const Source& key, const Source& value,
               Acc* key_sums, Acc* value_sums, bool queries) {
-    const auto [first, last] = union_of(ranges.some, kTile / kSize);
-    const T* keys = rows_of(key, kv_head_);
-    const T* values = rows_of(value, kv_head_);
-    for (int64_t j = first; j < last; j += kTile) {
-      const int64_t count = smaller(kTile, last - j);
+    const KeyRange range = union_of(ranges.some, kTile / kSize);
+    const int64_t size = tile_size(range);
+    for (int64_t j = range.begin; j < range.end; j += size) {
+      const int64_t count = smaller(size, range.end - j);
+      const T* keys = rows_of(key, kv_head_) + j * key.row;
+      const T* values = rows_of(value, kv_head_) + j * value.row;
+      Keys tile{Packed::rows(keys, key.row, count, dim_, key_),
+                Packed::rows(values, value.row, count, dim_, value_),
+                {nullptr, 0},
+                {keys, key.row, false}};
+      if (queries) {
+        const auto finite = finite_rows<Acc>(keys, key.row, count, dim_, finite_key_);
+        tile.rows.copied = finite.copied;
+        tile.columns = Packed::columns(finite.data, finite.stride, count, dim_, key_columns_);
+      }
       const TileMask<Math> mask(ranges, 0, kTile / kSize, j, count);
-      key_is_finite_ = load_rows(keys + j * key.row, key.row, count, dim_, key_, ld_);
-      load_rows(values + j * value.row, value.row, count, dim_, value_, ld_);
-      if (!key_is_finite_) copy_finite(key_, count * ld_, finite_key_);
       for (int g = 0; g < mask.count; ++g) {
         with_constant<kMaxWidth>(mask.groups[g].width, [&](auto width) {
-          group<decltype(width)::value>(mask, mask.groups[g],
+          group<decltype(width)::value>(ranges, mask, mask.groups[g], tile,
                                         key_sums ? key_sums + j * ld_ : nullptr,
                                         value_sums ? value_sums + j * ld_ : nullptr, queries);
         });
@@ -233,94 +280,132 @@ class Backward {
   }
 
   template <int W>
-  void group(const TileMask<Math>& mask, const Group& group, Acc* key_sums, Acc* value_sums,
-             bool queries) {
+  void group(const PlaceRanges<kSize>& ranges, const TileMask<Math>& mask, const Group& group,
+             const Keys& tile, Acc* key_sums, Acc* value_sums, bool queries) {
     constexpr int kLanesWide = W * kSize;
     const int lane = group.vector * kSize;
-    const int keys = group.end - group.begin;
-    const int64_t first = group.begin * ld_;
+    const int64_t keys = smaller(group.end, mask.keys) - group.begin;
     const Acc scale = static_cast<Acc>(forward_.scale * kLog2E);
     const Acc one(1);
-    product<Math, Into::kScaled, W>(keys, {key_ + first, ld_, 1}, query_lanes_ + lane, kTile, dim_,
-                                    weights_, kLanesWide, &scale);
-    product<Math, Into::kScaled, W>(keys, {value_ + first, ld_, 1}, grad_lanes_ + lane, kTile, dim_,
-                                    grad_scores_, kLanesWide, &one);
-    for (int w = 0; w < W; ++w) {
-      weights(mask, group, group.vector + w, weights_ + w * kSize, grad_scores_ + w * kSize,
-              kLanesWide);
-    }
+    product<Math, Into::kScaled, W>(keys, from(tile.keys, group.begin), query_lanes_ + lane, kTile,
+                                    depth_, weights_, kLanesWide, &scale);
+    product<Math, Into::kScaled, W>(keys, from(tile.values, group.begin), grad_lanes_ + lane, kTile,
+                                    depth_, grad_scores_, kLanesWide, &one);
+    weigh<W>(mask, group);
     if (value_sums) {
-      const Acc* grad = grad_is_finite_ ? grad_ : finite_grad_;
-      product_columns<Math, Into::kAdded>({weights_, kLanesWide, 1}, grad + lane * ld_, ld_,
-                                          kLanesWide, ld_, value_sums + first, ld_, nullptr, keys);
-      if (!grad_is_finite_)
-        add_nonfinite_rows(mask, group, kLanesWide, weights_, grad_, value_sums);
-      const Acc* query = query_is_finite_ ? query_ : finite_query_;
-      product_columns<Math, Into::kAdded>({grad_scores_, kLanesWide, 1}, query + lane * ld_, ld_,
-                                          kLanesWide, ld_, key_sums + first, ld_, nullptr, keys);
-      if (!query_is_finite_) {
-        add_nonfinite_rows(mask, group, kLanesWide, grad_scores_, query_, key_sums);
-      }
+      add_rows(mask, group, kLanesWide, weights_, Math::weights(weights_, weight_runs_),
+               grad_columns_, grad_rows_, value_sums);
+      add_rows(mask, group, kLanesWide, grad_scores_, Math::weights(grad_scores_, grad_runs_),
+               query_columns_, query_rows_, key_sums);
     }
-    if (queries) {
-      const Acc* key = (key_is_finite_ ? key_ : finite_key_) + first;
-      product<Math, Into::kAdded, W>(dim_, {key, 1, ld_}, grad_scores_, kLanesWide, keys,
-                                     grad_query_ + lane, kTile, nullptr);
-      if (!key_is_finite_) add_nonfinite_keys(mask, group, kLanesWide);
+    ahead_.fetch(kLanesWide / 2);
+    if (!queries) return;
+    const Operand* pairs = Math::weights(grad_scores_, grad_pairs_);
+    for (int place = lane; place < lane + kLanesWide; place += kTogether) {
+      const KeyRange sees = mask.inside(ranges.together[place / kTogether]);
+      const int64_t begin = sees.begin / kDepth;
+      const int64_t depth = (sees.end + kDepth - 1) / kDepth - begin;
+      if (sees.begin >= sees.end) continue;
+      product_columns<Math, Into::kAdded, kTogether>(
+          {pairs + (begin - group.begin / kDepth) * kLanesWide + place - lane, 1, kLanesWide},
+          tile.columns.data + begin * tile.columns.ld, tile.columns.ld, depth, ld_,
+          grad_query_ + place * ld_, ld_, nullptr);
     }
+    if (tile.rows.copied) add_nonfinite_keys(mask, group, kLanesWide, tile.rows);
   }
 
-  // Scores and dO V^T of one vector of lanes become weights and score gradients.
-  void weights(const TileMask<Math>& mask, const Group& group, int v, Acc* weights, Acc* grads,
-               int64_t ld) const {
-    const Vec lse = Vec::loadu(lse_ + v * kSize);
-    const Vec delta = Vec::loadu(delta_ + v * kSize);
+  static Broadcasts<Operand> from(const OperandTile<Operand>& tile, int64_t row) {
+    return {tile.data + row * tile.ld, tile.ld, 1};
+  }
+
+  // sums[key] += sum over a group's lanes of weight[key][lane] * x[lane].
+  void add_rows(const TileMask<Math>& mask, const Group& group, int lanes, const Acc* weights,
+                const Operand* runs, const OperandTile<Operand>& columns, const FiniteRows<T>& x,
+                Acc* sums) const {
+    const int64_t keys = smaller(group.end, mask.keys) - group.begin;
+    const int64_t lane = group.vector * kSize;
+    const int64_t depth = (smaller(lanes, count_ - lane) + kDepth - 1) / kDepth;
+    product_columns<Math, Into::kAdded>({runs, lanes / kDepth, 1},
+                                        columns.data + lane / kDepth * columns.ld, columns.ld,
+                                        depth, ld_, sums + group.begin * ld_, ld_, nullptr, keys);
+    if (x.copied) add_nonfinite_rows(mask, group, lanes, weights, x, sums);
+  }
+
+  // Scores and dO V^T of a group become weights and score gradients.
+  template <int W>
+  void weigh(const TileMask<Math>& mask, const Group& group) {
+    constexpr int kLanesWide = W * kSize;
     const Vec scale(static_cast<Acc>(forward_.scale));
     const Vec none(Acc(0));
+    const int keys = group.end - group.begin;
     const bool full = group.full_begin <= group.begin && group.end <= group.full_end;
-    const typename TileMask<Math>::Lanes lanes(mask, v);
-    for (int j = group.begin; j < group.end; ++j) {
-      const int64_t place = (j - group.begin) * ld;
-      Vec p = exp2_lanes(Vec::loadu(weights + place) - lse);
-      Vec grad = p * (Vec::loadu(grads + place) - delta) * scale;
-      if (!full) {
-        p = lanes.where_seen(j, p, none);
-        grad = lanes.where_seen(j, grad, none);
+    for (int w = 0; w < W; ++w) {
+      const int place = (group.vector + w) * kSize;
+      const Vec lse = Vec::loadu(lse_ + place);
+      const Vec delta = Vec::loadu(delta_ + place);
+      const typename TileMask<Math>::Lanes lanes(mask, group.vector + w);
+      for (int j = 0; j < keys; j += kDepth) {
+        Vec grads[kDepth];
+        for (int i = 0; i < kDepth; ++i) {
+          const int64_t x = (j + i) * kLanesWide + w * kSize;
+          Vec p = exp2_lanes(Vec::loadu(weights_ + x) - lse);
+          grads[i] = p * (Vec::loadu(grad_scores_ + x) - delta) * scale;
+          if (!full) {
+            p = lanes.where_seen(group.begin + j + i, p, none);
+            grads[i] = lanes.where_seen(group.begin + j + i, grads[i], none);
+          }
+          p.store(weights_ + x);
+          grads[i].store(grad_scores_ + x);
+          if constexpr (kDepth > 1) {
+            Math::store_run(p, weight_runs_ + x / kDepth);
+            Math::store_run(grads[i], grad_runs_ + x / kDepth);
+          }
+        }
+        if constexpr (kDepth > 1) {
+          Math::store(grads, grad_pairs_ + j / kDepth * kLanesWide + w * kSize);
+        }
       }
-      p.store(weights + place);
-      grad.store(grads + place);
     }
   }
 
-  // sums[key] += weight[key][lane] * x[lane] for what copy_finite left out of x.
+  // What finite_rows left out of the sums.
   void add_nonfinite_rows(const TileMask<Math>& mask, const Group& group, int lanes,
-                          const Acc* weight, const Acc* x, Acc* sums) const {
-    for (int i = 0; i < lanes; ++i) {
+                          const Acc* weight, const FiniteRows<T>& rows, Acc* sums) const {
+    const int64_t last = smaller(lanes, count_ - group.vector * kSize);
+    for (int i = 0; i < last; ++i) {
       const int lane = group.vector * kSize + i;
-      for (int64_t d = 0; d < dim_; ++d) {
-        const Acc value = x[lane * ld_ + d];
-        if (value * Acc(0) == Acc(0)) continue;
+      for_nonfinite(rows, lane, [&](int64_t d, Acc value) {
         for (int j = group.begin; j < group.end; ++j) {
           if (mask.lane_sees(lane, j)) {
             sums[j * ld_ + d] += weight[(j - group.begin) * lanes + i] * value;
           }
         }
-      }
+      });
     }
   }
 
-  void add_nonfinite_keys(const TileMask<Math>& mask, const Group& group, int lanes) {
-    for (int j = group.begin; j < group.end; ++j) {
-      for (int64_t d = 0; d < dim_; ++d) {
-        const Acc value = key_[j * ld_ + d];
-        if (value * Acc(0) == Acc(0)) continue;
+  void add_nonfinite_keys(const TileMask<Math>& mask, const Group& group, int lanes,
+                          const FiniteRows<T>& rows) {
+    const int last = static_cast<int>(smaller(group.end, mask.keys));
+    for (int j = group.begin; j < last; ++j) {
+      for_nonfinite(rows, j, [&](int64_t d, Acc value) {
         for (int i = 0; i < lanes; ++i) {
           const int lane = group.vector * kSize + i;
           if (mask.lane_sees(lane, j)) {
-            grad_query_[d * kTile + lane] += grad_scores_[(j - group.begin) * lanes + i] * value;
+            grad_query_[lane * ld_ + d] += grad_scores_[(j - group.begin) * lanes + i] * value;
           }
         }
-      }
+      });
+    }
+  }
+
+  // fn(d, number) for each number of a row that is not finite.
+  template <typename Fn>
+  void for_nonfinite(const FiniteRows<T>& rows, int64_t r, const Fn& fn) const {
+    Acc row[padded_dim(256)];
+    if (load_rows(rows.data + r * rows.stride, 0, 1, dim_, row, ld_)) return;
+    for (int64_t d = 0; d < dim_; ++d) {
+      if (!(row[d] * Acc(0) == Acc(0))) fn(d, row[d]);
     }
   }
 
@@ -328,23 +413,25 @@ class Backward {
   const AttentionProblem& forward_;
   const Pattern& pattern_;
   const int64_t dim_;
-  const int64_t ld_;  // dim_ in whole vectors
+  const int64_t ld_;     // dim_ in whole vectors
+  const int64_t depth_;  // dim_ in operands
   int64_t batch_ = 0;
   int64_t kv_head_ = 0;
   Split split_{0, 0, 0, 0};
   PlaceRanges<kSize> slots_, locals_;
-  // (lane, dim), their transposes (dim, lane), and copies without what is not finite
-  Acc *query_, *query_lanes_, *finite_query_;
-  Acc *grad_, *grad_lanes_, *finite_grad_;
-  Acc* out_;                               // (lane, dim): the output, later the queries' gradient
-  Acc* grad_query_;                        // (dim, lane)
-  Acc *key_, *value_, *finite_key_;        // (key, dim)
+  int64_t count_ = 0;                                  // rows of the tile
+  FiniteRows<T> query_rows_, grad_rows_;               // as they are
+  OperandTile<Operand> query_columns_, grad_columns_;  // (lane, dim), for products over lanes
+  Operand *query_lanes_, *grad_lanes_;                 // (dim, lane)
+  Operand *query_, *grad_, *key_, *value_, *key_columns_, *buffer_;  // what is not used in place
+  T *finite_query_, *finite_grad_, *finite_key_;
+  Acc* grad_query_;                        // (lane, dim)
   Acc *weights_, *grad_scores_;            // (key, lane of the group)
+  Operand *weight_runs_, *grad_runs_;      // the same as operands along lanes,
+  Operand* grad_pairs_;                    // and along keys, where operands are not numbers
   Acc *slot_key_sums_, *slot_value_sums_;  // (slot, dim) of this split
   GradientWindow<Acc> window_;
-  bool query_is_finite_ = true;
-  bool grad_is_finite_ = true;
-  bool key_is_finite_ = true;
+  Ahead ahead_;
   Acc lse_[kTile];  // in units of log 2
   Acc delta_[kTile];
 };
@@ -381,7 +468,12 @@ template <typename Fn>
 void with_types(ElementType type, const Fn& fn) {
   dispatch_element(type, [&](auto zero) {
     using T = decltype(zero);
-    fn(zero, std::conditional_t<std::is_same_v<T, double>, double, float>{});
+    using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
+#ifdef __AVX512BF16__
+    fn(zero, std::conditional_t<std::is_same_v<T, c10::BFloat16>, DotBf16, Multiply<Acc>>{});
+#else
+    fn(zero, Multiply<Acc>{});
+#endif
   });
 }
 
@@ -389,17 +481,17 @@ void with_types(ElementType type, const Fn& fn) {
 
 void attention_backward(const BackwardProblem& problem, int64_t unit_begin, int64_t unit_end,
                         void* scratch) {
-  with_types(problem.forward.type, [&](auto element, auto acc) {
-    Backward<decltype(element), Multiply<decltype(acc)>> backward(problem, scratch);
+  with_types(problem.forward.type, [&](auto element, auto math) {
+    Backward<decltype(element), decltype(math)> backward(problem, scratch);
     for (int64_t unit = unit_begin; unit < unit_end; ++unit) backward.unit(unit);
   });
 }
 
 void attention_backward_slots(const BackwardProblem& problem, int64_t unit_begin,
                               int64_t unit_end) {
-  with_types(problem.forward.type, [&](auto element, auto acc) {
+  with_types(problem.forward.type, [&](auto element, auto math) {
     for (int64_t unit = unit_begin; unit < unit_end; ++unit) {
-      sum_splits<decltype(element), decltype(acc)>(problem, unit);
+      sum_splits<decltype(element), typename decltype(math)::Acc>(problem, unit);
     }
   });
 }

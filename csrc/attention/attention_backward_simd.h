@@ -40,7 +40,9 @@ inline int64_t window_rows(const Pattern& pattern) {
 
 inline int64_t backward_scratch_bytes(const AttentionProblem& problem) {
   const int64_t ld = padded_dim(problem.dim);
-  return 8 * (12 * kTile * ld + 4 * kTile * kTile + 2 * window_rows(problem.pattern) * ld) + 8192;
+  return 8 * (12 * kKeyTile * (ld + 16) + 5 * kKeyTile * kTile +
+              2 * window_rows(problem.pattern) * ld) +
+         8192;
 }
 
 WINNOW_SIMD_DECLARE(attention_backward, const BackwardProblem& problem, int64_t unit_begin,

@@ -9,9 +9,9 @@
 // them, to the last bit; then each row that does see one, by itself, from the keys that it sees.
 #include "attention/attention_forward_simd.h"
 
-#include <cstring>
 #include <limits>
 
+#include "attention/ahead.h"
 #include "attention/dot_bf16.h"
 #include "attention/key_tile.h"
 #include "attention/operands.h"
@@ -24,39 +24,6 @@ namespace {
 
 constexpr double kLog2E = 1.4426950408889634;
 constexpr double kLn2 = 0.6931471805599453;
-
-// Rows of queries, keys, values and outputs of the next task, fetched while this one computes: the
-// rows of a task are few and its neighbour is computed much later, so that the processor guesses
-// none of them.
-class Ahead {
- public:
-  void start(int64_t rows, int64_t row_bytes) {
-    left_ = rows;
-    bytes_ = row_bytes;
-    count_ = 0;
-  }
-  void add(const void* rows, int64_t stride_bytes) {
-    next_[count_] = static_cast<const char*>(rows);
-    stride_[count_++] = stride_bytes;
-  }
-
-  void fetch(int64_t rows) {
-    for (; rows > 0 && left_ > 0; --rows, --left_) {
-      for (int i = 0; i < count_; ++i) {
-        for (int64_t x = 0; x < bytes_; x += 64) __builtin_prefetch(next_[i] + x, 0, 2);
-        next_[i] += stride_[i];
-      }
-    }
-  }
-
- private:
-  static constexpr int kMost = 4;
-  const char* next_[kMost];
-  int64_t stride_[kMost];
-  int count_ = 0;
-  int64_t bytes_ = 0;
-  int64_t left_ = 0;
-};
 
 template <typename T, class Math>
 class Forward {
@@ -179,20 +146,15 @@ class Forward {
         union_of(ranges.place + kTile + segment.first_single,
                  segment.last_single - segment.first_single)};
     const KeyRange range = union_of(both, 2);
-    // Tiles of one size: a last one of a few keys would cost almost as much as a full one.
-    const int64_t tiles = (range.end - range.begin + kKeyTile - 1) / kKeyTile;
-    const int64_t size =
-        tiles > 0 ? ((range.end - range.begin + tiles - 1) / tiles + 1) / 2 * 2 : 0;
+    const int64_t size = tile_size(range);
     for (int64_t j = range.begin; j < range.end; j += size) {
       const int64_t count = smaller(size, range.end - j);
       const auto k = Packed::rows(keys + j * key.row, key.row, count, dim_, key_);
-      const T* tile_values = values + j * value.row;
-      int64_t stride = value.row;
+      FiniteRows<T> of_tile{values + j * value.row, value.row, false};
       if (hide_nonfinite_) {
-        tile_values = without_nonfinite(ranges, j, tile_values, stride, count);
-        stride = dim_;
+        of_tile = without_nonfinite(ranges, j, of_tile.data, of_tile.stride, count);
       }
-      const auto v = Packed::columns(tile_values, stride, count, dim_, value_);
+      const auto v = Packed::columns(of_tile.data, of_tile.stride, count, dim_, value_);
       const TileMask<Math> mask(ranges, segment.first_vector, segment.last_vector, j, count);
       for (int g = 0; g < mask.count; ++g) {
         with_constant<kMaxWidth>(mask.groups[g].width, [&](auto width) {
@@ -206,31 +168,17 @@ class Forward {
     }
   }
 
-  // A copy of values with zeros for what is not finite; notes who sees such a key.
-  const T* without_nonfinite(const PlaceRanges<kSize>& ranges, int64_t first_key, const T* values,
-                             int64_t stride, int64_t count) {
-    std::memset(static_cast<void*>(finite_values_), 0,
-                static_cast<size_t>(count * dim_) * sizeof(T));
+  // Values with zeros for what is not finite; notes who sees such a key.
+  FiniteRows<T> without_nonfinite(const PlaceRanges<kSize>& ranges, int64_t first_key,
+                                  const T* values, int64_t stride, int64_t count) {
     for (int64_t r = 0; r < count; ++r) {
-      Acc row[padded_dim(256)];
-      if (load_rows(values + r * stride, 0, 1, dim_, row, ld_)) {
-        copy(values + r * stride, dim_, finite_values_ + r * dim_);
-        continue;
-      }
-      for (int64_t d = 0; d < dim_; ++d) {
-        if (row[d] * Acc(0) == Acc(0))
-          copy(values + r * stride + d, 1, finite_values_ + r * dim_ + d);
-      }
+      if (all_finite(values + r * stride, stride, 1, dim_)) continue;
       for (int place = 0; place < kPlaces; ++place) {
         const KeyRange& sees = ranges.place[place];
         if (sees.begin <= first_key + r && first_key + r < sees.end) sees_nonfinite_[place] = true;
       }
     }
-    return finite_values_;
-  }
-
-  static void copy(const T* src, int64_t count, T* dst) {
-    std::memcpy(dst, src, static_cast<size_t>(count) * sizeof(T));
+    return finite_rows<Acc>(values, stride, count, dim_, finite_values_);
   }
 
   // One group of lanes through its keys.

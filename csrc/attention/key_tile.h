@@ -10,6 +10,14 @@
 namespace winnow::CPU_CAPABILITY {
 namespace {
 
+// Keys per tile: tiles of one size, because a last one of a few keys would cost almost as much as a
+// full one. Even, for operands of two keys.
+inline int64_t tile_size(const KeyRange& range) {
+  const int64_t keys = range.end - range.begin;
+  const int64_t tiles = larger(1, (keys + kKeyTile - 1) / kKeyTile);
+  return larger(2, ((keys + tiles - 1) / tiles + 1) / 2 * 2);
+}
+
 // Neighbouring vectors of lanes that go through the keys [begin, end) of a tile together. Every
 // lane sees all of [full_begin, full_end); for the other keys the lanes are masked.
 struct Group {
@@ -99,8 +107,7 @@ class TileMask {
 
     // x in the lanes that see the key, else `hidden`.
     Vec where_seen(int key, const Vec& x, const Vec& hidden) const {
-      const Vec k(static_cast<Acc>(key));
-      return Vec::blendv(hidden, x, (begin_ <= k) & (k < end_));
+      return where_holds(begin_, end_, static_cast<Acc>(key), x, hidden);
     }
 
    private:

@@ -74,5 +74,50 @@ struct Pack<T, Multiply<Acc>> {
   }
 };
 
+// Rows of which what is not finite was replaced by zeros in a copy, if there was any. In a product
+// over keys (rows) that not all rows (keys) see, a zero weight times NaN would be NaN.
+template <typename T>
+struct FiniteRows {
+  const T* data;
+  int64_t stride;
+  bool copied;
+};
+
+template <typename T>
+inline bool all_finite(const T* src, int64_t stride, int64_t rows, int64_t dim) {
+  f32x16 probe = 0.0f;  // NaN once an infinity or a NaN was multiplied by zero
+  const int64_t whole = dim / kLanes * kLanes;
+  for (int64_t r = 0; r < rows; ++r) {
+    const T* row = src + r * stride;
+    for (int64_t d = 0; d < whole; d += kLanes) probe = probe + load_lanes(row + d) * 0.0f;
+    if (whole < dim) probe = probe + load_lanes(row + whole, dim - whole, 0.0f) * 0.0f;
+  }
+  return !any(probe != probe);
+}
+
+inline bool all_finite(const double* src, int64_t stride, int64_t rows, int64_t dim) {
+  double probe = 0.0;
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t d = 0; d < dim; ++d) probe += src[r * stride + d] * 0.0;
+  }
+  return probe == probe;
+}
+
+template <typename Acc, typename T>
+inline FiniteRows<T> finite_rows(const T* src, int64_t stride, int64_t rows, int64_t dim, T* copy) {
+  if (all_finite(src, stride, rows, dim)) return {src, stride, false};
+  std::memset(static_cast<void*>(copy), 0, static_cast<size_t>(rows * dim) * sizeof(T));
+  for (int64_t r = 0; r < rows; ++r) {
+    Acc row[padded_dim(256)];
+    load_rows(src + r * stride, 0, 1, dim, row, padded_dim(dim));
+    for (int64_t d = 0; d < dim; ++d) {
+      if (row[d] * Acc(0) == Acc(0)) {
+        std::memcpy(copy + r * dim + d, src + r * stride + d, sizeof(T));
+      }
+    }
+  }
+  return {copy, dim, true};
+}
+
 }  // namespace
 }  // namespace winnow::CPU_CAPABILITY

@@ -37,8 +37,4 @@ constexpr int64_t padded_dim(int64_t dim) {
   return (dim + 15) / 16 * 16;
 }
 
-constexpr int64_t row_tiles(int64_t rows) {
-  return (rows + kTile - 1) / kTile;
-}
-
 }  // namespace winnow

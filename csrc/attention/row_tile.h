@@ -46,14 +46,24 @@ struct PlaceRanges {
   KeyRange every[kTile / kSize];  // keys that every lane sees
   KeyRange together[kTile / kTogether];
 
-  void bound(int vectors) {
-    for (int i = 0; i < vectors * kSize / kTogether; ++i) {
+  void bound(int v) {
+    for (int i = v * kSize / kTogether; i < (v + 1) * kSize / kTogether; ++i) {
       together[i] = union_of(place + i * kTogether, kTogether);
     }
-    for (int v = 0; v < vectors; ++v) {
-      some[v] = union_of(place + v * kSize, kSize);
-      every[v] = intersection_of(place + v * kSize, kSize);
+    some[v] = union_of(place + v * kSize, kSize);
+    every[v] = intersection_of(place + v * kSize, kSize);
+  }
+
+  // Lanes of vector v see the keys from `begin` to `first` + `step` times their number in it, the
+  // last ones to `last`.
+  void fill(int v, int64_t begin, int64_t first, int64_t step, int64_t last) {
+    KeyRange* lane = place + v * kSize;
+    for (int i = 0; i < kSize; ++i) lane[i] = {begin, smaller(first + step * i, last)};
+    for (int i = 0; i < kSize; i += kTogether) {
+      together[(v * kSize + i) / kTogether] = lane[i + kTogether - 1];
     }
+    some[v] = lane[kSize - 1];
+    every[v] = lane[0];
   }
 };
 
@@ -103,8 +113,6 @@ class RowTile {
       segment[segments++] = {before.first_vector, vectors, before.first_single, singles};
       if (rest > 0) break;
     }
-    slots.bound(vectors);
-    locals.bound(vectors);
     return begin;
   }
 
@@ -117,29 +125,35 @@ class RowTile {
 
  private:
   void see(int place, int64_t r, const Chunk& chunk) {
-    row[place] = r;
     slots.place[place] = {chunk.slot_begin, chunk.slot_end};
     locals.place[place] = {chunk.local_begin, pattern_.causal ? r + 1 : chunk.end};
   }
 
+  // An empty lane, whose result is dropped, sees what its neighbour does: it needs no mask.
   void add_vector(int64_t begin, int64_t count) {
-    Chunk chunk{0, 0, 0, 0, 0};
-    for (int i = 0; i < kSize; ++i) {
-      const int place = vectors * kSize + i;
-      const int64_t r = begin + i;
-      if (i >= count) {  // an empty lane, whose result is dropped, needs no mask of its own
-        row[place] = -1;
-        slots.place[place] = slots.place[place - 1];
-        locals.place[place] = locals.place[place - 1];
-        continue;
-      }
-      if (i == 0 || r >= chunk.end) chunk = chunk_of(pattern_, r);
-      see(place, r, chunk);
+    const int v = vectors++;
+    const int64_t last = begin + count - 1;
+    for (int i = 0; i < kSize; ++i) row[v * kSize + i] = i < count ? begin + i : -1;
+    Chunk chunk = chunk_of(pattern_, begin);
+    if (last < chunk.end) {
+      slots.fill(v, chunk.slot_begin, chunk.slot_end, 0, chunk.slot_end);
+      locals.fill(v, chunk.local_begin, pattern_.causal ? begin + 1 : chunk.end,
+                  pattern_.causal ? 1 : 0, pattern_.causal ? last + 1 : chunk.end);
+      return;
     }
-    ++vectors;
+    for (int i = 0; i < kSize; ++i) {
+      const int64_t r = smaller(begin + i, last);
+      if (r >= chunk.end) chunk = chunk_of(pattern_, r);
+      see(v * kSize + i, r, chunk);
+    }
+    slots.bound(v);
+    locals.bound(v);
   }
 
-  void add_single(int64_t r) { see(kTile + singles++, r, chunk_of(pattern_, r)); }
+  void add_single(int64_t r) {
+    row[kTile + singles] = r;
+    see(kTile + singles++, r, chunk_of(pattern_, r));
+  }
 
   const Pattern& pattern_;
 };

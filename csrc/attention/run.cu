@@ -1,8 +1,12 @@
-// What every attention operator shares on the GPU: the device of its operands, and where packed
-// sequences begin. Lengths stay on the device, so they are not checked there: they are brought into
-// range, so that nothing outside of the tensors is read.
+// The attention operators on the GPU, which differ from the CPU's in the loops behind them alone,
+// in one unit: each would cost the compiler its headers. And what they share: the device of
+// operands, and where packed sequences begin. Lengths stay on the device, so they are not checked
+// there: they are brought into range, so that nothing outside of the tensors is read.
 #include "attention/run.h"
 
+#include "attention/block_diagonal_attention.h"
+#include "attention/cat_attention.h"
+#include "attention/chunk_attention.h"
 #include "attention/pattern.h"
 #include "common/device.h"
 
@@ -71,3 +75,13 @@ Tensor read_sequences(const Tensor& cu_seqlens, const Pattern& options) {
 }
 
 }  // namespace winnow
+
+WINNOW_DEVICE_OPERATORS(m) {
+  m.impl("cat_attention", TORCH_BOX(&winnow::cat_attention));
+  m.impl("cat_attention_backward", TORCH_BOX(&winnow::cat_attention_backward));
+  m.impl("chunk_attention", TORCH_BOX(&winnow::chunk_attention));
+  m.impl("chunk_attention_backward", TORCH_BOX(&winnow::chunk_attention_backward));
+  m.impl("block_diagonal_attention", TORCH_BOX(&winnow::block_diagonal_attention));
+  m.impl("block_diagonal_attention_backward",
+         TORCH_BOX(&winnow::block_diagonal_attention_backward));
+}

@@ -13,9 +13,6 @@ list(APPEND WINNOW_SIMD_SOURCES
 list(APPEND WINNOW_CUDA_SOURCES
   csrc/attention/attention_backward.cu
   csrc/attention/attention_forward.cu
-  csrc/attention/block_diagonal_attention.cu
-  csrc/attention/cat_attention.cu
-  csrc/attention/chunk_attention.cu
   csrc/attention/merge_attention.cu
   csrc/attention/run.cu
 )

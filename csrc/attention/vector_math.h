@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 namespace winnow::CPU_CAPABILITY {
 namespace {
@@ -17,6 +18,20 @@ using VecOf = at::vec::Vectorized<Acc>;
 template <typename Acc>
 inline VecOf<Acc> larger_lanes(const VecOf<Acc>& a, const VecOf<Acc>& b) {
   return at::vec::clamp_min(a, b);
+}
+
+// x in the lanes whose interval [begin, end) holds `at`, else `other`.
+template <typename Vec, typename T>
+inline Vec where_holds(const Vec& begin, const Vec& end, T at, const Vec& x, const Vec& other) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, float>) {
+    const __m512 place = _mm512_set1_ps(at);
+    const __mmask16 begun = _mm512_cmp_ps_mask(begin, place, _CMP_LE_OQ);
+    const __mmask16 holds = _mm512_mask_cmp_ps_mask(begun, place, end, _CMP_LT_OQ);
+    return _mm512_mask_mov_ps(other, holds, x);
+  }
+#endif
+  return Vec::blendv(other, x, (begin <= Vec(at)) & (Vec(at) < end));
 }
 
 // 2^r for |r| <= 1/2 within 2e-9 before rounding (minimax polynomial of degree 6, exactly 1 at 0).

@@ -104,8 +104,8 @@ class CacheTable {
   std::vector<Shared> shared_;
   std::vector<int32_t> written_;  // blocks that the prefix index will have to forget
   std::vector<Copy> copies_;
-  std::vector<int32_t> fresh_;
   bool changed_ = false;
+  std::vector<int32_t> fresh_;
   int64_t width_ = 0;
   int32_t* table_ = nullptr;
   int32_t* lengths_ = nullptr;

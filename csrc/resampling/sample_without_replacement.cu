@@ -1,77 +1,20 @@
-// winnow::sample_without_replacement on the GPU, Gumbel top-k and Pareto: a block has a population.
-// Keys are drawn once into memory; the k-th largest is found by eight passes over their bytes, and
-// what lies above it leaves in the order of indices. Gumbel's order, by key, counts for each of the
-// k how many are larger. Conditional Poisson sampling is sequential and runs on the CPU.
+// winnow::sample_without_replacement and winnow::inclusion_probabilities on the GPU: a block has a
+// population. Gumbel top-k and Pareto: keys are drawn once into memory; the k-th largest is found
+// by eight passes over their bytes, and what lies above it leaves in the order of indices. Gumbel's
+// order, by key, counts for each of the k how many are larger. conditional_poisson.cuh has the
+// third.
 #include <optional>
 #include <string>
 #include <tuple>
 
-#include "common/device.h"
-#include "common/philox.h"
+#include "resampling/conditional_poisson.cuh"
 
 namespace winnow {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / kWarp;
-constexpr double kNone = -std::numeric_limits<double>::infinity();
-constexpr double kInfinite = std::numeric_limits<double>::infinity();
-
-template <typename T, typename Real>
-struct Call {
-  Global<const T> log_weights;
-  int64_t stride;
-  int64_t particles;
-  int64_t k;
-  bool gumbel;
-  Seed seed;
-  bool seed_given;
-  uint64_t seed_number;
-  Global<double> keys;     // (rows, K)
-  Global<int64_t> picked;  // (rows, k)
-  Global<int64_t> indices;
-  Global<Real> inclusion;
-  Global<Real> weights;
-};
-
-struct Sum {
-  WINNOW_DEVICE double operator()(double a, double b) const { return a + b; }
-};
-struct Larger {
-  WINNOW_DEVICE double operator()(double a, double b) const { return a > b ? a : b; }
-};
-
-// Keys as integers of the same order.
-WINNOW_DEVICE uint64_t ordered(double key) {
-  uint64_t bits;
-  memcpy(&bits, &key, sizeof bits);
-  return bits >> 63 ? ~bits : bits | uint64_t{1} << 63;
-}
-
-template <typename T>
-struct Population {
-  Global<const T> log_weights;
-  int64_t particles;
-  Shared<double> scratch;
-  double top;
-
-  // Relative to the largest, -inf without weight; infinite ones are all there is.
-  WINNOW_DEVICE double operator()(int64_t i) const {
-    const double x = static_cast<double>(static_cast<T>(log_weights[i]));
-    if (top == kInfinite) return x == kInfinite ? 0.0 : kNone;
-    return x > kNone ? x - top : kNone;
-  }
-  template <typename Combine, typename Term>
-  WINNOW_DEVICE double reduce(double start, const Combine& combine, const Term& term) const {
-    for (int64_t i = thread_index(); i < particles; i += kThreads) start = combine(start, term(i));
-    return block_reduce<kThreads>(start, scratch, combine);
-  }
-};
-
 // The scale log c at which sum min(1, c w) = k; those that reach 1 are certain, and leaving them
 // out raises it for the others.
-template <typename T>
-WINNOW_DEVICE double log_scale(const Population<T>& population, int64_t k) {
+WINNOW_DEVICE double log_scale(const PerturbedPopulation& population, int64_t k) {
   double scale = kInfinite;
   double bound = kInfinite;
   for (int64_t round = 0; round <= k; ++round) {
@@ -93,49 +36,16 @@ WINNOW_DEVICE double log_scale(const Population<T>& population, int64_t k) {
   return scale;
 }
 
-// The k-th largest of the keys, 0 < k <= K.
-WINNOW_DEVICE uint64_t kth_largest(Global<const double> keys, int64_t particles, int64_t k,
-                                   Shared<uint32_t> histogram) {
-  uint64_t prefix = 0;
-  int64_t rank = k;
-  for (int shift = 56; shift >= 0; shift -= 8) {
-    histogram[thread_index()] = 0;  // kThreads bins
-    block_sync();
-    for (int64_t i = thread_index(); i < particles; i += kThreads) {
-      const double key = keys[i];
-      const uint64_t word = ordered(key);
-      const bool same = shift == 56 || (word ^ prefix) >> (shift + 8) == 0;
-      if (same) atomic_add(histogram + static_cast<int64_t>(word >> shift & 255), 1u);
-    }
-    block_sync();
-    for (int bin = 255; bin >= 0; --bin) {
-      const uint32_t count = histogram[bin];
-      if (rank <= static_cast<int64_t>(count)) {
-        prefix |= static_cast<uint64_t>(bin) << shift;
-        break;
-      }
-      rank -= count;
-    }
-    block_sync();
-  }
-  return prefix;
-}
-
-template <typename T, typename Real>
 WINNOW_KERNEL(kThreads)
-sample_populations(Call<T, Real> call) {
+sample_populations(SampleLaunch call) {
   WINNOW_SHARED(double, scratch, kWarps);
   WINNOW_SHARED(int32_t, places, kWarps);
   WINNOW_SHARED(uint32_t, histogram, kThreads);
   const int64_t row = block_index();
   const int64_t n = call.particles;
   const int64_t k = call.k;
-  Population<T> population = {call.log_weights + row * call.stride, n, Shared<double>(scratch),
-                              kInfinite};
-  population.top = population.reduce(kNone, Larger{}, [&](int64_t i) {
-    const double x = static_cast<double>(static_cast<T>(population.log_weights[i]));
-    return x > kNone ? x : kNone;
-  });
+  PerturbedPopulation population = {call, row, Shared<double>(scratch), kInfinite};
+  population.find_top();
   const bool any = population.top > kNone;
   const auto positive = static_cast<int64_t>(population.reduce(
       0.0, Sum{}, [&](int64_t i) { return any && population(i) > kNone ? 1.0 : 0.0; }));
@@ -153,12 +63,9 @@ sample_populations(Call<T, Real> call) {
     if (sum > 1.0) variance = sum;
   }
 
-  const uint64_t seed = call.seed_given ? call.seed.get() : call.seed_number;
   const auto keys = call.keys + row * n;
   for (int64_t i = thread_index(); i < n; i += kThreads) {
-    const uint64_t bits =
-        philox_bits(seed, static_cast<uint64_t>(row), static_cast<uint64_t>(i)) >> 12;
-    const double u = (static_cast<double>(bits) + 0.5) * 0x1p-52;
+    const double u = population.open_uniform(i);
     const double x = any ? population(i) : kNone;
     double key = kNone;
     if (x > kNone && call.gumbel) {
@@ -230,26 +137,59 @@ sample_populations(Call<T, Real> call) {
       }
       weight = exp(x - log(total) - log_inclusion);
     }
-    call.indices[row * k + place] = index;
-    call.inclusion[row * k + place] = static_cast<Real>(index < 0 ? 0.0 : exp(log_inclusion));
-    call.weights[row * k + place] = static_cast<Real>(weight);
+    const int64_t at = row * k + place;
+    call.indices[at] = index;
+    call.inclusion.store(at, index < 0 ? 0.0 : exp(log_inclusion));
+    call.weights.store(at, weight);
   }
 }
 
 // ---- launchers ----
 
-std::tuple<Tensor, Tensor, Tensor> sample_without_replacement_cuda(
-    const Tensor& log_weights, int64_t k, std::string design, int64_t seed,
-    std::optional<Tensor> seed_tensor) {
+SampleLaunch sample_launch(const Tensor& log_weights, const Rows& rows, int64_t k) {
+  SampleLaunch call = {};
+  call.log_weights = numbers(rows.tensor);
+  call.stride = rows.stride;
+  call.rows = rows.count;
+  call.particles = log_weights.size(log_weights.dim() - 1);
+  call.k = k;
+  return call;
+}
+
+void check_sample(const Tensor& log_weights, int64_t k) {
   check_device("log_weights", log_weights);
   check_floating("log_weights", log_weights);
   WINNOW_CHECK(log_weights.dim() >= 1, "log_weights: expected (..., K), got a scalar");
-  WINNOW_CHECK(design == "gumbel_topk" || design == "pareto",
-               "design: expected gumbel_topk or pareto on a GPU (conditional_poisson runs on the "
-               "CPU), got '",
-               design, "'");
   const int64_t particles = log_weights.size(log_weights.dim() - 1);
   WINNOW_CHECK(k >= 0 && k <= particles, "k: expected 0 to K = ", particles, ", got ", k);
+}
+
+// As many populations at a time as there are blocks on the GPU, or as fit a quarter of a gigabyte.
+void run_coins(const SampleLaunch& sample, bool every, const Tensor& like, const Stream& stream) {
+  constexpr int64_t kDoubles = int64_t{1} << 25;
+  const char* name = every ? "inclusion_probabilities" : "sample_without_replacement";
+  CoinLaunch call = {};
+  call.sample = sample;
+  call.every = every;
+  call.memory_stride = coin_scratch(sample.particles, sample.k);
+  const int64_t fit = kDoubles / call.memory_stride;
+  call.blocks = blocks_at_once(name, conditional_poisson, kThreads);
+  if (call.blocks > fit) call.blocks = fit > 1 ? fit : 1;
+  if (call.blocks > sample.rows) call.blocks = sample.rows;
+  const Tensor places = empty({call.blocks, sample.particles}, ScalarType::Long, like);
+  const Tensor memory = empty({call.blocks, call.memory_stride}, ScalarType::Double, like);
+  call.places = global<int64_t>(places);
+  call.memory = global<double>(memory);
+  launch(name, conditional_poisson, {call.blocks}, kThreads, stream, call);
+}
+
+std::tuple<Tensor, Tensor, Tensor> sample_without_replacement_cuda(
+    const Tensor& log_weights, int64_t k, std::string design, int64_t seed,
+    std::optional<Tensor> seed_tensor) {
+  check_sample(log_weights, k);
+  const bool poisson = design == "conditional_poisson";
+  WINNOW_CHECK(poisson || design == "gumbel_topk" || design == "pareto",
+               "design: expected gumbel_topk, conditional_poisson or pareto, got '", design, "'");
   const Stream stream(log_weights);
   const Rows rows = as_rows(log_weights);
   Shape sizes = leading_shape(log_weights);
@@ -258,29 +198,35 @@ std::tuple<Tensor, Tensor, Tensor> sample_without_replacement_cuda(
   const Tensor inclusion = empty(sizes, statistics_dtype(log_weights), log_weights);
   const Tensor weights = empty(sizes, statistics_dtype(log_weights), log_weights);
   if (k == 0) return {indices, inclusion, weights};
-  const Tensor keys = empty({rows.count, particles}, ScalarType::Double, log_weights);
+  SampleLaunch call = sample_launch(log_weights, rows, k);
+  call.gumbel = design == "gumbel_topk";
+  if (seed_tensor.has_value()) call.seed = seed_of(*seed_tensor);
+  call.seed_given = seed_tensor.has_value();
+  call.seed_number = static_cast<uint64_t>(seed);
+  call.indices = global<int64_t>(indices);
+  call.inclusion = reals(inclusion);
+  call.weights = reals(weights);
+  if (poisson) {
+    run_coins(call, false, log_weights, stream);
+    return {indices, inclusion, weights};
+  }
+  const Tensor keys = empty({rows.count, call.particles}, ScalarType::Double, log_weights);
   const Tensor picked = empty({rows.count, k}, ScalarType::Long, log_weights);
-  dispatch_floating(log_weights, [&](auto zero) {
-    using T = decltype(zero);
-    using Real = std::conditional_t<std::is_same_v<T, double>, double, float>;
-    Call<T, Real> call = {};
-    call.log_weights = global<const T>(rows.tensor);
-    call.stride = rows.stride;
-    call.particles = particles;
-    call.k = k;
-    call.gumbel = design == "gumbel_topk";
-    if (seed_tensor.has_value()) call.seed = seed_of(*seed_tensor);
-    call.seed_given = seed_tensor.has_value();
-    call.seed_number = static_cast<uint64_t>(seed);
-    call.keys = global<double>(keys);
-    call.picked = global<int64_t>(picked);
-    call.indices = global<int64_t>(indices);
-    call.inclusion = global<Real>(inclusion);
-    call.weights = global<Real>(weights);
-    launch("sample_without_replacement", sample_populations<T, Real>, {rows.count}, kThreads,
-           stream, call);
-  });
+  call.keys = global<double>(keys);
+  call.picked = global<int64_t>(picked);
+  launch("sample_without_replacement", sample_populations, {rows.count}, kThreads, stream, call);
   return {indices, inclusion, weights};
+}
+
+Tensor inclusion_probabilities_cuda(const Tensor& log_weights, int64_t k) {
+  check_sample(log_weights, k);
+  const Stream stream(log_weights);
+  const Rows rows = as_rows(log_weights);
+  const Tensor inclusion = empty(shape(log_weights), statistics_dtype(log_weights), log_weights);
+  SampleLaunch call = sample_launch(log_weights, rows, k);
+  call.inclusion = reals(inclusion);
+  run_coins(call, true, log_weights, stream);
+  return inclusion;
 }
 
 }  // namespace
@@ -288,4 +234,5 @@ std::tuple<Tensor, Tensor, Tensor> sample_without_replacement_cuda(
 
 WINNOW_DEVICE_OPERATORS(m) {
   m.impl("sample_without_replacement", TORCH_BOX(&winnow::sample_without_replacement_cuda));
+  m.impl("inclusion_probabilities", TORCH_BOX(&winnow::inclusion_probabilities_cuda));
 }

@@ -27,9 +27,9 @@ struct LogitSource;
 
 template <>
 struct LogitSource<float> {
-  Global<const float> single;
-  Global<const c10::BFloat16> brain;
-  Global<const c10::Half> half;
+  Global<const float> single = {};
+  Global<const c10::BFloat16> brain = {};
+  Global<const c10::Half> half = {};
 
   WINNOW_DEVICE Global<const float> of(float) const { return single; }
   WINNOW_DEVICE Global<const c10::BFloat16> of(c10::BFloat16) const { return brain; }

@@ -217,7 +217,16 @@ struct Residual {
     return weight(index, x, draft < 0 ? Real(0) : plain_logit(models.draft, draft, index));
   }
 
-  // All threads get it.
+  // Of a slice; all threads get it.
+  WINNOW_DEVICE double mass(int64_t slice, Shared<double> scratch) const {
+    double mass = 0.0;
+    for (int64_t i = slice * kSlice + thread_index(); i < (slice + 1) * kSlice; i += kThreads) {
+      mass += weight_at(i);
+    }
+    return block_reduce<kThreads>(mass, scratch, [](double a, double b) { return a + b; });
+  }
+
+  // The same, with all reads under way at once.
   WINNOW_DEVICE double slice_mass(int64_t slice, Shared<uint32_t> bits,
                                   Shared<double> scratch) const {
     Real x[kPerThread];
@@ -293,7 +302,6 @@ template <typename Real>
 WINNOW_KERNEL(kThreads)
 finish_verification(Models<Real> models, Steps steps, Global<const SliceSums> sums,
                     Global<const double> masses, VerificationOutputs<Real> out) {
-  WINNOW_SHARED(uint32_t, bits, kThreads);
   WINNOW_SHARED(TopTwo, top_scratch, kThreads / kWarp);
   WINNOW_SHARED(Sums, sum_scratch, kThreads / kWarp);
   WINNOW_SHARED(Clock, clock_scratch, kThreads / kWarp);
@@ -334,7 +342,7 @@ finish_verification(Models<Real> models, Steps steps, Global<const SliceSums> su
         residual.draft = -1;
         residual.excluded = -1;
         for (int64_t s = 0; s < slices; ++s) {
-          enter(s, residual.slice_mass(s, Shared<uint32_t>(bits), Shared<double>(mass_scratch)));
+          enter(s, residual.mass(s, Shared<double>(mass_scratch)));
         }
       }
       token = residual.draw(clock.block, clock.uniform, Shared<double>(mass_scratch),

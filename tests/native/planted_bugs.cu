@@ -28,7 +28,16 @@ enum class Bug : int64_t {
   kFragmentTransposed,  // the right factor is loaded as it lies
   kNotTogether,         // blocks wait for others that have not begun
   kMissingBlock,        // one of the blocks that the others wait for never comes
+  kUnorderedRead,       // reads global memory that another warp writes
+  kUnorderedWrite,      // writes global memory that another warp still reads
+  kUnorderedLanes,      // lanes exchange through global memory without ordering it
+  kOtherBlock,          // reads what another block writes
+  kOneTarget,           // every block writes the same element
+  kPlainSum,            // adds without an atomic operation
+  kEarlySum,            // reads a sum that others still add to
+  kSharedByte,          // neighbouring threads write the same byte
 };
+constexpr Bug kLastBug = Bug::kSharedByte;
 
 // Sums of neighbouring elements: y[i] = x[i] + x[i - 1], through shared memory.
 template <Bug kBug>
@@ -88,6 +97,55 @@ reverse_warps(Global<const float> x, int64_t n, Global<float> y) {
   if (kBug != Bug::kMissingWarpSync) warp_sync(kFullWarp);
   const float mirrored = tile[t ^ (kWarp - 1)];
   if (i < n) y[i] = mirrored;
+}
+
+// Reverses each block's values through y, and then each warp's.
+template <Bug kBug>
+WINNOW_KERNEL(kThreads)
+through_memory(Global<const float> x, int64_t n, Global<float> y) {
+  const int t = thread_index();
+  const int64_t first = block_index() * kThreads;
+  if (first + kThreads > n) return;
+  const float own = x[first + t];
+  y[first + t] = own;
+  if (kBug != Bug::kUnorderedRead) block_sync();
+  int64_t from = first + kThreads - 1 - t;
+  if (kBug == Bug::kOtherBlock) from = n - 1 - first - t;
+  const float mirrored = y[from];
+  if (kBug != Bug::kUnorderedWrite) block_sync();
+  y[kBug == Bug::kOneTarget ? t : first + t] = mirrored;
+  if (kBug != Bug::kUnorderedLanes) warp_sync(kFullWarp);
+  const float back = y[first + (t ^ (kWarp - 1))];
+  warp_sync(kFullWarp);
+  y[first + t] = back;
+}
+
+// The sum of the whole, in whole numbers, in y[0], and of each block in y[1 + block].
+template <Bug kBug>
+WINNOW_KERNEL(kThreads)
+add_up(Global<const float> x, int64_t n, Global<float> y) {
+  const int64_t i = block_index() * kThreads + thread_index();
+  const float own = i < n ? static_cast<float>(static_cast<int>(x[i])) : 0.0f;
+  const auto sum = y + (1 + block_index());
+  if (thread_index() == 0) *sum = 0.0f;
+  block_sync();
+  if (kBug == Bug::kPlainSum) {
+    *sum += own;
+  } else {
+    atomic_add(sum, own);
+  }
+  if (kBug != Bug::kEarlySum) block_sync();
+  if (thread_index() == 0) atomic_add(y, static_cast<float>(*sum));
+}
+
+// A byte for each element: whether it is positive.
+template <Bug kBug>
+WINNOW_KERNEL(kThreads)
+signs(Global<const float> x, int64_t n, Global<uint8_t> y) {
+  const int64_t i = block_index() * kThreads + thread_index();
+  if (i >= n) return;
+  const float own = x[i];
+  y[kBug == Bug::kSharedByte ? i / 2 : i] = static_cast<uint8_t>(own > 0.0f);
 }
 
 // Copies four at a time; x must be aligned.
@@ -199,6 +257,16 @@ void run(int64_t kernel, const Tensor& x, const Tensor& y) {
   if (kernel == 3) {
     launch("copy_vectors", copy_vectors, grid, kThreads, stream, in, n, out);
   }
+  if (kernel == 10) {
+    launch("through_memory", through_memory<kBug>, grid, kThreads, stream, in, n, out);
+  }
+  if (kernel == 11) {
+    torch::stable::zero_(const_cast<Tensor&>(y));
+    launch("add_up", add_up<kBug>, grid, kThreads, stream, in, n, out);
+  }
+  if (kernel == 12) {
+    launch("signs", signs<kBug>, grid, kThreads, stream, in, n, global<uint8_t>(y));
+  }
   if (kernel == 7) {  // more blocks than a launch has
     launch("copy_vectors", copy_vectors, {int64_t{1} << 31}, kThreads, stream, in, n, out);
   }
@@ -228,7 +296,7 @@ void pick(int64_t bug, int64_t kernel, const Tensor& x, const Tensor& y) {
 
 Tensor planted(const Tensor& x, int64_t kernel, int64_t bug) {
   Tensor y = empty(shape(x), ScalarType::Float, x);
-  pick<0, static_cast<int64_t>(Bug::kMissingBlock)>(bug, kernel, x, y);
+  pick<0, static_cast<int64_t>(kLastBug)>(bug, kernel, x, y);
   return y;
 }
 

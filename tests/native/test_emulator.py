@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import host_library
 import pytest
 import torch
@@ -9,7 +11,7 @@ import torch
 pytestmark = pytest.mark.skipif(bool(host_library.why_not()), reason=str(host_library.why_not()))
 
 NEIGHBOURS, WARP_SUMS, REVERSE_WARPS, COPY_VECTORS, COPIED, *PRODUCTS = range(7)
-MEETING = 9
+TOO_WIDE, TOO_HIGH, MEETING, THROUGH_MEMORY, ADD_UP, SIGNS = range(7, 13)
 BUGS = [
     "none",
     "missing_barrier",
@@ -32,6 +34,14 @@ BUGS = [
     "fragment_transposed",
     "not_together",
     "missing_block",
+    "unordered_read",
+    "unordered_write",
+    "unordered_lanes",
+    "other_block",
+    "one_target",
+    "plain_sum",
+    "early_sum",
+    "shared_byte",
 ]
 
 
@@ -62,6 +72,17 @@ def test_right_kernels_pass(n):
 def test_warps_exchange_through_shared_memory():
     x, y = run(REVERSE_WARPS, n=128)
     assert torch.equal(y, x.view(4, 32).flip(1).flatten())
+
+
+@pytest.mark.parametrize("n", [64, 256])
+def test_threads_exchange_through_global_memory(n):
+    x, y = run(THROUGH_MEMORY, n=n)
+    assert torch.equal(y, x.view(-1, 2, 32).flip(1).flatten())
+    x, y = run(ADD_UP, n=n)
+    blocks = x.int().view(-1, 64).sum(1)
+    assert torch.equal(y[: n // 64 + 1].int(), torch.cat([blocks.sum()[None], blocks]))
+    x, y = run(SIGNS, n=n)
+    assert torch.equal(y.view(torch.uint8)[:n].bool(), x > 0)
 
 
 @pytest.mark.parametrize("n", [4, 256, 260, 1024])
@@ -111,17 +132,22 @@ def test_matrix_products_have_the_documented_layout(kernel, dtype):
         (COPIED, "shared_too_small", "more dynamic shared memory than its launch names"),
         (MEETING, "not_together", "waits for other blocks, which this launch does not run"),
         (MEETING, "missing_block", "blocks wait for each other in vain"),
+        (THROUGH_MEMORY, "unordered_read", "global memory that thread"),
+        (THROUGH_MEMORY, "unordered_write", "global memory that thread"),
+        (THROUGH_MEMORY, "unordered_lanes", "global memory that thread"),
+        (THROUGH_MEMORY, "other_block", "global memory that block ("),
+        (THROUGH_MEMORY, "one_target", "writes global memory that block ("),
+        (ADD_UP, "plain_sum", "global memory that thread"),
+        (ADD_UP, "early_sum", "global memory that thread"),
+        (SIGNS, "shared_byte", "writes global memory that thread"),
     ],
 )
 def test_planted_bugs_are_found(kernel, bug, found):
     with pytest.raises(RuntimeError) as caught:
-        run(kernel, bug)
+        run(kernel, bug, n=128 if kernel == THROUGH_MEMORY else 100)
     text = str(caught.value)
     assert found in text
-    assert "block (" in text
-    assert text.startswith(
-        ("neighbours:", "warp_sums:", "reverse_warps:", "copied:", "meeting_blocks:")
-    )
+    assert re.match(r"\w+: block \(", text)
 
 
 def test_misaligned_vectors_are_found():
@@ -131,7 +157,9 @@ def test_misaligned_vectors_are_found():
         torch.ops.winnow_on_host.planted_bug(x, COPY_VECTORS, 0)
 
 
-@pytest.mark.parametrize(("kernel", "blocks"), [(7, "2147483648 by 1"), (8, "1 by 65536")])
+@pytest.mark.parametrize(
+    ("kernel", "blocks"), [(TOO_WIDE, "2147483648 by 1"), (TOO_HIGH, "1 by 65536")]
+)
 def test_a_launch_of_too_many_blocks_is_refused(kernel, blocks):
     with pytest.raises(ValueError, match=f"copy_vectors: expected .* got {blocks}"):
         run(kernel)

@@ -169,6 +169,9 @@ def merge_similar_(
         mass: ``(num_layers, B, Hkv, N)`` with ``N >= max(seq_lens)``, :func:`attention_mass` of
             each layer: it chooses the pivots.
 
+    Returns:
+        None; ``cache`` holds the merged tokens, and ``seq_lens`` says how many there are.
+
     Raises:
         BlockPoolExhausted: if shared blocks must be copied and the pool has too few; nothing has
             changed then.

@@ -175,8 +175,8 @@ class BlockPool:
     def grow(self, num_blocks: int) -> None:
         """Enlarge the pool to ``num_blocks``; every cache on it goes on as before.
 
-        The pages move, so ``key_pages`` and ``value_pages`` must be read anew; while one of them is
-        copied, both its places are held.
+        The pages move, so ``key_pages``, ``value_pages``, ``summaries`` and ``key_bias`` must be
+        read anew; while one of them is copied, both its places are held.
 
         Raises:
             ValueError: on fewer blocks than there are.

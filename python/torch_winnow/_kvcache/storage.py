@@ -21,7 +21,8 @@ _paged_quantise_ = torch.ops.winnow.paged_quantise_
 _copy_blocks_ = torch.ops.winnow.copy_blocks_
 _update_block_summaries_ = torch.ops.winnow.update_block_summaries_
 
-_COPIES, _RESHAPED, _FRESH, _MOVED = 1, 2, 4, 8  # what CacheTable.append reports
+# What CacheTable.append reports.
+_COPIES, _RESHAPED, _FRESH, _MOVED = 1, 2, 4, 8
 _TO_QUANTISE = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -378,6 +379,17 @@ class PagedKVCache:
             assert scales is not None
             scales[:, fresh] = 0
 
+    def _store(self, layer: int, key: Tensor, value: Tensor, positions: Tensor) -> None:
+        pages, scales = self.pool._layers[layer], self.pool._scales[layer]
+        where = self._mirror.table, self._mirror.positions(positions)
+        if scales:
+            _paged_quantise_(*pages, *scales, key, value, *where)
+        else:
+            _paged_write_(*pages, key, value, *where)
+        _mark_written(*pages, *scales)
+        self._store_bias(layer, positions)
+        self._summarise(layer, positions)
+
     def _claim(self, positions: Tensor) -> bool:
         """Make the blocks of positions, -1 for none, this cache's; whether it has new ones.
 
@@ -424,15 +436,6 @@ class PagedKVCache:
             *self.pool._scales[layer][:1],
         )
         _mark_written(summaries)
-
-    def _store(self, layer: int, key: Tensor, value: Tensor, positions: Tensor) -> None:
-        pages, scales = self.pool._layers[layer], self.pool._scales[layer]
-        write = _paged_quantise_ if scales else _paged_write_
-        mirror = self._mirror
-        write(*pages, *scales, key, value, mirror.table, mirror.positions(positions))
-        _mark_written(*pages, *scales)
-        self._store_bias(layer, positions)
-        self._summarise(layer, positions)
 
     def _check_not_waiting(self) -> None:
         if self._waits:

@@ -33,14 +33,6 @@ class WithoutReplacement(NamedTuple):
     weights: Tensor
 
 
-def _check_on_cpu(log_weights: Tensor, what: str) -> None:
-    if log_weights.device.type not in ("cpu", "meta"):
-        raise ValueError(
-            f"log_weights: expected a tensor on the CPU for {what}, got one on "
-            f"{log_weights.device}; call .cpu()"
-        )
-
-
 def sample_without_replacement(
     log_weights: Tensor,
     k: SupportsIndex,
@@ -98,10 +90,6 @@ def sample_without_replacement(
     log_weights = detached_weights(log_weights)
     if not isinstance(design, str):
         raise ValueError(f"design: expected a name, got {type(design).__name__}")
-    if design == "conditional_poisson":
-        _check_on_cpu(
-            log_weights, "design='conditional_poisson' (gumbel_topk and pareto run on GPUs)"
-        )
     key = check_seed(seed, generator)
     if key is None:
         key = torch.randint(2**63 - 1, (), generator=generator, device=log_weights.device)
@@ -115,7 +103,7 @@ def inclusion_probabilities(log_weights: Tensor, k: SupportsIndex) -> Tensor:
     r"""How likely each particle is to be in a conditional Poisson sample of k.
 
     :math:`\pi_i = w_i e_{k-1}(w_{-i}) / e_k(w)` with elementary symmetric polynomials e, by a
-    recursion of positive terms that neither cancels nor overflows. On the CPU only.
+    recursion of positive terms that neither cancels nor overflows.
 
     Args:
         log_weights: as in :func:`sample_without_replacement`.
@@ -135,7 +123,6 @@ def inclusion_probabilities(log_weights: Tensor, k: SupportsIndex) -> Tensor:
         tensor([0.8000, 0.6000, 0.6000])
     """
     log_weights = detached_weights(log_weights)
-    _check_on_cpu(log_weights, "inclusion_probabilities")
     return _inclusion_probabilities(log_weights, whole_number("k", k))  # type: ignore[no-any-return]
 
 

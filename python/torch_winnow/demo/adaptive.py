@@ -1,8 +1,7 @@
 """One set of weights, every chunk size: what it remembers, how well it predicts, what it costs.
 
-``python -m torch_winnow.demo.adaptive`` trains two adaptive CATs, prints what was measured and
-draws it. About three minutes on two cores; the larger model is that of ``make demo``, and is not
-trained again where that has run.
+``python -m torch_winnow.demo.adaptive`` trains two small adaptive CATs, prints what was measured
+and draws it. About two minutes on two cores.
 
 *Recall* is the task where memory alone decides: keys and their values are strewn over a context of
 noise, and then every key is asked for. *Text* is the demo's: held-out bytes of the standard
@@ -14,6 +13,7 @@ counted apart: at every chunk size they have nothing but vectors before them.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from torch_winnow.demo import generation, train
+from torch_winnow.demo import generation
 from torch_winnow.demo import text as text_module
 from torch_winnow.demo.report import write_whole
+from torch_winnow.demo.train import CHUNK_SIZES
 from torch_winnow.models import CATConfig, CompressAttendTransformer, StackConfig
 from torch_winnow.models.training import (
     Recipe,
@@ -85,38 +86,70 @@ class RecallTask:
 
 
 _TASK = RecallTask()
-_RECALL = Recipe(300, matrix_rate=0.03, rate=0.02)
 _STEP_PAIRS = 256  # asked for in each step
 _TRIALS = 64
+_STEP_BYTES = 2048
+_DECODER = StackConfig(width=64, depth=2, heads=2)
+_COMPRESSOR = StackConfig(width=64, depth=1, heads=2)
 
 
-def train_recall(task: RecallTask = _TASK, recipe: Recipe = _RECALL) -> CompressAttendTransformer:
+def train_recall(task: RecallTask = _TASK, steps: int = 300) -> CompressAttendTransformer:
     """A small CAT that has learned to recall at every chunk size, one of them per step in turn."""
     config = CATConfig(
-        StackConfig(width=64, depth=2, heads=2),
-        StackConfig(width=64, depth=1, heads=2),
-        train.CHUNK_SIZES,
+        _DECODER,
+        _COMPRESSOR,
+        CHUNK_SIZES,
         separator=False,
         positions="sequence",
         vocab_size=task.vocab_size,
         max_tokens=task.length,
     )
+    recipe = Recipe(steps, matrix_rate=0.03, rate=0.02)
+
+    def loss(model: CompressAttendTransformer, step: int, generator: torch.Generator) -> Tensor:
+        # Short contexts first: how to recall is learned sooner where there is less to search.
+        progress = step / steps
+        here = task.shortened(8 if progress < 0.4 else 4 if progress < 0.6 else 1)
+        texts = here.texts(_STEP_PAIRS // here.pairs, generator)
+        logits = model(texts, chunk_size=CHUNK_SIZES[step % len(CHUNK_SIZES)])
+        return next_token_loss(here.answers(logits), here.answers(texts))
+
+    return _train("recall", config, recipe, loss)
+
+
+def train_text(text: Text, steps: int = 240) -> CompressAttendTransformer:
+    """A small CAT that predicts bytes of text at every chunk size."""
+    config = CATConfig(_DECODER, _COMPRESSOR, CHUNK_SIZES, positions="sequence")
+    recipe = Recipe(steps, matrix_rate=0.04, rate=0.03)
+
+    def loss(model: CompressAttendTransformer, step: int, generator: torch.Generator) -> Tensor:
+        progress = step / steps
+        length = 128 if progress < 0.4 else 512 if progress < 0.7 else 2048
+        tokens = text.windows(_STEP_BYTES // length, length, generator)
+        return next_token_loss(
+            model(tokens, chunk_size=CHUNK_SIZES[step % len(CHUNK_SIZES)]), tokens
+        )
+
+    return _train("text", config, recipe, loss)
+
+
+def _train(
+    name: str,
+    config: CATConfig,
+    recipe: Recipe,
+    loss: Callable[[CompressAttendTransformer, int, torch.Generator], Tensor],
+) -> CompressAttendTransformer:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = CompressAttendTransformer(config)
     generator = torch.Generator().manual_seed(1)
-    sizes = config.chunk_sizes
-
-    def loss_of(step: int) -> Tensor:
-        # Short contexts first: how to recall is learned sooner where there is less to search.
-        progress = step / recipe.steps
-        here = task.shortened(8 if progress < 0.4 else 4 if progress < 0.6 else 1)
-        texts = here.texts(_STEP_PAIRS // here.pairs, generator)
-        logits = model(texts, chunk_size=sizes[step % len(sizes)])
-        return next_token_loss(here.answers(logits), here.answers(texts))
-
-    with tqdm(total=recipe.steps, desc="training recall", unit="step") as bar:
-        fit(model, loss_of, recipe, report=lambda step, loss: bar.update())
+    with tqdm(total=recipe.steps, desc=f"training {name}", unit="step") as bar:
+        fit(
+            model,
+            lambda step: loss(model, step, generator),
+            recipe,
+            report=lambda step, loss: bar.update(),
+        )
     return model
 
 
@@ -225,7 +258,7 @@ def draw(measured: Measured, path: Path) -> None:
     ):
         prediction.plot(places, [bits[size] for size in sizes], style, color=colour, label=label)
     prediction.set_ylabel("held-out bits per byte (lower is better)")
-    prediction.set_title("text, after a minute of training", fontsize=10)
+    prediction.set_title("text: small chunks where memory decides", fontsize=10)
     prediction.legend(fontsize=8)
     kib = [measured.cache_bytes[size] / 1024 for size in sizes]
     cost.bar(places, kib, 0.55, color="#9bc4b5")
@@ -253,13 +286,11 @@ def main(arguments: list[str] | None = None) -> None:
         "--folder",
         type=Path,
         default=Path(".demo"),
-        help="where checkpoints, the table and the picture go (default: %(default)s)",
+        help="where the table and the picture go (default: %(default)s)",
     )
     folder: Path = parser.parse_args(arguments).folder
     text = text_module.load()
-    cat = train.obtain(next(job for job in train.JOBS if job.name == "cat"), text, folder)
-    assert isinstance(cat, CompressAttendTransformer)
-    measured = measure(cat, train_recall(), text)
+    measured = measure(train_text(text), train_recall(), text)
     lines = table(measured)
     write_whole(folder / "adaptive.md", lambda path: path.write_text(lines + "\n"))
     draw(measured, folder / "adaptive.png")

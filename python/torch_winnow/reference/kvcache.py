@@ -108,9 +108,9 @@ def attention_mass(
                     seen &= bias != -torch.inf
                     score = score + bias
                 seen &= score != -torch.inf
-                if seen.any():
-                    total = score[seen].logsumexp(0) if lse is None else lse[b, head, t]
-                    mass[b, h, :length][seen] += (score[seen] - total).exp()
+                score = score[seen]
+                share = score.softmax(0) if lse is None else (score - lse[b, head, t]).exp()
+                mass[b, h, :length][seen] += share
     return mass
 
 

@@ -67,7 +67,7 @@ void Block::release_barrier() {
   for (const Thread& thread : state_) {
     if (thread.state != State::kAtBarrier || !(thread.site == state_[0].site)) explain_standstill();
   }
-  shared_.order_all();
+  ordering_.order_all();
   all_flags_ = any_flag_;
   any_flag_ = false;
   for (Thread& thread : state_) thread.state = State::kReady;
@@ -102,7 +102,7 @@ Meeting& Block::meet(uint32_t mask, const void* value, size_t bytes, Site site,
   std::memcpy(meeting.values[lane], value, bytes);
   meeting.arrived |= bit;
   if (meeting.arrived == mask) {
-    if (orders_memory) shared_.order_lanes(static_cast<int>(warp), mask);
+    if (orders_memory) ordering_.order_lanes(static_cast<int>(warp), mask);
     for (int other = 0; other < kLanes; ++other) {
       const auto thread = warp * kLanes + static_cast<size_t>(other);
       if ((mask >> other & 1) != 0 && other != lane) state_[thread].state = State::kReady;
@@ -178,6 +178,9 @@ void Block::start_block(int64_t x, int64_t y) {
   state_.assign(static_cast<size_t>(count_), Thread{State::kReady, {}, nullptr});
   open_.clear();
   open_.resize(static_cast<size_t>((count_ + kLanes - 1) / kLanes));
+  ordering_.start_block(count_);
+  number_ = GlobalMemory::device().number_of(x_, y_);
+  meetings_ = 0;
   shared_.start_block(count_, static_cast<size_t>(shared_bytes_));
   failure_.clear();
   any_flag_ = false;
@@ -201,7 +204,8 @@ bool Block::at_barrier_of_blocks() const {
 void Block::advance() {
   if (counter_ != nullptr) {  // the others have come
     counter_ = nullptr;
-    shared_.order_all();
+    ++meetings_;
+    ordering_.order_all();
     for (Thread& thread : state_) thread.state = State::kReady;
   }
   std::vector<int> turn(static_cast<size_t>(count_));
@@ -222,6 +226,7 @@ void Block::advance() {
     if (at_barrier_of_blocks()) {
       const uint32_t before = (*counter_)++;
       goal_ = static_cast<uint32_t>((before / blocks_ + 1) * blocks_);
+      GlobalMemory::device().join(number_, counter_);
       return;
     }
     release_barrier();
@@ -232,6 +237,7 @@ void Block::run(const char* kernel, int64_t grid_x, int64_t grid_y, int64_t shar
                 int threads, const std::function<void()>& body) {
   ++launches;
   prepare(kernel, shared_bytes, threads, body);
+  GlobalMemory::device().start_launch(grid_x, grid_y);
   for (int64_t i = 0; i < grid_x * grid_y; ++i) {
     const int64_t block = order == Order::kForward ? i : grid_x * grid_y - 1 - i;
     start_block(block % grid_x, block / grid_x);
@@ -243,6 +249,7 @@ void Block::run(const char* kernel, int64_t grid_x, int64_t grid_y, int64_t shar
 void Block::run_together(const char* kernel, int64_t grid_x, int64_t grid_y, int threads,
                          const std::function<void()>& body) {
   ++launches;
+  GlobalMemory::device().start_launch(grid_x, grid_y);
   const int64_t blocks = grid_x * grid_y;
   if (blocks > kBlocksAtOnce) {
     throw Fault(std::string(kernel) + ": more blocks than are on the GPU at once");

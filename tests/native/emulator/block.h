@@ -12,6 +12,8 @@
 #include <vector>
 
 #include "fiber.h"
+#include "global_memory.h"
+#include "ordering.h"
 #include "shared_memory.h"
 
 namespace winnow::host {
@@ -54,6 +56,11 @@ class Block {
   int64_t index_x() const { return x_; }
   int64_t index_y() const { return y_; }
   SharedMemory& shared() { return shared_; }
+  // What is wrong with an access to global memory; see GlobalMemory::check.
+  std::string check_global(Access access, const char* address, size_t bytes, size_t unit) const {
+    return GlobalMemory::device().check(access, address, bytes, unit,
+                                        {number_, meetings_, running_, &ordering_});
+  }
 
   // Every thread must come, and to the same line. Says whether any of them brought a flag.
   bool barrier(Site site, bool flag = false);
@@ -103,6 +110,8 @@ class Block {
   int count_ = 0;
   int running_ = 0;
   int64_t shared_bytes_ = 0;
+  uint32_t number_ = 0;          // in GlobalMemory
+  uint32_t meetings_ = 0;        // with other blocks
   uint32_t* counter_ = nullptr;  // where the block waits for others,
   uint32_t goal_ = 0;            // until it has come to this
   int64_t blocks_ = 0;
@@ -110,7 +119,8 @@ class Block {
   bool any_flag_ = false;   // of the threads that have come to the barrier
   bool all_flags_ = false;  // of the barrier that was released last
   std::string failure_;
-  SharedMemory shared_;
+  Ordering ordering_;
+  SharedMemory shared_{ordering_};
   std::vector<Thread> state_;
   std::vector<std::unique_ptr<Fiber>> fibers_;
   std::vector<std::vector<std::unique_ptr<Meeting>>> open_;  // per warp

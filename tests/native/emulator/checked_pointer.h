@@ -1,5 +1,5 @@
 // Pointers of device code. Each access is looked up: outside of what the tensor spans, misaligned,
-// shared memory that was never written or that no barrier guards.
+// shared memory that was never written, and what two threads use with nothing to order them.
 #pragma once
 
 #include <cstddef>
@@ -17,7 +17,9 @@ struct Bounds {
   const char* begin = nullptr;
   const char* end = nullptr;
 
-  void check(Access access, const char* address, size_t bytes, size_t alignment) const {
+  // unit: bytes that no two threads share.
+  void check(Access access, const char* address, size_t bytes, size_t alignment,
+             size_t unit) const {
     Block& block = Block::current();
     if (begin == nullptr || address < begin || address + bytes > end) {
       std::ostringstream text;
@@ -29,10 +31,10 @@ struct Bounds {
     if (reinterpret_cast<uintptr_t>(address) % alignment != 0) {
       block.fault("uses memory that is not aligned to " + std::to_string(alignment) + " bytes");
     }
-    if constexpr (kShared) {
-      const std::string problem = block.shared().check(access, address, bytes, block.thread());
-      if (!problem.empty()) block.fault(problem);
-    }
+    const std::string problem = kShared
+                                    ? block.shared().check(access, address, bytes, block.thread())
+                                    : block.check_global(access, address, bytes, unit);
+    if (!problem.empty()) block.fault(problem);
   }
 };
 
@@ -86,36 +88,43 @@ class Pointer {
   Value load(size_t alignment = alignof(Value)) const { return load_as<Value>(alignment); }
   template <typename U>
   U load_as(size_t alignment = alignof(U)) const {
-    bounds_.check(Access::kRead, bytes(), sizeof(U), alignment);
+    bounds_.check(Access::kRead, bytes(), sizeof(U), alignment, kUnit);
     U value;
     std::memcpy(&value, at_, sizeof(U));
     return value;
   }
   template <typename U>
   void store(const U& value) const {
-    bounds_.check(Access::kWrite, bytes(), sizeof(U), alignof(U));
+    bounds_.check(Access::kWrite, bytes(), sizeof(U), alignof(U), kUnit);
     std::memcpy(at_, &value, sizeof(U));
   }
   // Where a write of these bytes may go.
   char* writable(size_t bytes_written) const {
-    bounds_.check(Access::kWrite, bytes(), bytes_written, bytes_written);
+    bounds_.check(Access::kWrite, bytes(), bytes_written, bytes_written, kUnit);
     return reinterpret_cast<char*>(at_);
+  }
+  // Where threads add one after another.
+  T* counter() const {
+    bounds_.check(Access::kAtomic, bytes(), sizeof(T), alignof(T), kUnit);
+    return at_;
   }
   // Fibers switch only where they wait, so that any read-modify-write is indivisible.
   Value fetch_add(Value value) const {
-    bounds_.check(Access::kAtomic, bytes(), sizeof(Value), alignof(Value));
+    bounds_.check(Access::kAtomic, bytes(), sizeof(Value), alignof(Value), kUnit);
     const Value before = *at_;
     *at_ = before + value;
     return before;
   }
   Value fetch_or(Value value) const {
-    bounds_.check(Access::kAtomic, bytes(), sizeof(Value), alignof(Value));
+    bounds_.check(Access::kAtomic, bytes(), sizeof(Value), alignof(Value), kUnit);
     const Value before = *at_;
     *at_ = before | value;
     return before;
   }
 
  private:
+  static constexpr size_t kUnit = alignof(Value) < 8 ? alignof(Value) : 8;
+
   const char* bytes() const { return reinterpret_cast<const char*>(at_); }
 
   T* at_ = nullptr;

@@ -85,8 +85,7 @@ inline void block_sync(WINNOW_SITE) {
   host::Block::current().barrier(site);
 }
 inline void blocks_sync(Global<uint32_t> counter, int64_t blocks, WINNOW_SITE) {
-  auto* memory = reinterpret_cast<uint32_t*>(counter.writable(sizeof(uint32_t)));
-  host::Block::current().barrier_of_blocks(memory, blocks, site);
+  host::Block::current().barrier_of_blocks(counter.counter(), blocks, site);
 }
 inline bool block_any(bool flag, WINNOW_SITE) {
   return host::Block::current().barrier(site, flag);

@@ -6,15 +6,12 @@
 
 namespace winnow::host {
 
-constexpr size_t kWarpLanes = 32;
+constexpr int kWarpLanes = 32;
 
 void SharedMemory::start_block(int threads, size_t dynamic_bytes) {
   ++block_;
-  now_ = barrier_ = 1;
   used_ = 0;
   arrays_.clear();
-  const size_t warps = (static_cast<size_t>(threads) + kWarpLanes - 1) / kWarpLanes;
-  lanes_.assign(warps * kWarpLanes * kWarpLanes, 0);
   copies_.assign(static_cast<size_t>(threads), Copies{});
   dynamic_bytes_ = dynamic_bytes;
   if (dynamic_bytes > 0) array(this, dynamic_bytes);
@@ -42,7 +39,7 @@ void SharedMemory::wait_copies(int thread, int latest) {
     const auto first = static_cast<size_t>(copy.target - memory_.data()) / 2;
     for (size_t i = first; i < first + sizeof(copy.bytes) / 2; ++i) {
       cells_[i].copying = -1;
-      cells_[i].write = {now_, static_cast<int16_t>(thread), false};
+      cells_[i].write = {ordering_.now(), static_cast<int16_t>(thread), false};
     }
   }
   copies.under_way.resize(left);
@@ -59,28 +56,6 @@ char* SharedMemory::array(const void* site, size_t bytes) {
   used_ = offset + bytes;
   std::memset(memory_.data() + offset, 0xa5, bytes);
   return memory_.data() + offset;
-}
-
-void SharedMemory::order_lanes(int warp, uint32_t mask) {
-  ++now_;
-  uint32_t* met = lanes_.data() + static_cast<size_t>(warp) * kWarpLanes * kWarpLanes;
-  for (size_t a = 0; a < kWarpLanes; ++a) {
-    for (size_t b = 0; b < kWarpLanes; ++b) {
-      if ((mask >> a & 1) != 0 && (mask >> b & 1) != 0) met[a * kWarpLanes + b] = now_;
-    }
-  }
-}
-
-bool SharedMemory::ordered(const Use& earlier, int thread) const {
-  if (earlier.time == 0 || earlier.thread == thread || earlier.time < barrier_) return true;
-  if (earlier.thread / static_cast<int>(kWarpLanes) != thread / static_cast<int>(kWarpLanes)) {
-    return false;
-  }
-  const size_t own = static_cast<size_t>(thread);
-  const size_t lane = own % kWarpLanes;
-  const size_t other = static_cast<size_t>(earlier.thread) % kWarpLanes;
-  return earlier.time <
-         lanes_[own / kWarpLanes * kWarpLanes * kWarpLanes + lane * kWarpLanes + other];
 }
 
 std::string SharedMemory::check(Access access, const char* address, size_t bytes, int thread) {
@@ -104,11 +79,10 @@ std::string SharedMemory::check(Access access, const char* address, size_t bytes
              " wrote, with no barrier in between";
     }
     if (access == Access::kRead) {
-      if (cell.read.thread / static_cast<int>(kWarpLanes) !=
-          thread / static_cast<int>(kWarpLanes)) {
+      if (cell.read.thread / kWarpLanes != thread / kWarpLanes) {
         cell.read_other_warp = cell.read;
       }
-      cell.read = {now_, static_cast<int16_t>(thread), false};
+      cell.read = {ordering_.now(), static_cast<int16_t>(thread), false};
       continue;
     }
     for (const Use* read : {&cell.read, &cell.read_other_warp}) {
@@ -117,7 +91,7 @@ std::string SharedMemory::check(Access access, const char* address, size_t bytes
                " read, with no barrier in between";
       }
     }
-    cell.write = {now_, static_cast<int16_t>(thread), access == Access::kAtomic};
+    cell.write = {ordering_.now(), static_cast<int16_t>(thread), access == Access::kAtomic};
   }
   return {};
 }

@@ -8,12 +8,14 @@
 #include <string>
 #include <vector>
 
-namespace winnow::host {
+#include "ordering.h"
 
-enum class Access { kRead, kWrite, kAtomic };
+namespace winnow::host {
 
 class SharedMemory {
  public:
+  explicit SharedMemory(const Ordering& ordering) : ordering_(ordering) {}
+
   // Forgets everything: a block starts with undefined contents.
   void start_block(int threads, size_t dynamic_bytes);
 
@@ -33,9 +35,6 @@ class SharedMemory {
 
   // What is wrong with this access, or an empty string.
   std::string check(Access access, const char* address, size_t bytes, int thread);
-
-  void order_all() { barrier_ = ++now_; }
-  void order_lanes(int warp, uint32_t mask);
 
  private:
   struct Use {
@@ -66,19 +65,19 @@ class SharedMemory {
     std::vector<Copy> under_way;
   };
 
-  bool ordered(const Use& earlier, int thread) const;
+  bool ordered(const Use& earlier, int thread) const {
+    return ordering_.ordered(earlier.time, earlier.thread, thread);
+  }
 
   static constexpr size_t kCapacity = 227 * 1024;  // of sm_90
+  const Ordering& ordering_;
   std::vector<char> memory_ = std::vector<char>(kCapacity);
   std::vector<Cell> cells_ = std::vector<Cell>(kCapacity / 2);
   std::vector<Array> arrays_;
-  std::vector<uint32_t> lanes_;  // [warp][lane][lane]: when the two last met
-  std::vector<Copies> copies_;   // per thread
+  std::vector<Copies> copies_;  // per thread
   size_t used_ = 0;
   size_t dynamic_bytes_ = 0;
   uint32_t block_ = 0;
-  uint32_t now_ = 1;
-  uint32_t barrier_ = 1;
 };
 
 }  // namespace winnow::host

@@ -178,11 +178,12 @@ class PagedStorage:
         """Whether the pool could be enlarged by what is missing."""
         if not self._grows:
             return False
-        needed = self.pool.num_blocks + missing
-        limit = self._limit(self.rows)
-        if limit is not None and needed > limit:
-            return False
-        self.pool.grow(self._with_room(needed, self.rows) if limit is None else limit)
+        with self.pool._lock:  # copies of this cache may be at it too, in other threads
+            needed = self.pool.num_blocks + missing
+            limit = self._limit(self.rows)
+            if limit is not None and needed > limit:
+                return False
+            self.pool.grow(self._with_room(needed, self.rows) if limit is None else limit)
         return True
 
     # Rows and lengths.
