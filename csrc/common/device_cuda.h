@@ -107,6 +107,10 @@ WINNOW_DEVICE uint32_t atomic_or(uint32_t* pointer, uint32_t bits) {
 template <int kBytes>
 struct Word;
 template <>
+struct Word<1> {
+  using type = uint8_t;
+};
+template <>
 struct Word<2> {
   using type = uint16_t;
 };
