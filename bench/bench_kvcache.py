@@ -44,11 +44,30 @@ def agrees(result: torch.Tensor, call, **options) -> None:
     """The first row against the definition."""
     query, key_pages, value_pages, table, lengths = call
     first = (query[:1], key_pages, value_pages, table[:1], lengths[:1])
-    options = {k: v[:1] if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+    options = {
+        k: v[:1] if isinstance(v, torch.Tensor) and not k.endswith("scales") else v
+        for k, v in options.items()
+    }
     tolerance = {"rtol": 2e-2, "atol": 2e-3} if query.dtype == torch.bfloat16 else {}
     torch.testing.assert_close(
         result[:1], reference.paged_attention(*first, **options), **tolerance
     )
+
+
+def quantised(key_pages: torch.Tensor, value_pages: torch.Tensor, dtype: torch.dtype):
+    """Pages of codes and their scales, stored block by block."""
+    blocks = key_pages.shape[0]
+    pages = [torch.zeros_like(x, dtype=dtype) for x in (key_pages, value_pages)]
+    scales = [torch.zeros(blocks, KEY_HEADS) for _ in pages]
+    torch.ops.winnow.paged_quantise_(
+        *pages,
+        *scales,
+        key_pages,
+        value_pages,
+        torch.arange(blocks, dtype=torch.int32)[:, None],
+        torch.arange(BLOCK).expand(blocks, BLOCK),
+    )
+    return pages, scales
 
 
 def sdpa_gqa(query, key, value):
@@ -88,6 +107,39 @@ def test_decode(measure, batch, length, dtype, impl):
         inputs=[inputs],
         moved_bytes=2 * key_pages.nbytes,
         rounds=7,
+    )
+
+
+@pytest.mark.parametrize("impl", ["winnow", "winnow int8", "winnow float8", "sdpa_packed bfloat16"])
+@pytest.mark.parametrize("heads", [8, 32])
+@pytest.mark.parametrize(("batch", "length"), [(4, 8192), (1, 32768)])
+def test_decode_quantised(measure, batch, length, heads, impl):
+    """bfloat16 queries over bfloat16 pages and over codes, whose bytes set the limit of each."""
+    query, key_pages, value_pages, table, lengths = make_call(batch, length, torch.bfloat16)
+    query = query[:, :: HEADS // heads]
+    call = query, key_pages, value_pages, table, lengths
+    options, function = {}, paged_attention
+    if impl == "sdpa_packed bfloat16":
+        call = query, dense(key_pages, table), dense(value_pages, table)
+
+        def function(query, key, value):
+            packed = query.view(batch, KEY_HEADS, heads // KEY_HEADS, DIM)
+            return F.scaled_dot_product_attention(packed, key, value).view(query.shape)
+
+    elif impl != "winnow":
+        dtype = torch.int8 if impl == "winnow int8" else torch.float8_e4m3fn
+        pages, scales = quantised(key_pages, value_pages, dtype)
+        call = query, *pages, table, lengths
+        options = {"key_scales": scales[0], "value_scales": scales[1]}
+    if length <= 8192 and impl.startswith("winnow"):
+        agrees(function(*call, **options), call, **options)
+    measure(
+        f"paged_attention quantised {batch}x{length}, {heads} heads",
+        impl,
+        lambda *inputs: function(*inputs, **options),
+        inputs=[call],
+        moved_bytes=sum(x.nbytes for x in call[1:3]),
+        rounds=9,
     )
 
 
@@ -257,6 +309,23 @@ def test_append_a_token(measure, impl):
                 dynamic.__init__(start)
 
     measure("append 8x1 token", impl, step)
+
+
+@pytest.mark.parametrize("impl", ["winnow", "winnow int8", "winnow float8"])
+@pytest.mark.parametrize("tokens", [1, 2048])
+def test_append_quantised(measure, tokens, impl):
+    """Storing bfloat16 tokens of 8 key heads as they are, and as codes."""
+    dtype = {"winnow": torch.bfloat16, "winnow int8": torch.int8}.get(impl, torch.float8_e4m3fn)
+    pool = BlockPool(128, num_layers=1, num_kv_heads=KEY_HEADS, head_dim=DIM, dtype=dtype)
+    cache = PagedKVCache(pool, 1)
+    key, value = torch.randn(2, 1, KEY_HEADS, tokens, DIM).bfloat16().unbind()
+
+    def step():
+        cache.append(0, key, value)
+        if cache.seq_lens[0] >= 4096:
+            cache.truncate_([0])
+
+    measure(f"append quantised {tokens} tokens", impl, step)
 
 
 @pytest.mark.parametrize("impl", ["winnow", "index_select"])

@@ -7,7 +7,8 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
   set(WINNOW_FLAGS_AVX2 -mavx2 -mfma -mf16c)
   set(WINNOW_FLAGS_AVX512 ${WINNOW_FLAGS_AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl
     -mprefer-vector-width=512)
-  set(WINNOW_FLAGS_AVX512_BF16 ${WINNOW_FLAGS_AVX512} -mavx512bf16 -mavx512vbmi)
+  set(WINNOW_FLAGS_AVX512_BF16 ${WINNOW_FLAGS_AVX512} -mavx512bf16 -mavx512vbmi
+    -mavx512vnni)
   list(APPEND WINNOW_CAPABILITIES AVX2 AVX512 AVX512_BF16)
 endif()
 

@@ -305,6 +305,32 @@ def test_summaries(code, kind, cpu_capability):
     refuses("key_scales: expected those of the quantised pages", lambda: block_summaries(*call))
 
 
+@codes
+@pytest.mark.parametrize("dim", [16, 128, 300])
+def test_odd_numbers_in_attention(code, dim, cpu_capability):
+    """A NaN stays in its row and, of a value, in its column; what is hidden is not seen."""
+    lengths, table = torch.tensor([9], dtype=torch.int32), torch.tensor([[1, 0]], dtype=torch.int32)
+    query = torch.randn(1, 5, 1, dim).bfloat16()
+    pages = [torch.randint(-100, 100, (2, 1, 8, dim)).div(50).to(code) for _ in range(2)]
+    scales = [torch.rand(2, 1), torch.rand(2, 1)]
+    query[0, 1] = 0.0
+    query[0, 2] *= 1e30
+    query[0, 3, 0, 0] = torch.nan
+    query[0, 4] *= 1e-30
+    if code == torch.float8_e4m3fn:
+        pages[0][0, :, 1:] = pages[1][0, :, 1:] = torch.nan  # behind the end
+        pages[1][1, 0, 3, 7] = torch.nan
+    bias = torch.zeros(2, 1, 8)
+    bias[1, 0, 3] = -torch.inf
+    for key_bias in (None, bias):
+        options = {"key_bias": key_bias, "key_scales": scales[0], "value_scales": scales[1]}
+        out = paged_attention(query, *pages, table, lengths, **options)
+        expected = reference.paged_attention(query, *pages, table, lengths, **options)
+        torch.testing.assert_close(out, expected, rtol=3e-2, atol=3e-2, equal_nan=True)
+    assert out[0, 3].isnan().all()
+    assert out[0, [0, 1, 2, 4]].isfinite().all()
+
+
 # Relative errors (norm of the difference over norm of the result) against float32 keys and values,
 # Gaussian, D=128, blocks of 64: stored at once, and token by token.
 ERRORS = {torch.int8: (0.016, 0.018), torch.float8_e4m3fn: (0.045, 0.045)}

@@ -19,7 +19,8 @@ CpuCapability detect() {
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
   // All but the first processors with bf16 dot products permute bytes too.
-  if (avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi")) {
+  if (avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi") &&
+      __builtin_cpu_supports("avx512vnni")) {
     return CpuCapability::kAvx512Bf16;
   }
   if (avx512) return CpuCapability::kAvx512;

@@ -20,7 +20,7 @@
 //   shuffle(mask, value, lane) shuffle_xor(mask, value, offset) shuffle_up(mask, value, offset)
 //   ballot(mask, flag)
 //   atomic_add(pointer, value) atomic_or(pointer, bits)
-//   load_vector<N>(pointer) store_vector(pointer, vector)   2 to 16 bytes, aligned, one instruction
+//   load_vector<N>(pointer) store_vector(pointer, vector)   1 to 16 bytes, aligned, one instruction
 //   fast_exp2(x)                              2 ulp on the GPU
 //
 // Asynchronous copies of 16 bytes from global to shared memory. Data is there for the copying

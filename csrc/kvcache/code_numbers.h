@@ -15,7 +15,7 @@ WINNOW_LANES i32x16 load_bytes(const void* p, int64_t n) {
   int32_t wide[kLanes];
   for (int i = 0; i < kLanes; ++i) wide[i] = bytes[i];
   i32x16 v;
-  std::memcpy(&v, wide, sizeof v);
+  std::memcpy(v.part, wide, sizeof v.part);
   return v;
 }
 

@@ -87,7 +87,7 @@ void pick(PagedCall<T, Real>& call, const Tensor& query, const Tensor& key_pages
     if (!aligned<16>(key_pages) || !aligned<16>(value_pages)) {
       return run<32, 1, 1, 2>(call, query, stream);
     }
-    if (dim <= 128) return run<16, 16, 4, 4>(call, query, stream);
+    if (dim <= 128) return run<16, 16, 4, 2>(call, query, stream);
     return run<32, 16, 2, 2>(call, query, stream);
   } else {
     if (!aligned<N>(query) || !aligned<N>(key_pages) || !aligned<N>(value_pages)) {

@@ -33,7 +33,7 @@ int64_t padded_values(const PagedAttention& call) {
 
 template <typename T>
 void load_queries(const PagedAttention& call, const PagedAttentionTask& task,
-                  RowElement<T>* queries) {
+                  RowElement<T>* queries, [[maybe_unused]] WordRow* words) {
   const int64_t stride = padded_dim(call);
   for (int64_t r = 0; r < task.rows; ++r) {
     const int64_t row = task.first_row + r;
@@ -44,9 +44,17 @@ void load_queries(const PagedAttention& call, const PagedAttentionTask& task,
     std::memset(static_cast<void*>(to), 0, static_cast<size_t>(stride) * sizeof *to);
     if constexpr (ElementsOf<T>::kCodePairs) {
       const auto* from = static_cast<const c10::BFloat16*>(call.query) + offset;
-      for (int64_t i = 0; i < stride; ++i) {
+      constexpr int64_t kRun = 8;  // numbers that stay side by side
+      c10::BFloat16* placed = reinterpret_cast<c10::BFloat16*>(to);
+      for (int64_t i = 0; i < stride; i += kRun) {
         const int64_t d = i / kCodes * kCodes + place_of(i % kCodes);
-        if (d < call.head_dim) to[i] = from[d];
+        const int64_t count = smaller(kRun, call.head_dim - d);
+        if (count > 0) std::memcpy(static_cast<void*>(placed + i), from + d, 2 * count);
+      }
+      if constexpr (std::is_same_v<RowElement<T>, int16_t>) {
+        float numbers[kMostWords];
+        for (int64_t i = 0; i < stride; i += kWide) store_part(numbers + i, load_part(placed + i));
+        words[r] = to_words(numbers, stride, to);
       }
     } else if constexpr (ElementsOf<T>::kCodes) {
       dispatch_element(call.type, [&](auto zero) {
@@ -72,6 +80,7 @@ struct RowState {
 template <typename T>
 struct Rows {
   RowElement<T>* queries;
+  WordRow* words;
   float* sums;
   RowState state;
 };
@@ -92,8 +101,9 @@ struct Scratch {
 
   Rows<T> rows(const PagedAttention& call, int64_t count) {
     auto* queries = reinterpret_cast<RowElement<T>*>(take(count * padded_dim(call)));
+    auto* words = reinterpret_cast<WordRow*>(take(2 * count));
     float* sums = take(count * sums_stride);
-    return {queries, sums, {take(count), take(count), take(count)}};
+    return {queries, words, sums, {take(count), take(count), take(count)}};
   }
 
  private:
@@ -127,7 +137,7 @@ void attend_rows(const PagedAttention& call, const PagedAttentionTask& task, con
                     of.keys);
   };
   // This tile's values once more: the processor drops what it has no room for, and they come next.
-  dot_keys<NR, T>(rows.queries + first * padded_dim(call), padded_dim(call),
+  dot_keys<NR, T>(rows.queries + first * padded_dim(call), padded_dim(call), rows.words + first,
                   key_row<Page>(call, tile, head), call.key_stride[2], tile.keys, call.head_dim,
                   scores, keys_ahead(next.tile, next.key_head),
                   next.tile.keys > 0 ? values_ahead(tile, head) : Ahead{});
@@ -198,7 +208,7 @@ struct Progress {
     task = &of;
     rows = scratch->rows(call, of.rows);
     walk = Walk(call, of);
-    load_queries<T>(call, of, rows.queries);
+    load_queries<T>(call, of, rows.queries, rows.words);
     std::memset(rows.sums, 0, static_cast<size_t>(of.rows * scratch->sums_stride) * sizeof(float));
     for (int64_t r = 0; r < of.rows; ++r) {
       rows.state.top[r] = kNone;
@@ -331,7 +341,8 @@ void dispatch_pages(const PagedAttention& call, const Fn& fn) {
   dispatch_codes(call.codes, [&](auto zero) {
     using Code = decltype(zero);
 #if defined(__AVX512BF16__)
-    if (call.type == ElementType::kBFloat16) return fn(Coded<Code, true>{});
+    const bool fits = std::is_same_v<Code, Float8> || call.head_dim <= kMostWords;
+    if (call.type == ElementType::kBFloat16 && fits) return fn(Coded<Code, true>{});
 #endif
     fn(Coded<Code, false>{});
   });
@@ -342,7 +353,7 @@ void dispatch_pages(const PagedAttention& call, const Fn& fn) {
 void paged_attention_scratch(const PagedAttention& call, int64_t tasks, int64_t rows,
                              int64_t* floats) {
   *floats = 5 * kKeys +
-            tasks * (rows * (padded_dim(call) + padded_values(call)) + 3 * round_up(rows, kLanes));
+            tasks * (rows * (padded_dim(call) + padded_values(call)) + 5 * round_up(rows, kLanes));
 }
 
 void paged_attention_tasks(const PagedAttention& call, const PagedAttentionTask* tasks,

@@ -1,8 +1,8 @@
-// Quantised pages in a tile. Where the machine multiplies bf16 pairs and the queries are bf16,
-// codes become bf16 in registers, which holds each of them exactly, through tables of bytes: 64
-// codes at a time take two look-ups for their low and two for their high bytes. Elsewhere they
-// become floats (code_lanes.h) and go through the loops of tile_math.h. Scales go into the scores
-// and the weights. Included by *_simd.cc only.
+// Quantised pages in a tile. Where the machine has dot products of 16-bit pairs, and the queries
+// are no float32, codes become such numbers in registers, 64 at a time: int8 codes integers, which
+// meet queries and weights of 16 bits in integer arithmetic; e4m3 codes bf16, which holds each of
+// them exactly, through tables of bytes. Elsewhere they become floats (code_lanes.h) and go through
+// the loops of tile_math.h. Scales go into the scores and the weights. Included by *_simd.cc only.
 #pragma once
 
 #include <type_traits>
@@ -18,9 +18,16 @@ namespace winnow::CPU_CAPABILITY {
 namespace {
 
 // What the loops over quantised pages are instantiated for: the queries in scratch memory are
-// floats or bf16 pairs, whatever they came as.
+// floats or, in pairs, 16-bit numbers, whatever they came as.
 template <typename Code, bool kInPairs>
 struct Coded {};
+
+// A query in pairs with int8 codes: integers of `unit` each, and what the sum of their products
+// with codes + 128 is too large by.
+struct WordRow {
+  float unit;
+  int32_t excess;
+};
 
 template <typename T>
 struct ElementsOf {
@@ -32,7 +39,8 @@ struct ElementsOf {
 template <typename Code, bool kInPairs>
 struct ElementsOf<Coded<Code, kInPairs>> {
   using Page = Code;
-  using Row = std::conditional_t<kInPairs, c10::BFloat16, float>;
+  using Pair = std::conditional_t<std::is_same_v<Code, int8_t>, int16_t, c10::BFloat16>;
+  using Row = std::conditional_t<kInPairs, Pair, float>;
   static constexpr bool kCodes = true;
   static constexpr bool kCodePairs = kInPairs;
 };
@@ -41,7 +49,8 @@ using PageElement = typename ElementsOf<T>::Page;
 template <typename T>
 using RowElement = typename ElementsOf<T>::Row;
 
-constexpr int64_t kCodes = 64;  // that become pairs together; queries are padded to as many
+constexpr int64_t kCodes = 64;       // that become pairs together; queries are padded to as many
+constexpr int64_t kMostWords = 256;  // of a query: more could overflow a sum of integers
 
 inline float scale_of(const float* scales, const int64_t* stride, const Tile& tile, int64_t head) {
   return scales[tile.block * stride[0] + head * stride[1]];
@@ -54,35 +63,44 @@ inline void scale_weights(float* weights, int64_t keys, float scale) {
   }
 }
 
-// Which code's place in its 64 the i-th bf16 has: the interleaving of low and high bytes goes on
-// within every 16.
+// Which code's place in its 64 the i-th number of a pair of registers has: bytes are widened within
+// every 16.
 inline int64_t place_of(int64_t i) {
   return i % 32 / 8 * 16 + i / 32 * 8 + i % 8;
 }
 
-#if defined(__AVX512BF16__)
-// Low and high bytes of the bf16 of 128 magnitudes.
-struct ByteTables {
-  __m512i low[2];
-  __m512i high[2];
-};
+// Queries as integers of 16 bits; a row that is not finite gets a unit of NaN.
+inline WordRow to_words(const float* from, int64_t padded, int16_t* to) {
+  float top = 0.0f;
+  float sum = 0.0f;
+  for (int64_t i = 0; i < padded; ++i) {
+    const float magnitude = __builtin_fabsf(from[i]);
+    top = magnitude > top ? magnitude : top;
+    sum += magnitude * 0.0f;  // NaN for what is not finite
+  }
+  const float factor = top > 0.0f ? 32767.0f / top : 0.0f;
+  int32_t total = 0;
+  for (int64_t i = 0; i < padded; ++i) {
+    const float word = sum == 0.0f ? __builtin_rintf(from[i] * factor) : 0.0f;
+    to[i] = static_cast<int16_t>(word);
+    total += to[i];
+  }
+  return {sum == 0.0f ? top / 32767.0f : sum, 128 * total};
+}
 
-template <typename Code>
+#if defined(__AVX512BF16__)
+// Low and high bytes of the bf16 of the 128 magnitudes of e4m3.
 struct Magnitudes {
   alignas(64) uint8_t low[128];
   alignas(64) uint8_t high[128];
 
   constexpr Magnitudes() : low(), high() {
     for (int m = 0; m < 128; ++m) {
-      uint16_t bits = 0;
-      if (std::is_same_v<Code, Float8> && m >= 8) {
-        bits = static_cast<uint16_t>((m << 4) + (120 << 7));
-        if (m == 127) bits = 0x7fc0;
-      } else if (m > 0) {
-        int top = 0;
-        while (m >> (top + 1)) ++top;
-        const int unit = std::is_same_v<Code, Float8> ? -9 : 0;  // subnormal, or a whole number
-        bits = static_cast<uint16_t>(((top + unit + 127) << 7) + ((m << (7 - top)) & 0x7f));
+      int bits = (m << 4) + (120 << 7);
+      if (m == 127) bits = 0x7fc0;
+      if (m < 8) {  // subnormal: m times 2^-9
+        const int top = m < 2 ? 0 : m < 4 ? 1 : 2;
+        bits = m == 0 ? 0 : ((top - 9 + 127) << 7) + ((m << (7 - top)) & 0x7f);
       }
       low[m] = static_cast<uint8_t>(bits & 0xff);
       high[m] = static_cast<uint8_t>(bits >> 8);
@@ -90,65 +108,127 @@ struct Magnitudes {
   }
 };
 
+// How 64 codes become two registers of 16-bit numbers, in the order of place_of, and what those are
+// multiplied with.
 template <typename Code>
-inline ByteTables byte_tables() {
-  static constexpr Magnitudes<Code> kMagnitudes;
-  return {{_mm512_load_si512(kMagnitudes.low), _mm512_load_si512(kMagnitudes.low + 64)},
-          {_mm512_load_si512(kMagnitudes.high), _mm512_load_si512(kMagnitudes.high + 64)}};
-}
+struct Pairs;
 
-// The bf16 of 64 codes, in the order of place_of.
-template <typename Code>
-inline void to_pairs(const ByteTables& tables, __m512i codes, __m512i* first, __m512i* second) {
-  __m512i magnitude = codes;  // a look-up ignores the sign of an e4m3 code
-  if constexpr (std::is_same_v<Code, int8_t>) magnitude = _mm512_abs_epi8(codes);
-  const __m512i low = _mm512_permutex2var_epi8(tables.low[0], magnitude, tables.low[1]);
-  const __m512i high = _mm512_permutex2var_epi8(tables.high[0], magnitude, tables.high[1]);
-  // high | (codes & 0x80)
-  const __m512i signed_high = _mm512_ternarylogic_epi32(high, codes, _mm512_set1_epi8(-128), 0xf8);
-  *first = _mm512_unpacklo_epi8(low, signed_high);
-  *second = _mm512_unpackhi_epi8(low, signed_high);
-}
+template <>
+struct Pairs<Float8> {
+  using Element = c10::BFloat16;
+  __m512i low[2];
+  __m512i high[2];
+
+  Pairs() {
+    static constexpr Magnitudes kMagnitudes;
+    for (int i = 0; i < 2; ++i) {
+      low[i] = _mm512_load_si512(kMagnitudes.low + 64 * i);
+      high[i] = _mm512_load_si512(kMagnitudes.high + 64 * i);
+    }
+  }
+  // The look-ups ignore the sign of a code.
+  void widen(__m512i codes, __m512i* first, __m512i* second) const {
+    const __m512i l = _mm512_permutex2var_epi8(low[0], codes, low[1]);
+    const __m512i h = _mm512_permutex2var_epi8(high[0], codes, high[1]);
+    const __m512i s = _mm512_ternarylogic_epi32(h, codes, _mm512_set1_epi8(-128), 0xf8);
+    *first = _mm512_unpacklo_epi8(l, s);  // s = h | (codes & 0x80)
+    *second = _mm512_unpackhi_epi8(l, s);
+  }
+  static __m512i multiply_add(__m512i sum, __m512i a, __m512i b) {
+    // The intrinsics get copies of the sums from GCC 12, which then spills them.
+    asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+    return sum;
+  }
+  static FloatPart to_floats(__m512i sum) { return (FloatPart)sum; }
+};
+
+// Codes + 128, which need no sign: what that adds is known beforehand.
+template <>
+struct Pairs<int8_t> {
+  using Element = int16_t;
+
+  void widen(__m512i codes, __m512i* first, __m512i* second) const {
+    const __m512i bytes = _mm512_xor_si512(codes, _mm512_set1_epi8(-128));
+    *first = _mm512_unpacklo_epi8(bytes, _mm512_setzero_si512());
+    *second = _mm512_unpackhi_epi8(bytes, _mm512_setzero_si512());
+  }
+  static __m512i multiply_add(__m512i sum, __m512i a, __m512i b) {
+    asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+    return sum;
+  }
+  static FloatPart to_floats(__m512i sum) { return (FloatPart)_mm512_cvtepi32_ps(sum); }
+};
 
 inline __m512i load_codes_512(const void* p, int64_t left) {
   if (left >= kCodes) return _mm512_loadu_si512(p);
   return _mm512_maskz_loadu_epi8((__mmask64{1} << left) - 1, p);
 }
 
+// One step of the dot products, inlined with a constant `left` where it is whole: a branch per load
+// would make the compiler keep the sums in memory.
+template <int NR, typename Code>
+inline __attribute__((always_inline)) void dot_code_step(const Pairs<Code>& pairs,
+                                                         const typename Pairs<Code>::Element* q,
+                                                         int64_t q_stride, const Code* const* k,
+                                                         int64_t d, int64_t left, __m512i* sums) {
+  constexpr int NK = kWide / NR;
+#pragma GCC unroll 16
+  for (int n = 0; n < NK; ++n) {
+    __m512i first;
+    __m512i second;
+    pairs.widen(load_codes_512(k[n] + d, left), &first, &second);
+#pragma GCC unroll 16
+    for (int r = 0; r < NR; ++r) {
+      const auto* row = q + r * q_stride;
+      __m512i sum = sums[r * NK + n];
+      sum = pairs.multiply_add(sum, _mm512_loadu_si512(row), first);
+      sum = pairs.multiply_add(sum, _mm512_loadu_si512(row + 32), second);
+      sums[r * NK + n] = sum;
+    }
+  }
+}
+
 // dot_rows of tile_math.h for codes.
 template <int NR, typename Code>
-void dot_code_rows(const c10::BFloat16* q, int64_t q_stride, const Code* keys, int64_t key_stride,
-                   int64_t count, int64_t dim, float* scores, Ahead ahead, Ahead again) {
+__attribute__((noinline)) void dot_code_rows(const typename Pairs<Code>::Element* q,
+                                             int64_t q_stride, const WordRow* words,
+                                             const Code* keys, int64_t key_stride, int64_t count,
+                                             int64_t dim, float* scores, Ahead ahead, Ahead again) {
   constexpr int NK = kWide / NR;
-  const ByteTables tables = byte_tables<Code>();
+  constexpr bool kWords = std::is_same_v<Code, int8_t>;
+  const Pairs<Code> pairs;
+  float units[kWide];  // of every product
+  float excess[kWide];
+  for (int i = 0; kWords && i < kWide; ++i) {
+    units[i] = words[i / NK].unit;
+    excess[i] = static_cast<float>(words[i / NK].excess);
+  }
   for (int64_t j = 0; j < count; j += NK) {
     const Code* k[NK];
     for (int n = 0; n < NK; ++n) {
       k[n] = keys + smaller(j + n, count - 1) * key_stride;
     }
-    FloatPart sums[kWide];
+    __m512i sums[kWide];
 #pragma GCC unroll 16
-    for (int i = 0; i < kWide; ++i) sums[i] = FloatPart{};
-    for (int64_t d = 0; d < dim; d += kCodes) {
+    for (int i = 0; i < kWide; ++i) sums[i] = _mm512_setzero_si512();
+    int64_t d = 0;
+    for (; d + kCodes <= dim; d += kCodes) {
       ahead.fetch(NK * kCodes);
       again.fetch(NK * kCodes);
-#pragma GCC unroll 16
-      for (int n = 0; n < NK; ++n) {
-        __m512i first;
-        __m512i second;
-        to_pairs<Code>(tables, load_codes_512(k[n] + d, dim - d), &first, &second);
-#pragma GCC unroll 16
-        for (int r = 0; r < NR; ++r) {
-          const c10::BFloat16* row = q + r * q_stride + d;
-          __m512 sum = (__m512)sums[r * NK + n];
-          sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_loadu_si512(row), (__m512bh)first);
-          sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_loadu_si512(row + 32), (__m512bh)second);
-          sums[r * NK + n] = (FloatPart)sum;
-        }
-      }
+      dot_code_step<NR>(pairs, q + d, q_stride, k, d, kCodes, sums);
     }
+    if (d < dim) {
+      ahead.fetch(NK * (dim - d));
+      again.fetch(NK * (dim - d));
+      dot_code_step<NR>(pairs, q + d, q_stride, k, d, dim - d, sums);
+    }
+    FloatPart floats[kWide];
+#pragma GCC unroll 16
+    for (int i = 0; i < kWide; ++i) floats[i] = pairs.to_floats(sums[i]);
+    FloatPart dots = sum_each(floats);
+    if constexpr (kWords) dots = (dots - load_part(excess)) * load_part(units);
     float products[kWide];
-    store_part(products, sum_each(sums));
+    store_part(products, dots);
     for (int r = 0; r < NR; ++r) {
       std::memcpy(scores + r * kKeys + j, products + r * NK, NK * sizeof(float));
     }
@@ -168,70 +248,137 @@ FloatPart careful_sum(const float* weights, int64_t count, const Load& load) {
   return sum;
 }
 
-// add_values of tile_math.h for codes: two keys at a time, whose codes of one column are a pair.
-// Weights are rounded to bf16, as the outputs are.
+// The weights of a row as 16-bit numbers, pairs of neighbouring keys in a word, 0 behind the last
+// key; returns what their products are to be multiplied with, and of integers their sum.
+inline float weigh_pairs(Pairs<Float8>, const float* weights, int64_t count, uint32_t* words,
+                         float* excess) {
+  for (int64_t j = 0; j < count; j += 2 * kLanes) {
+    const auto mask = [&](int64_t left) {
+      return static_cast<__mmask16>(left >= 16 ? 0xffff : left <= 0 ? 0 : (1 << left) - 1);
+    };
+    const __m512 low = _mm512_maskz_loadu_ps(mask(count - j), weights + j);
+    const __m512 high = _mm512_maskz_loadu_ps(mask(count - j - 16), weights + j + 16);
+    _mm512_store_si512(words + j / 2, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+  }
+  *excess = 0.0f;
+  return 1.0f;
+}
+
+inline float weigh_pairs(Pairs<int8_t>, const float* weights, int64_t count, uint32_t* words,
+                         float* excess) {
+  __m512 part[kKeys / kLanes];
+  __m512 top = _mm512_setzero_ps();
+  __m512 sum = top;
+#pragma GCC unroll 4
+  for (int i = 0; i < kKeys / kLanes; ++i) {
+    const int64_t left = count - i * kLanes;
+    const auto mask = static_cast<__mmask16>(left >= 16 ? 0xffff : left <= 0 ? 0 : (1 << left) - 1);
+    part[i] = _mm512_maskz_loadu_ps(mask, weights + i * kLanes);
+    top = _mm512_max_ps(top, part[i]);
+    sum += part[i];
+  }
+  const float highest = _mm512_reduce_max_ps(top);
+  const __m512 factor = _mm512_set1_ps(highest > 0.0f ? 32767.0f / highest : 0.0f);
+  __m512i total = _mm512_setzero_si512();
+#pragma GCC unroll 4
+  for (int i = 0; i < kKeys / kLanes; ++i) {
+    const __m512i word = _mm512_cvtps_epi32(part[i] * factor);
+    total = _mm512_add_epi32(total, word);
+    _mm256_store_si256(reinterpret_cast<__m256i*>(words) + i, _mm512_cvtepi32_epi16(word));
+  }
+  *excess = 128.0f * static_cast<float>(_mm512_reduce_add_epi32(total));
+  return any_nan((FloatPart)sum) ? __builtin_nanf("") : highest / 32767.0f;
+}
+
+// Adds keys j and j + 1 (without a pair, j alone); `left` is a constant where the columns are
+// whole.
 template <int NR, typename Code>
-void add_code_values(const float* weights, const Code* values, int64_t stride, int64_t count,
-                     int64_t dim, float* sums, int64_t sums_stride, const float* shrink,
-                     Ahead ahead) {
-  const ByteTables tables = byte_tables<Code>();
-  alignas(64) uint32_t pairs[NR][kKeys / 2];
+inline __attribute__((always_inline)) void add_code_step(const Pairs<Code>& pairs,
+                                                         const uint32_t (&words)[NR][kKeys / 2],
+                                                         const Code* column, int64_t stride,
+                                                         int64_t j, int64_t left, bool pair,
+                                                         __m512i (&strip)[NR][4]) {
+  const Code* row = column + j * stride;
+  const __m512i even = load_codes_512(row, left);
+  const __m512i odd = pair ? load_codes_512(row + stride, left) : _mm512_setzero_si512();
+  __m512i v[4];  // columns 4 c to 4 c + 3 of every 16
+  pairs.widen(_mm512_unpacklo_epi8(even, odd), &v[0], &v[1]);
+  pairs.widen(_mm512_unpackhi_epi8(even, odd), &v[2], &v[3]);
+#pragma GCC unroll 16
   for (int r = 0; r < NR; ++r) {
-    for (int64_t j = 0; j < count; j += 2 * kLanes) {
-      const float* w = weights + r * kKeys + j;
-      // Behind the last key lie what other tiles left.
-      const auto low = static_cast<__mmask16>(count - j >= 16 ? 0xffff : (1 << (count - j)) - 1);
-      const int64_t rest = larger(0, count - j - 16);
-      const auto high = static_cast<__mmask16>(rest >= 16 ? 0xffff : (1 << rest) - 1);
-      _mm512_store_si512(pairs[r] + j / 2,
-                         (__m512i)_mm512_cvtne2ps_pbh(_mm512_maskz_loadu_ps(high, w + 16),
-                                                      _mm512_maskz_loadu_ps(low, w)));
-    }
+    const __m512i weight = _mm512_set1_epi32(static_cast<int>(words[r][j / 2]));
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; ++c) strip[r][c] = pairs.multiply_add(strip[r][c], weight, v[c]);
+  }
+}
+
+// add_values of tile_math.h for codes: two keys at a time, whose codes of one column are a pair.
+template <int NR, typename Code>
+__attribute__((noinline)) void add_code_values(const float* weights, const Code* values,
+                                               int64_t stride, int64_t count, int64_t dim,
+                                               float* sums, int64_t sums_stride,
+                                               const float* shrink, Ahead ahead) {
+  const Pairs<Code> pairs;
+  alignas(64) uint32_t words[NR][kKeys / 2];
+  float unit[NR];
+  float excess[NR];
+  for (int r = 0; r < NR; ++r) {
+    unit[r] = weigh_pairs(pairs, weights + r * kKeys, count, words[r], excess + r);
   }
   for (int64_t d = 0; d < dim; d += kCodes) {
     const int64_t left = dim - d;
-    __m512 strip[NR][4];
+    __m512i strip[NR][4];
 #pragma GCC unroll 16
     for (int r = 0; r < NR; ++r) {
 #pragma GCC unroll 4
-      for (int c = 0; c < 4; ++c) strip[r][c] = _mm512_setzero_ps();
+      for (int c = 0; c < 4; ++c) strip[r][c] = _mm512_setzero_si512();
     }
-    for (int64_t j = 0; j < count; j += 2) {
-      ahead.fetch(kCodes);
-      if (j + 1 < count) ahead.fetch(kCodes);
-      const Code* row = values + j * stride + d;
-      const __m512i even = load_codes_512(row, left);
-      const __m512i odd = j + 1 < count ? load_codes_512(row + stride, left) : __m512i{};
-      __m512i v[4];  // columns 4 c to 4 c + 3 of every 16
-      to_pairs<Code>(tables, _mm512_unpacklo_epi8(even, odd), &v[0], &v[1]);
-      to_pairs<Code>(tables, _mm512_unpackhi_epi8(even, odd), &v[2], &v[3]);
-#pragma GCC unroll 16
-      for (int r = 0; r < NR; ++r) {
-        const __m512i weight = _mm512_set1_epi32(static_cast<int>(pairs[r][j / 2]));
-#pragma GCC unroll 4
-        for (int c = 0; c < 4; ++c) {
-          strip[r][c] = _mm512_dpbf16_ps(strip[r][c], (__m512bh)weight, (__m512bh)v[c]);
-        }
+    const Code* column = values + d;
+    int64_t j = 0;
+    if (left >= kCodes) {
+      for (; j + 2 <= count; j += 2) {
+        ahead.fetch(kCodes);
+        ahead.fetch(kCodes);
+        add_code_step<NR>(pairs, words, column, stride, j, kCodes, true, strip);
+      }
+    } else {
+      for (; j + 2 <= count; j += 2) {
+        ahead.fetch(left);
+        ahead.fetch(left);
+        add_code_step<NR>(pairs, words, column, stride, j, left, true, strip);
       }
     }
+    if (j < count) {
+      ahead.fetch(smaller(left, kCodes));
+      add_code_step<NR>(pairs, words, column, stride, j, left, false, strip);
+    }
+    // By constant indices only, or the compiler would keep all strips in memory.
+    __m512 quarters[NR][4];
+#pragma GCC unroll 16
     for (int r = 0; r < NR; ++r) {
-      // Quarters of registers, transposed.
-      const __m512 a = _mm512_shuffle_f32x4(strip[r][0], strip[r][1], 0x44);
-      const __m512 b = _mm512_shuffle_f32x4(strip[r][0], strip[r][1], 0xee);
-      const __m512 c = _mm512_shuffle_f32x4(strip[r][2], strip[r][3], 0x44);
-      const __m512 e = _mm512_shuffle_f32x4(strip[r][2], strip[r][3], 0xee);
+#pragma GCC unroll 4
+      for (int c = 0; c < 4; ++c) quarters[r][c] = (__m512)pairs.to_floats(strip[r][c]);
+    }
+    for (int r = 0; r < NR; ++r) {
+      // Transposed.
+      const __m512 a = _mm512_shuffle_f32x4(quarters[r][0], quarters[r][1], 0x44);
+      const __m512 b = _mm512_shuffle_f32x4(quarters[r][0], quarters[r][1], 0xee);
+      const __m512 c = _mm512_shuffle_f32x4(quarters[r][2], quarters[r][3], 0x44);
+      const __m512 e = _mm512_shuffle_f32x4(quarters[r][2], quarters[r][3], 0xee);
       const __m512 columns[4] = {_mm512_shuffle_f32x4(a, c, 0x88), _mm512_shuffle_f32x4(a, c, 0xdd),
                                  _mm512_shuffle_f32x4(b, e, 0x88),
                                  _mm512_shuffle_f32x4(b, e, 0xdd)};
-      for (int64_t c16 = 0; c16 < 4 && c16 * kLanes < left; ++c16) {
-        auto part = (FloatPart)columns[c16];
-        if (__builtin_expect(any_nan(part), 0)) {
-          const int64_t n = smaller(kLanes, left - c16 * kLanes);
+      for (int64_t i = 0; i < 4 && i * kLanes < left; ++i) {
+        auto part = (FloatPart)columns[i];
+        if constexpr (std::is_same_v<Code, int8_t>) {
+          part = (part - broadcast_part(excess[r])) * broadcast_part(unit[r]);
+        } else if (__builtin_expect(any_nan(part), 0)) {
+          const int64_t n = smaller(kLanes, left - i * kLanes);
           part = careful_sum(weights + r * kKeys, count, [&](int64_t j) {
-            return load_part(values + j * stride + d + c16 * kLanes, n);
+            return load_part(values + j * stride + d + i * kLanes, n);
           });
         }
-        float* sum = sums + r * sums_stride + d + c16 * kLanes;
+        float* sum = sums + r * sums_stride + d + i * kLanes;
         store_part(sum, fma_part(load_part(sum), broadcast_part(shrink[r]), part));
       }
     }
@@ -241,12 +388,14 @@ void add_code_values(const float* weights, const Code* values, int64_t stride, i
 
 // dot_rows and add_values for whatever T stands for.
 template <int NR, typename T>
-inline void dot_keys(const RowElement<T>* q, int64_t q_stride, const PageElement<T>* keys,
+inline void dot_keys(const RowElement<T>* q, int64_t q_stride,
+                     [[maybe_unused]] const WordRow* words, const PageElement<T>* keys,
                      int64_t key_stride, int64_t count, int64_t dim, float* scores, Ahead ahead,
                      Ahead again) {
 #if defined(__AVX512BF16__)
   if constexpr (ElementsOf<T>::kCodePairs) {
-    return dot_code_rows<NR>(q, q_stride, keys, key_stride, count, dim, scores, ahead, again);
+    return dot_code_rows<NR>(q, q_stride, words, keys, key_stride, count, dim, scores, ahead,
+                             again);
   } else  // NOLINT
 #endif
     dot_rows<NR, PageElement<T>>(q, q_stride, keys, key_stride, count, dim, scores, ahead, again);

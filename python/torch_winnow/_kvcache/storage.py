@@ -374,9 +374,10 @@ class PagedKVCache:
 
     def _start_anew(self) -> None:
         # What a block's last owner needed is no measure for the next one.
+        fresh = sent(torch.tensor(self._native.fresh), self.pool.device)
         for scales in (self.pool.key_scales, self.pool.value_scales):
             assert scales is not None
-            scales[:, self._native.fresh] = 0
+            scales[:, fresh] = 0
 
     def _store(self, layer: int, key: Tensor, value: Tensor, positions: Tensor) -> None:
         pages, scales = self.pool._layers[layer], self.pool._scales[layer]
