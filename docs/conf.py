@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 
-DOCS = Path(__file__).parent
-ROOT = DOCS.parent
-sys.path.insert(0, str(ROOT / "bench"))
+import torch_winnow
 
-import report  # noqa: E402  (bench/report.py: the same tables as `make bench` prints)
-import torch_winnow  # noqa: E402
+DOCS = Path(__file__).parent
+RESULTS = DOCS.parent / "bench" / "results"
 
 project = "torch-winnow"
 author = copyright = "The torch-winnow developers"
@@ -39,23 +35,21 @@ html_title = f"torch-winnow {release}"
 BENCHMARKS = """\
 # Benchmarks
 
-Every committed run of `make bench` as it is: medians, rivals alternating with ours in one process,
-shapes where a rival wins included. "vs ours" is a rival's median over ours, so above 1× ours is
-faster; "of limit" is the time that the machine's read bandwidth or multiply-add rate, measured in
-the same run, would need at least.
+Every committed run of `make bench` and `make bench-generation` as it is: medians, rivals
+alternating with ours in one process, shapes where a rival wins included. "vs ours" is a rival's
+median over ours, so above 1× ours is faster; "of limit" is the time that the machine's read
+bandwidth or multiply-add rate, measured in the same run, would need at least.
 """
 
 
 def benchmarks() -> str:
     text = [BENCHMARKS]
-    for path in sorted((ROOT / "bench" / "results").glob("*.json"), reverse=True):
-        data = json.loads(path.read_text())
-        groups = report.by_group(data["benchmarks"])
-        text += [f"## {path.stem}", report.machine(data), report.table(groups)]
+    for path in sorted(RESULTS.glob("*.md"), reverse=True):
+        text += [f"## {path.stem}", path.read_text()]
         picture = path.with_suffix(".png")
         if picture.exists():
             text.append(f"![Strongest rival over ours](../bench/results/{picture.name})")
     return "\n\n".join(text)
 
 
-(DOCS / "benchmarks.md").write_text(benchmarks())  # ignored by git: the JSON is what is kept
+(DOCS / "benchmarks.md").write_text(benchmarks())  # ignored by git: the results are kept
