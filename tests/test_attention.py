@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -202,14 +204,13 @@ def test_rows_that_attend_nothing():
     query, key, value, slot_key, slot_value = tensors(1, 2, 0, 8, slots=0)
     empty = chunk_attention(query, key, value, slot_key, slot_value, chunk_size=4, initial_slots=0)
     assert empty.shape == (1, 2, 0, 8)
-    # -inf scores for every key: nothing has weight.
+    # -inf scores for every key: nothing has weight, values that are not finite neither.
     query = torch.ones(1, 1, 3, 4)
-    key = torch.full((1, 1, 3, 4), -INF)
-    out, lse = block_diagonal_attention(
-        query, key, torch.randn(1, 1, 3, 4), block_size=2, return_lse=True
-    )
-    assert torch.equal(out, torch.zeros_like(out))
-    assert torch.equal(lse, torch.full_like(lse, -INF))
+    key, value = torch.full((1, 1, 3, 4), -INF), torch.tensor([1.0, INF, math.nan, 2.0])
+    for function in (block_diagonal_attention, reference.block_diagonal_attention):
+        out, lse = function(query, key, value.expand_as(key), block_size=2, return_lse=True)
+        assert torch.equal(out, torch.zeros_like(out))
+        assert torch.equal(lse, torch.full_like(lse, -INF))
 
 
 @pytest.mark.parametrize("magnitude", [1e-20, 30.0, 1e4])
