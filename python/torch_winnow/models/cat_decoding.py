@@ -66,12 +66,9 @@ class CATDecoding(Decoding):
         positions = self._positions(torch.minimum(row, full[:, None]), after.clamp(min=0))
         self.logits = model.head(self._prefill(rows, positions, counts))
 
-    @torch.inference_mode()
-    def step(self, tokens: Tensor) -> Tensor:
+    def _step(self, tokens: Tensor) -> Tensor:
         model = self._model
-        self._settle(1)
         done, offset = self.lengths // self._size, self.lengths % self._size
-        self.lengths = self.lengths + 1
         self._chunk[torch.arange(len(tokens)), offset] = tokens
         turns = offset + 1 == self._size
         rows = model.embedding(tokens).unsqueeze(1)
@@ -81,8 +78,8 @@ class CATDecoding(Decoding):
             rows, counts = self._turn_chunks(rows, turns, done + 1)
             done, first = done + turns, torch.where(turns, 0, first)
         positions = self._positions(done[:, None], first[:, None] + torch.arange(rows.shape[1]))
-        self.logits = model.head(last(self._extend(rows, positions, counts), counts))
-        return self.logits
+        hidden = last(self._extend(rows, positions, counts), counts)
+        return model.head(hidden)  # type: ignore[no-any-return]
 
     def _append(self, tokens: Tensor, counts: Tensor) -> Tensor:
         model, size = self._model, self._size

@@ -81,9 +81,7 @@ def speculative_sample(
         >>> result.tokens.shape, result.calls < 20
         (torch.Size([2, 20]), True)
     """
-    check_sampling(num_tokens, temperature)
-    if draft_tokens < 1:
-        raise ValueError(f"draft_tokens: expected at least 1, got {draft_tokens}")
+    check_sampling(num_tokens, temperature, draft_tokens)
     if not torch.equal(target.lengths, draft.lengths):
         raise ValueError(
             f"draft: expected the target's sequences, of {target.lengths.tolist()} tokens, got "
