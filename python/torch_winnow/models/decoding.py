@@ -170,7 +170,7 @@ class Decoding(ABC):
         self._settle(number)
         # What does not count may be anything, -1 too.
         own = torch.arange(tokens.shape[1]) < number[:, None]
-        after = self._append(torch.where(own, tokens, 0), number)
+        after = self._append(torch.where(own.to(tokens.device), tokens, 0).long(), number)
         if counts is not None:
             index = torch.arange(tokens.shape[1]).minimum(number[:, None] - 1).clamp(min=0)
             after = after[torch.arange(batch)[:, None], index]
@@ -297,12 +297,13 @@ class _Extension(NamedTuple):
     def logits_at(self, lengths: Tensor) -> Tensor:
         kept = lengths - self.before
         logits = self.after[torch.arange(len(kept)), (kept - 1).clamp(min=0)]
-        return torch.where((kept > 0)[:, None], logits, self.first)
+        return torch.where((kept > 0).to(logits.device)[:, None], logits, self.first)
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:
     """Rows ``index (B, T)`` of ``x (B, H, T, D)``."""
-    return x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+    index = index.to(x.device)[:, None, :, None]
+    return x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3]))
 
 
 def last(hidden: Tensor, counts: Tensor | None) -> Tensor:
