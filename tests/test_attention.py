@@ -200,15 +200,19 @@ def test_strided_inputs_are_read_in_place():
     torch.testing.assert_close(cat_attention(one, one, one, block_size=7), one)
 
 
-def test_rows_that_attend_nothing():
+def test_no_rows_and_no_slots():
     query, key, value, slot_key, slot_value = tensors(1, 2, 0, 8, slots=0)
     empty = chunk_attention(query, key, value, slot_key, slot_value, chunk_size=4, initial_slots=0)
     assert empty.shape == (1, 2, 0, 8)
-    # -inf scores for every key: nothing has weight, values that are not finite neither.
-    query = torch.ones(1, 1, 3, 4)
-    key, value = torch.full((1, 1, 3, 4), -INF), torch.tensor([1.0, INF, math.nan, 2.0])
+
+
+def test_rows_without_weight_are_zero(device):
+    """Scores of -inf for every key: values have no weight then, those that are not finite too."""
+    query, key = torch.ones(1, 1, 19, 4), torch.full((1, 1, 19, 4), -INF)
+    value = torch.tensor([1.0, INF, math.nan, 2.0]).expand_as(key)
+    inputs = [x.to(device) for x in (query, key, value)]
     for function in (block_diagonal_attention, reference.block_diagonal_attention):
-        out, lse = function(query, key, value.expand_as(key), block_size=2, return_lse=True)
+        out, lse = function(*inputs, block_size=17, causal=True, return_lse=True)
         assert torch.equal(out, torch.zeros_like(out))
         assert torch.equal(lse, torch.full_like(lse, -INF))
 
