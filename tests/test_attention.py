@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -198,18 +200,21 @@ def test_strided_inputs_are_read_in_place():
     torch.testing.assert_close(cat_attention(one, one, one, block_size=7), one)
 
 
-def test_rows_that_attend_nothing():
+def test_no_rows_and_no_slots():
     query, key, value, slot_key, slot_value = tensors(1, 2, 0, 8, slots=0)
     empty = chunk_attention(query, key, value, slot_key, slot_value, chunk_size=4, initial_slots=0)
     assert empty.shape == (1, 2, 0, 8)
-    # -inf scores for every key: nothing has weight.
-    query = torch.ones(1, 1, 3, 4)
-    key = torch.full((1, 1, 3, 4), -INF)
-    out, lse = block_diagonal_attention(
-        query, key, torch.randn(1, 1, 3, 4), block_size=2, return_lse=True
-    )
-    assert torch.equal(out, torch.zeros_like(out))
-    assert torch.equal(lse, torch.full_like(lse, -INF))
+
+
+def test_rows_without_weight_are_zero(device):
+    """Scores of -inf for every key: values have no weight then, those that are not finite too."""
+    query, key = torch.ones(1, 1, 19, 4), torch.full((1, 1, 19, 4), -INF)
+    value = torch.tensor([1.0, INF, math.nan, 2.0]).expand_as(key)
+    inputs = [x.to(device) for x in (query, key, value)]
+    for function in (block_diagonal_attention, reference.block_diagonal_attention):
+        out, lse = function(*inputs, block_size=17, causal=True, return_lse=True)
+        assert torch.equal(out, torch.zeros_like(out))
+        assert torch.equal(lse, torch.full_like(lse, -INF))
 
 
 @pytest.mark.parametrize("magnitude", [1e-20, 30.0, 1e4])

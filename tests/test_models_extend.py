@@ -171,6 +171,42 @@ def test_a_pool_that_runs_out_leaves_the_sequences_as_they_were():
 
 
 @pytest.mark.parametrize(("name", "chunk_size"), [("separator", 4), ("dense", None)])
+def test_a_step_that_fails_can_be_repeated(name, chunk_size):
+    """One sequence turns its chunk; pages that a fork shares would have to be copied."""
+    decoding = started(name, chunk_size, [11, 9], draft_tokens=0)
+    expected, rows = expected_logits(name, chunk_size), torch.arange(2)
+    fork = decoding.fork([0, 1])
+    assert decoding.cache.pool.num_free_blocks == 0
+    for tokens, error in [(TOKENS[rows, [11, 9]], BlockPoolExhausted), ([3, 50], IndexError)]:
+        with pytest.raises(error):
+            decoding.step(torch.as_tensor(tokens))
+        assert decoding.lengths.tolist() == [11, 9]
+        torch.testing.assert_close(decoding.logits, expected[rows, [11, 9]], **CLOSE)
+    del fork
+    decoding.step(TOKENS[rows, [11, 9]].int())
+    torch.testing.assert_close(decoding.logits, expected[rows, [12, 10]], **CLOSE)
+    for tokens, message in [
+        (torch.zeros(1, dtype=torch.int64), r"tokens: expected \(2,\) integer .*got \(1,\)"),
+        (torch.zeros(2, 1, dtype=torch.int64), r"tokens: expected \(2,\) integer"),
+        (torch.zeros(2), "tokens: .*float32"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            decoding.step(tokens)
+
+
+@pytest.mark.parametrize(("name", "chunk_size"), [("separator", 4), ("dense", None)])
+def test_no_sequences(name, chunk_size):
+    decoding = started(name, chunk_size, [5, 6], draft_tokens=4)
+    decoding.fork_([])
+    assert decoding.logits.shape == (0, 50)
+    assert decoding.extend(TOKENS[:0, :3], []).shape == (0, 3, 50)
+    decoding.truncate_([])
+    assert decoding.step(TOKENS[:0, 0]).shape == (0, 50)
+    decoding.permute_([])
+    assert decoding.fork([]).lengths.tolist() == []
+
+
+@pytest.mark.parametrize(("name", "chunk_size"), [("separator", 4), ("dense", None)])
 def test_errors_name_the_argument(name, chunk_size):
     decoding = started(name, chunk_size, [20, 30], draft_tokens=8)
     pool: BlockPool = decoding.cache.pool

@@ -144,3 +144,18 @@ def test_errors_name_the_argument(options, message):
     arguments = {"num_tokens": 3, **options}
     with pytest.raises(ValueError, match=message):
         speculative_sample(target, draft, arguments.pop("num_tokens"), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"chunk_size": 0}, r"chunk_size: expected one of \(2, 4\), got 0"),
+        ({"draft_chunk_size": 3}, r"draft_chunk_size: expected one of \(2, 4\), got 3"),
+        ({"draft_tokens": -3}, "draft_tokens: expected at least 1, got -3"),
+    ],
+)
+def test_errors_of_generate_name_the_argument(options, message):
+    model = loud(CompressAttendTransformer(CATConfig(SMALL, SMALL, (2, 4), max_tokens=8)))
+    arguments = {"chunk_size": 2, "draft_chunk_size": 4, **options}
+    with pytest.raises(ValueError, match=message):
+        model.generate(torch.zeros((2, 3), dtype=torch.int64), 3, **arguments)

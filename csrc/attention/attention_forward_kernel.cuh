@@ -162,6 +162,7 @@ attention_forward(AttentionCall<T> call, Global<T> results, Global<Accumulator<T
       lses[place] =
           none ? -std::numeric_limits<Acc>::infinity() : (top[i] + std::log2(sum[i])) * Acc(kLn2);
     }
+    if (none) out.clear(i);  // a factor of 0 would not: values without weight may be infinite
     store_fragment_row<T>(out, i, none ? Acc(0) : Acc(1) / sum[i], call.dim,
                           results + place * call.dim);
   }

@@ -44,6 +44,13 @@ struct Fragment {
 #pragma unroll
     for (int n = 0; n < kColumns / 8; ++n) block[n] = {};
   }
+  // One of the thread's two rows.
+  WINNOW_DEVICE void clear(int half) {
+#pragma unroll
+    for (int n = 0; n < kColumns / 8; ++n) {
+      block[n].element[2 * half] = block[n].element[2 * half + 1] = 0;
+    }
+  }
 };
 
 // Two-byte elements on tensor cores.

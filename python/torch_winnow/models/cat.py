@@ -36,6 +36,7 @@ from torch_winnow.kvcache import BlockPool, PagedKVCache
 from torch_winnow.models.decoding import (
     check_length,
     check_lengths,
+    check_sampling,
     fork_blocks,
     make_pool,
     sample,
@@ -243,6 +244,7 @@ class CompressAttendTransformer(nn.Module):
 
         With ``draft_tokens`` so many tokens fit in one ``extend``, or in a fork of each sequence.
         """
+        self._check_size(chunk_size)
         turns = math.ceil(draft_tokens / chunk_size)  # at most so many forks, each a chunk further
         forked = fork_blocks(turns and turns + self.config.block_rows(chunk_size))
         return make_pool(
@@ -292,6 +294,7 @@ class CompressAttendTransformer(nn.Module):
         (:func:`speculative_sample`).
         """
         total = check_length(prompt, num_tokens, self.config.max_tokens)
+        check_sampling(num_tokens, temperature, draft_tokens)
 
         def start(size: int, ahead: int) -> CATDecoding:
             pool = self.block_pool(prompt.shape[0], total, chunk_size=size, draft_tokens=ahead)
@@ -302,6 +305,7 @@ class CompressAttendTransformer(nn.Module):
             return sample(decoding, num_tokens, temperature=temperature, generator=generator)
         from torch_winnow.models.speculation import speculative_sample
 
+        self._check_size(draft_chunk_size, "draft_chunk_size")
         # One token more than drafts in a pass of the target: the one before them.
         target = start(chunk_size, draft_tokens + 1)
         draft = start(draft_chunk_size, draft_tokens + 1)
@@ -315,10 +319,7 @@ class CompressAttendTransformer(nn.Module):
         ).tokens
 
     def _check(self, tokens: Tensor, chunk_size: int, name: str = "tokens") -> Tensor:
-        if chunk_size not in self.config.chunk_sizes:
-            raise ValueError(
-                f"chunk_size: expected one of {self.config.chunk_sizes}, got {chunk_size}"
-            )
+        self._check_size(chunk_size)
         tokens = check_tokens(tokens, self.config.vocab_size, name)
         if tokens.shape[1] > self.config.max_tokens:
             raise ValueError(
@@ -326,6 +327,10 @@ class CompressAttendTransformer(nn.Module):
                 f"{tokens.shape[1]}"
             )
         return tokens
+
+    def _check_size(self, chunk_size: int, name: str = "chunk_size") -> None:
+        if chunk_size not in self.config.chunk_sizes:
+            raise ValueError(f"{name}: expected one of {self.config.chunk_sizes}, got {chunk_size}")
 
     def vectors(self, chunks: Tensor) -> Tensor:
         """The dummy and the vectors of ``chunks (B, K, C)``: ``(B, K + 1, width)``."""

@@ -48,7 +48,7 @@ class CATDecoding(Decoding):
         self._chunk = prompt.new_zeros((batch, chunk_size))
         if longest:
             begun = (full[:, None] * chunk_size + column).clamp(max=longest - 1)
-            self._chunk = prompt.gather(1, begun)
+            self._chunk = prompt.gather(1, begun.to(prompt.device))
         # Completed chunks are seen through their vectors alone: their tokens need no rows. What a
         # sequence holds is picked from the vectors of all, the separator and the tokens of all.
         parts = [model.vectors(prompt[:, : most * chunk_size].view(batch, most, chunk_size))]
@@ -62,16 +62,13 @@ class CATDecoding(Decoding):
         index = torch.where(after <= 0, row, torch.where(after < self._lead, most + after, token))
         index = torch.where(row < counts[:, None], index, 0)
         rows = torch.cat(parts, dim=1)
-        rows = rows.gather(1, index[:, :, None].expand(-1, -1, rows.shape[2]))
+        rows = rows[torch.arange(batch)[:, None], index]
         positions = self._positions(torch.minimum(row, full[:, None]), after.clamp(min=0))
         self.logits = model.head(self._prefill(rows, positions, counts))
 
-    @torch.inference_mode()
-    def step(self, tokens: Tensor) -> Tensor:
+    def _step(self, tokens: Tensor) -> Tensor:
         model = self._model
-        self._settle(1)
         done, offset = self.lengths // self._size, self.lengths % self._size
-        self.lengths = self.lengths + 1
         self._chunk[torch.arange(len(tokens)), offset] = tokens
         turns = offset + 1 == self._size
         rows = model.embedding(tokens).unsqueeze(1)
@@ -81,8 +78,8 @@ class CATDecoding(Decoding):
             rows, counts = self._turn_chunks(rows, turns, done + 1)
             done, first = done + turns, torch.where(turns, 0, first)
         positions = self._positions(done[:, None], first[:, None] + torch.arange(rows.shape[1]))
-        self.logits = model.head(last(self._extend(rows, positions, counts), counts))
-        return self.logits
+        hidden = last(self._extend(rows, positions, counts), counts)
+        return model.head(hidden)  # type: ignore[no-any-return]
 
     def _append(self, tokens: Tensor, counts: Tensor) -> Tensor:
         model, size = self._model, self._size
@@ -91,7 +88,7 @@ class CATDecoding(Decoding):
         total = offset + counts
         # Each chunk's tokens from its begin on, those before the extension included.
         chunks = torch.cat((self._chunk, self._chunk.new_zeros((batch, longest))), dim=1)
-        chunks.scatter_(1, offset[:, None] + torch.arange(longest), tokens.long())
+        chunks[torch.arange(batch)[:, None], offset[:, None] + torch.arange(longest)] = tokens
 
         number = total // size + 1
         first = number.cumsum(0) - number
@@ -235,4 +232,5 @@ class _Forks(NamedTuple):
     def chunk(self, total: Tensor, size: int) -> Tensor:
         """The tokens ``(B, C)`` of the chunk that ``total (B,)`` tokens reach into."""
         column = (total // size * size)[:, None] + torch.arange(size)
-        return self.chunks.gather(1, column.clamp(max=self.chunks.shape[1] - 1))
+        column = column.clamp(max=self.chunks.shape[1] - 1)
+        return self.chunks.gather(1, column.to(self.chunks.device))

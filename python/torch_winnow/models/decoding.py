@@ -28,6 +28,7 @@ __all__ = [
     "Decoding",
     "check_length",
     "check_lengths",
+    "check_sampling",
     "draw",
     "fork_blocks",
     "make_pool",
@@ -81,17 +82,31 @@ def check_lengths(
     batch, longest = prompt.shape
     if lengths is None:
         return torch.full((batch,), longest)
-    result = torch.as_tensor(lengths, device="cpu")
-    if result.is_floating_point() or result.shape != (batch,):
-        raise ValueError(
-            f"{name}: expected ({batch},) integers, one per row, got {tuple(result.shape)} "
-            f"{result.dtype}"
-        )
+    result = _one_per_sequence(name, lengths, batch)
     if batch and not 0 <= int(result.min()) <= int(result.max()) <= longest:
         raise ValueError(
             f"{name}: expected 0 to {longest}, the tokens of a row, got {result.tolist()}"
         )
+    return result
+
+
+def _one_per_sequence(name: str, values: Sequence[int] | Tensor, batch: int) -> Tensor:
+    """``(B,)`` int64 on the CPU."""
+    result = torch.as_tensor(values, device="cpu")
+    if result.shape != (batch,) or (batch and result.is_floating_point()):
+        raise ValueError(
+            f"{name}: expected ({batch},) integers, one per sequence, got {tuple(result.shape)} "
+            f"{result.dtype}"
+        )
     return result.long()
+
+
+def _check_ids(tokens: Tensor, shape: tuple[int, ...], expected: str) -> None:
+    if tokens.shape != shape or tokens.is_floating_point():
+        raise ValueError(
+            f"tokens: expected {expected} integer token ids, got {tuple(tokens.shape)} "
+            f"{tokens.dtype}"
+        )
 
 
 class Decoding(ABC):
@@ -115,9 +130,21 @@ class Decoding(ABC):
         # One view per layer, made once: indexing the pages costs as much as a small op.
         self._pages = list(zip(cache.pool.key_pages, cache.pool.value_pages, strict=True))
 
-    @abstractmethod
+    @torch.inference_mode()
     def step(self, tokens: Tensor) -> Tensor:
-        """Appends ``tokens (B,)`` and returns the new ``logits``."""
+        """Appends ``tokens (B,)`` and returns the new ``logits``.
+
+        A step that raises, for want of pages too, has appended nothing.
+
+        Raises:
+            ValueError: on tokens that are not ``(B,)`` integers, or a sequence that would become
+                longer than ``max_tokens``.
+        """
+        _check_ids(tokens, (len(self.lengths),), f"({len(self.lengths)},)")
+        self._settle(1)
+        self.logits = self._step(tokens.long())
+        self.lengths = self.lengths + 1
+        return self.logits
 
     @torch.inference_mode()
     def extend(self, tokens: Tensor, counts: Sequence[int] | Tensor | None = None) -> Tensor:
@@ -135,11 +162,7 @@ class Decoding(ABC):
                 sequence that would become longer than ``max_tokens``.
         """
         batch = len(self.lengths)
-        if tokens.dim() != 2 or tokens.shape[0] != batch or tokens.is_floating_point():
-            raise ValueError(
-                f"tokens: expected ({batch}, T) integer token ids, got {tuple(tokens.shape)} "
-                f"{tokens.dtype}"
-            )
+        _check_ids(tokens, (batch, *tokens.shape[1:2]), f"({batch}, T)")
         number = check_lengths(counts, tokens, "counts")
         if not number.any():
             return self.logits.unsqueeze(1).repeat(1, tokens.shape[1], 1)
@@ -147,7 +170,7 @@ class Decoding(ABC):
         self._settle(number)
         # What does not count may be anything, -1 too.
         own = torch.arange(tokens.shape[1]) < number[:, None]
-        after = self._append(torch.where(own, tokens, 0), number)
+        after = self._append(torch.where(own.to(tokens.device), tokens, 0).long(), number)
         if counts is not None:
             index = torch.arange(tokens.shape[1]).minimum(number[:, None] - 1).clamp(min=0)
             after = after[torch.arange(batch)[:, None], index]
@@ -166,13 +189,7 @@ class Decoding(ABC):
         """
         extension = self._extension
         least = self.lengths if extension is None else extension.before
-        wanted = torch.as_tensor(lengths, device="cpu")
-        if wanted.is_floating_point() or wanted.shape != self.lengths.shape:
-            raise ValueError(
-                f"lengths: expected ({len(least)},) integers, one per sequence, got "
-                f"{tuple(wanted.shape)} {wanted.dtype}"
-            )
-        wanted = wanted.long()
+        wanted = _one_per_sequence("lengths", lengths, len(least))
         if ((wanted < least) | (wanted > self.lengths)).any():
             raise ValueError(
                 f"lengths: only what the last extend appended can be taken back: expected at least "
@@ -195,13 +212,13 @@ class Decoding(ABC):
         cache = self.cache.fork(parents)
         self._settle(0)
         self.cache = cache
-        self._select(torch.as_tensor(parents))
+        self._select(torch.as_tensor(parents, dtype=torch.int64))
 
     def permute_(self, ancestors: Sequence[int] | Tensor) -> None:
         """Sequence i goes on as a copy of ``ancestors[i]``; as many as before, sharing pages."""
         self.cache.permute_(ancestors)
         self._settle(0)
-        self._select(torch.as_tensor(ancestors))
+        self._select(torch.as_tensor(ancestors, dtype=torch.int64))
 
     @property
     def cache_bytes(self) -> int:
@@ -209,6 +226,10 @@ class Decoding(ABC):
         pool = self.cache.pool
         pages = pool.key_pages.nbytes + pool.value_pages.nbytes
         return pages * (pool.num_blocks - pool.num_free_blocks) // max(1, pool.num_blocks)
+
+    @abstractmethod
+    def _step(self, tokens: Tensor) -> Tensor:
+        """Stores one token of each sequence; logits ``(B, V)`` after it."""
 
     @abstractmethod
     def _append(self, tokens: Tensor, counts: Tensor) -> Tensor:
@@ -276,12 +297,13 @@ class _Extension(NamedTuple):
     def logits_at(self, lengths: Tensor) -> Tensor:
         kept = lengths - self.before
         logits = self.after[torch.arange(len(kept)), (kept - 1).clamp(min=0)]
-        return torch.where((kept > 0)[:, None], logits, self.first)
+        return torch.where((kept > 0).to(logits.device)[:, None], logits, self.first)
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:
     """Rows ``index (B, T)`` of ``x (B, H, T, D)``."""
-    return x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+    index = index.to(x.device)[:, None, :, None]
+    return x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3]))
 
 
 def last(hidden: Tensor, counts: Tensor | None) -> Tensor:
@@ -299,11 +321,13 @@ def draw(logits: Tensor, temperature: float, generator: torch.Generator | None) 
     return probability.multinomial(1, generator=generator)[:, 0]
 
 
-def check_sampling(num_tokens: int, temperature: float) -> None:
+def check_sampling(num_tokens: int, temperature: float, draft_tokens: int = 1) -> None:
     if num_tokens < 0:
         raise ValueError(f"num_tokens: expected at least 0, got {num_tokens}")
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature: expected a finite number of at least 0, got {temperature}")
+    if draft_tokens < 1:
+        raise ValueError(f"draft_tokens: expected at least 1, got {draft_tokens}")
 
 
 @torch.inference_mode()

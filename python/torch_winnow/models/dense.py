@@ -20,7 +20,6 @@ from torch_winnow.models.decoding import (
     check_length,
     check_lengths,
     fork_blocks,
-    last,
     make_pool,
     sample,
 )
@@ -148,13 +147,10 @@ class DenseDecoding(Decoding):
         rows = model.rows(prompt)
         self.logits = model.head(self._prefill(rows, torch.arange(rows.shape[1]), lengths + 1))
 
-    @torch.inference_mode()
-    def step(self, tokens: Tensor) -> Tensor:
-        self._settle(1)
-        self.lengths = self.lengths + 1
+    def _step(self, tokens: Tensor) -> Tensor:
         rows = self._model.embedding(tokens).unsqueeze(1)
-        self.logits = self._model.head(last(self._extend(rows, self.lengths[:, None]), None))
-        return self.logits
+        positions = self.lengths[:, None] + 1
+        return self._model.head(self._extend(rows, positions)[:, -1])  # type: ignore[no-any-return]
 
     def _append(self, tokens: Tensor, counts: Tensor) -> Tensor:
         place = torch.arange(1, tokens.shape[1] + 1).minimum(counts[:, None])

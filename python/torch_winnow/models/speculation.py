@@ -81,9 +81,7 @@ def speculative_sample(
         >>> result.tokens.shape, result.calls < 20
         (torch.Size([2, 20]), True)
     """
-    check_sampling(num_tokens, temperature)
-    if draft_tokens < 1:
-        raise ValueError(f"draft_tokens: expected at least 1, got {draft_tokens}")
+    check_sampling(num_tokens, temperature, draft_tokens)
     if not torch.equal(target.lengths, draft.lengths):
         raise ValueError(
             f"draft: expected the target's sequences, of {target.lengths.tolist()} tokens, got "
@@ -102,7 +100,7 @@ def speculative_sample(
         begin = decoding.lengths - start
         counts = (end - begin).clamp(min=0)
         index = begin[:, None] + torch.arange(int(counts.max()))
-        return tokens.gather(1, index.clamp(max=num_tokens - 1)), counts
+        return tokens[torch.arange(batch)[:, None], index.clamp(max=num_tokens - 1)], counts
 
     tokens[:, 0] = draw(target.logits, temperature, generator)
     made = torch.ones(batch, dtype=torch.int64)
@@ -120,10 +118,11 @@ def speculative_sample(
             draft_logits,
             logits,
             temperature=temperature,
-            lengths=lengths,
+            lengths=lengths.to(logits.device),
             generator=generator,
         )
-        kept = torch.where(active, step.accepted + 1, 0)
+        found = torch.where(active, step.accepted.cpu(), 0)
+        kept = found + active
         target.truncate_(before + kept)
         column = torch.arange(step.tokens.shape[1])
         row, place = (column < kept[:, None]).nonzero(as_tuple=True)
@@ -131,7 +130,7 @@ def speculative_sample(
         made = made + kept
         calls += 1
         drafted += lengths
-        accepted += torch.where(active, step.accepted, 0)
+        accepted += found
     draft.extend(*pending(draft, torch.full_like(made, num_tokens - 1)))
     return Speculation(tokens, calls, drafted, accepted)
 

@@ -40,7 +40,8 @@ def _attend(
     # A key whose value is infinite or NaN counts for the rows that see it alone: 0 * NaN is NaN.
     for i in (~finite.all(-1)).flatten(0, 1).any(0).nonzero().flatten().tolist():
         rest = torch.where(finite[:, :, i], 0.0, v[:, :, i])
-        out = out + torch.where(mask[:, i, None], weights[..., i, None] * rest[:, :, None], 0.0)
+        seen = mask[:, i, None] & some  # a row whose scores are all -inf stays zero
+        out = out + torch.where(seen, weights[..., i, None] * rest[:, :, None], 0.0)
     lse = torch.where(some, top + total.log(), -torch.inf).squeeze(-1)
     return (out.to(query.dtype), lse) if return_lse else out.to(query.dtype)
 
