@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torch_winnow import reference
+from torch_winnow._kvcache import compaction
 from torch_winnow.kvcache import (
     BlockPool,
     BlockPoolExhausted,
@@ -129,6 +130,23 @@ def test_shared_blocks_are_left_alone():
     assert twin.block_table[0, 0] == table[0, 0]
     assert twin.block_table[1, 0] == table[1, 0]
     assert pool.num_free_blocks == 24 - 4 - 2 - 2
+
+
+def test_rows_may_move_in_any_order(monkeypatch):
+    """Rows move at the same time: none reads a block that another one writes to."""
+    twin = filled(make_pool(), 15).fork([0, 0, 0])
+    keep = torch.tensor([[1, 2, 3, 4, 5, 6], [9, 10, 11, 12, 13, 14], [2, 4, 6, 8, 10, 12]])
+    expected = kept_of(snapshot(twin), keep)
+    move = torch.ops.winnow.compact_pages_
+
+    def last_row_first(pages, source, target, keep):
+        for row in (2, 1, 0):
+            one = slice(row, row + 1)
+            move(pages, source[one], target[one], keep[:, one].contiguous())
+
+    monkeypatch.setattr(compaction, "_compact_pages_", last_row_first)
+    twin.compact_(keep)
+    holds(twin, expected)
 
 
 def test_registered_prefixes_stay_what_they_are():

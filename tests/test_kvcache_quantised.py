@@ -14,7 +14,6 @@ from torch_winnow.kvcache import (
     BlockPool,
     PagedKVCache,
     block_summaries,
-    merge_similar_,
     paged_attention,
 )
 from torch_winnow.reference.quantised import code_scale, paged_quantise_
@@ -439,17 +438,6 @@ def test_refusals_of_writes():
     refuses("dtype: expected .* int8 or float8_e4m3fn, got torch.uint8", lambda: make_pool(
         torch.uint8
     ))  # fmt: skip
-
-
-@codes
-def test_what_would_quantise_anew_is_refused(code):
-    pool = BlockPool(
-        2, num_layers=1, num_kv_heads=2, head_dim=8, block_size=4, dtype=code, key_bias=True
-    )
-    cache = PagedKVCache(pool, 1)
-    cache.append(0, *tokens_of(1, 3))
-    refuses("compact_: expected a pool of floating", lambda: cache.compact_(torch.tensor([[0, 2]])))
-    refuses("merge_similar_: expected a pool of fl", lambda: merge_similar_(cache, threshold=0.9))
 
 
 def test_refusals_of_attention():

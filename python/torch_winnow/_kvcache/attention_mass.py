@@ -26,6 +26,7 @@ def attention_mass(
     sinks: int = 0,
     key_bias: Tensor | None = None,
     scale: float | None = None,
+    key_scales: Tensor | None = None,
 ) -> Tensor:
     """The probability that each stored key receives, summed over queries and heads of its group.
 
@@ -42,6 +43,8 @@ def attention_mass(
         lse: ``(B, Hq, T)`` as :func:`paged_attention` returns it for the same query and mask, which
             saves a pass over the keys. Default: computed here.
         causal, window, sinks, key_bias, scale: as in :func:`paged_attention`.
+        key_scales: ``(num_blocks, Hkv)`` float32, those of quantised pages, whose blocks become
+            float32 for this, in memory that is given back at the end.
 
     Returns:
         ``(B, Hkv, max_blocks * block_size)`` float32 (float64 for float64), by position; 0 for
@@ -59,6 +62,16 @@ def attention_mass(
         tensor([[[1.6667, 1.6667, 0.6667, 0.0000]]])
     """
     refuse_gradients(query=query, key_pages=key_pages, lse=lse, key_bias=key_bias)
+    quantised = key_pages.dtype in (torch.int8, torch.float8_e4m3fn)
+    if (key_scales is not None) != quantised:
+        raise ValueError(
+            "key_scales: expected those of quantised pages (int8 or float8_e4m3fn) and None of "
+            f"others, got {'None' if key_scales is None else 'a tensor'} for {key_pages.dtype}"
+        )
+    if key_scales is not None:
+        query, key_pages, block_table, key_bias = _dequantised(
+            query, key_pages, block_table, key_bias, key_scales
+        )
     if lse is None:
         # Attention to values of no dimensions: one read of the keys.
         _, lse = paged_attention(
@@ -79,6 +92,33 @@ def attention_mass(
     return _attention_mass(  # type: ignore[no-any-return]
         query, key_pages, block_table, seq_lens, lse, causal, window, sinks, key_bias, scale
     )
+
+
+def _dequantised(
+    query: Tensor,
+    key_pages: Tensor,
+    block_table: Tensor,
+    key_bias: Tensor | None,
+    key_scales: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The query, and the blocks that the table names, in float32; the table and bias of those."""
+    if query.dtype == torch.float64:
+        raise ValueError(
+            "query: expected float32, bfloat16 or float16 over quantised pages, got float64"
+        )
+    if key_scales.shape != key_pages.shape[:2] or key_scales.dtype != torch.float32:
+        raise ValueError(
+            f"key_scales: expected (num_blocks, Hkv) = {tuple(key_pages.shape[:2])} float32 as in "
+            f"the pages, got {tuple(key_scales.shape)} of {key_scales.dtype}"
+        )
+    present = (block_table >= 0) & (block_table < len(key_pages))
+    named = torch.where(present, block_table, 0).flatten().long()
+    numbers = key_pages[named].float() * key_scales[named][..., None, None]
+    places = torch.arange(named.numel(), dtype=torch.int32, device=block_table.device)
+    table = torch.where(present, places.view(block_table.shape), -1)
+    if key_bias is not None:
+        key_bias = key_bias.broadcast_to(key_pages.shape[:3])[named]
+    return query.float(), numbers, table, key_bias
 
 
 @torch.library.register_fake("winnow::attention_mass")

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from torch_winnow import _library  # noqa: F401  (registers the operators)
 from torch_winnow._fake import check_same_device
+from torch_winnow._kvcache import pages
 from torch_winnow._kvcache.mirror import sent
 
 if TYPE_CHECKING:
@@ -20,7 +21,6 @@ _compact_pages_ = torch.ops.winnow.compact_pages_
 
 def compact(cache: PagedKVCache, keep: Tensor) -> None:
     """Keep the tokens at ``keep``; all checks come first."""
-    cache.pool._refuse_codes("compact_")
     keep = _checked(cache, keep)
     held = keep >= 0
     lengths = held.sum(-1)
@@ -34,17 +34,40 @@ def compact(cache: PagedKVCache, keep: Tensor) -> None:
     place = torch.arange(keep.shape[3])
     moves = (held & (keep != place)).any(0).any(1)
     targets = torch.where(moves, place, -1)
-    before = cache.block_table.clone()
     pool = cache.pool
     with pool._lock:
+        # From here on a row shares no block that any row writes to.
         cache._claim(targets)
+        table = cache.block_table
         keep = sent(keep, pool.device)
-        for pages in (pool.key_pages, pool.value_pages):
-            _compact_pages_(pages, before, cache.block_table, keep)
+        if pool.quantised:
+            _requantise(cache, keep, targets)
+        else:
+            for moved in (pool.key_pages, pool.value_pages):
+                _compact_pages_(moved, table, table, keep)
         if pool.key_bias is not None:
-            _compact_pages_(pool.key_bias[..., None], before, cache.block_table, keep)
+            _compact_pages_(pool.key_bias[..., None], table, table, keep)
         cache.truncate_(lengths[0, :, 0])
         cache._written(targets)
+
+
+def _requantise(cache: PagedKVCache, keep: Tensor, targets: Tensor) -> None:
+    """Store the kept tokens at their places anew: blocks have scales of their own."""
+    pool, table = cache.pool, cache.block_table
+    if not (targets >= 0).any():
+        return
+    position = keep.clamp(min=0).expand(pool.num_layers, -1, pool.num_kv_heads, -1)
+    row = torch.arange(cache.batch_size, device=keep.device)[:, None, None]
+    head = torch.arange(pool.num_kv_heads, device=keep.device)[:, None]
+    anew = cache._begun(targets)
+    for layer, at in enumerate(position):
+        block = table[row, at // pool.block_size].clamp(min=0).long()
+        key, value = (
+            codes[block, head, at % pool.block_size].float() * scales[block, head][..., None]
+            for codes, scales in zip(pool._layers[layer], pool._scales[layer], strict=True)
+        )
+        pages.start_anew(pool, layer, anew)
+        pages.store(pool, layer, key, value, cache._mirror, targets)
 
 
 def _checked(cache: PagedKVCache, keep: Tensor) -> Tensor:

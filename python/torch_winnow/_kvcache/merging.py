@@ -6,12 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torch_winnow import _library  # noqa: F401  (registers the operators)
+from torch_winnow._kvcache import pages
 from torch_winnow._kvcache.arguments import integer
 from torch_winnow._kvcache.storage import PagedKVCache
-
-# Bound once: a look-up through torch.ops costs as much as a small op.
-_paged_write_ = torch.ops.winnow.paged_write_
 
 
 def similar_runs(key: Tensor, lengths: Tensor, *, threshold: float, recent: int = 0) -> Tensor:
@@ -161,6 +158,7 @@ def merge_similar_(
     then needs its bias: ``paged_attention(..., key_bias=cache.pool.key_bias[layer])``. Heads and
     layers find different numbers of runs but share the row's length: where there are fewer, the row
     ends with tokens that a bias of -inf hides. Blocks that other rows hold are left as they are.
+    In a quantised pool what follows the first merged token is quantised anew.
 
     Args:
         cache: on a pool with ``key_bias=True``; all layers must have stored the same tokens.
@@ -175,8 +173,7 @@ def merge_similar_(
     Raises:
         BlockPoolExhausted: if shared blocks must be copied and the pool has too few; nothing has
             changed then.
-        ValueError: on a pool without biases or with quantised pages, a wrong argument, or layers
-            that are behind.
+        ValueError: on a pool without biases, a wrong argument, or layers that are behind.
 
     Example:
         >>> import torch
@@ -195,7 +192,6 @@ def merge_similar_(
     pool, lengths = cache.pool, cache.seq_lens
     if pool.key_bias is None:
         raise ValueError("cache: expected a pool made with key_bias=True, which merged tokens need")
-    pool._refuse_codes("merge_similar_")
     if not cache._native.even():
         raise ValueError("cache: every layer must have stored the same tokens before they merge")
     tokens = int(lengths.max()) if cache.batch_size > 0 else 0
@@ -206,15 +202,20 @@ def merge_similar_(
             f"of at least {tokens}, got {tuple(mass.shape)}"
         )
 
-    def stored(pages: Tensor) -> Tensor:
-        """``(B, Hkv, tokens, D)`` of one layer's pages."""
+    def stored(of_blocks: Tensor, scales: Tensor | None = None) -> Tensor:
+        """``(B, Hkv, tokens, D)`` of one layer's pages, in float32 where they hold codes."""
         table = cache.block_table.clamp(min=0).long()
-        return pages[table].transpose(1, 2).flatten(2, 3)[:, :, :tokens]
+        numbers = of_blocks[table]
+        if scales is not None:
+            numbers = numbers.float() * scales[table][..., None, None]
+        return numbers.transpose(1, 2).flatten(2, 3)[:, :, :tokens]
 
     runs = torch.stack(
         [
-            similar_runs(stored(key_pages), lengths, threshold=threshold, recent=recent)
-            for key_pages in pool.key_pages
+            similar_runs(
+                stored(key_pages, *scales[:1]), lengths, threshold=threshold, recent=recent
+            )
+            for (key_pages, _), scales in zip(pool._layers, pool._scales, strict=True)
         ]
     )
     place = torch.arange(tokens, device=runs.device)
@@ -226,12 +227,13 @@ def merge_similar_(
     targets = torch.where(changes & (place < kept[:, None]), place, -1)
     targets = targets[:, : int(kept.max()) if kept.numel() > 0 else 0].cpu().contiguous()
     with pool._lock:
-        if cache._claim(targets):
-            cache._copy()
-        for layer, (key_pages, value_pages) in enumerate(pool._layers):
+        cache._claim(targets)
+        anew = cache._begun(targets)
+        for layer, (of_blocks, scales) in enumerate(zip(pool._layers, pool._scales, strict=True)):
+            key, value = map(stored, of_blocks, scales or (None, None))
             key, value, bias = merge_runs(
-                stored(key_pages),
-                stored(value_pages),
+                key,
+                value,
                 runs[layer],
                 key_bias=stored(pool.key_bias[layer, ..., None])[..., 0],
                 mass=None if mass is None else mass[layer, :, :, :tokens],
@@ -241,8 +243,8 @@ def merge_similar_(
             source = torch.minimum(place[: targets.shape[1]], last)[..., None]
             key, value = (x.gather(2, source.expand(-1, -1, -1, x.shape[3])) for x in (key, value))
             bias = F.pad(bias, (0, targets.shape[1] - bias.shape[2]), value=-torch.inf)
-            where = cache.block_table, cache._mirror.positions(targets)
-            _paged_write_(key_pages, value_pages, key, value, *where)
-            cache._store_bias(layer, targets, bias)
+            pages.start_anew(pool, layer, anew)
+            pages.store(pool, layer, key, value, cache._mirror, targets)
+            pages.store_bias(pool, layer, cache._mirror, targets, bias)
         cache.truncate_(kept)
         cache._written(targets)

@@ -152,13 +152,6 @@ class BlockPool:
         """Whether pages hold codes, to be multiplied by scales."""
         return self.dtype in _QUANTISED
 
-    def _refuse_codes(self, operation: str) -> None:
-        if self.quantised:
-            raise ValueError(
-                f"{operation}: expected a pool of floating numbers, because tokens would have to "
-                f"be quantised anew, got {self.dtype}"
-            )
-
     def _pages(self) -> dict[str, Tensor]:
         """Everything that a block owns, ``(num_layers, num_blocks, ...)`` each, by its name."""
         names = ("key_pages", "value_pages", "key_scales", "value_scales", "summaries", "key_bias")

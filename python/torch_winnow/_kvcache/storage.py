@@ -9,27 +9,15 @@ import torch
 from torch import Tensor
 
 from torch_winnow import _core
-from torch_winnow._fake import check_same_device
+from torch_winnow._kvcache import pages
 from torch_winnow._kvcache.arguments import integer, integers, refuse_gradients
 from torch_winnow._kvcache.compaction import compact
 from torch_winnow._kvcache.mirror import TableMirror, sent
 from torch_winnow._kvcache.pool import BlockPool
 
-# Bound once: a look-up through torch.ops costs as much as a small op.
-_paged_write_ = torch.ops.winnow.paged_write_
-_paged_quantise_ = torch.ops.winnow.paged_quantise_
-_copy_blocks_ = torch.ops.winnow.copy_blocks_
-_update_block_summaries_ = torch.ops.winnow.update_block_summaries_
-
 # What CacheTable.append reports.
 _COPIES, _RESHAPED, _FRESH, _MOVED = 1, 2, 4, 8
 _TO_QUANTISE = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def _mark_written(*pages: Tensor) -> None:
-    # Autograd has to see that what it saved for a backward pass has changed.
-    if not pages[0].is_inference():
-        torch.autograd.graph.increment_version(pages)
 
 
 class PagedKVCache:
@@ -150,7 +138,8 @@ class PagedKVCache:
             if changes & _COPIES:
                 self._copy()
             if changes & _FRESH and pool.quantised:
-                self._start_anew()
+                fresh = sent(torch.tensor(self._native.fresh), pool.device)
+                pages.start_anew(pool, slice(None), fresh)
             self._store(layer, key, value, positions)
 
     def write(self, layer: int, key: Tensor, value: Tensor, positions: Tensor) -> None:
@@ -237,7 +226,8 @@ class PagedKVCache:
         The kept tokens move to positions 0, 1, ... of their row; blocks that others hold too are
         left as they are. Keys keep the rotation of the position at which they were stored, so a
         model with rotary embeddings goes on counting its own positions: ``seq_lens`` is no longer
-        the number of tokens seen, and a ``window`` counts stored tokens.
+        the number of tokens seen, and a ``window`` counts stored tokens. In a quantised pool what
+        moves is quantised anew where it arrives.
 
         Args:
             keep: positions, ascending, padded with -1 at the end: ``(B, K)``, per key head
@@ -247,7 +237,7 @@ class PagedKVCache:
         Raises:
             BlockPoolExhausted: if shared blocks must be replaced and the pool has too few.
             ValueError: on a wrong shape, dtype or position, on different counts within a row,
-                while some layer has stored less than the others, and of a quantised pool.
+                or while some layer has stored less than the others.
 
         Example:
             >>> import torch
@@ -364,78 +354,34 @@ class PagedKVCache:
         )
 
     def _copy(self) -> None:
-        pool = self.pool
-        source, target = (sent(torch.tensor(x), pool.device) for x in self._native.copies())
-        _copy_blocks_(pool.key_pages, pool.value_pages, source, target)
-        _mark_written(pool.key_pages, pool.value_pages)
-        for name, pages in pool._pages().items():
-            if name not in ("key_pages", "value_pages"):
-                pages[:, target] = pages[:, source]
-
-    def _start_anew(self) -> None:
-        # What a block's last owner needed is no measure for the next one.
-        fresh = sent(torch.tensor(self._native.fresh), self.pool.device)
-        for scales in (self.pool.key_scales, self.pool.value_scales):
-            assert scales is not None
-            scales[:, fresh] = 0
+        pages.copy_blocks(self.pool, *self._native.copies())
 
     def _store(self, layer: int, key: Tensor, value: Tensor, positions: Tensor) -> None:
-        pages, scales = self.pool._layers[layer], self.pool._scales[layer]
-        where = self._mirror.table, self._mirror.positions(positions)
-        if scales:
-            _paged_quantise_(*pages, *scales, key, value, *where)
-        else:
-            _paged_write_(*pages, key, value, *where)
-        _mark_written(*pages, *scales)
-        self._store_bias(layer, positions)
-        self._summarise(layer, positions)
+        pages.store(self.pool, layer, key, value, self._mirror, positions)
+        pages.store_bias(self.pool, layer, self._mirror, positions)
+        pages.summarise(self.pool, layer, self._mirror, positions)
 
-    def _claim(self, positions: Tensor) -> bool:
-        """Make the blocks of positions, -1 for none, this cache's; whether it has new ones.
+    def _claim(self, positions: Tensor) -> None:
+        """Make the blocks of positions, -1 for none, this cache's, with all that they hold.
 
         Called with the pool's lock, which is held until the tokens are stored.
         """
         self._check_not_waiting()
-        positions = positions.contiguous()
         arguments = 0, positions.shape[1], positions.data_ptr(), True
-        fresh = self.pool._with_room(self, self._native.write, *arguments)
-        if fresh:
+        if self.pool._with_room(self, self._native.write, *arguments):
             self._mirror.follow()
-        return fresh
+            self._copy()
+
+    def _begun(self, positions: Tensor) -> Tensor:
+        """The blocks whose first slot is at one of ``positions``: 0, 1, ... in order, or -1."""
+        firsts = sent(positions[:, :: self.pool.block_size] >= 0, self.pool.device)
+        return self.block_table[:, : firsts.shape[1]][firsts]
 
     def _written(self, positions: Tensor) -> None:
         """Tell autograd and the summaries of all layers what has been stored."""
-        _mark_written(self.pool.key_pages, self.pool.value_pages)
+        pages.mark_written(self.pool.key_pages, self.pool.value_pages)
         for layer in range(self.pool.num_layers):
-            self._summarise(layer, positions)
-
-    def _store_bias(self, layer: int, positions: Tensor, bias: Tensor | None = None) -> None:
-        """The bias ``(B, Hkv, T)`` of the tokens at ``positions``; 0, that of one token."""
-        if self.pool.key_bias is None:
-            return
-        pages = self.pool.key_bias[layer, ..., None]
-        if bias is None:
-            bias = pages.new_zeros(()).expand(self.batch_size, self._heads, positions.shape[1])
-        # Keys of one dimension and values of none.
-        tokens = bias[..., None]
-        where = self._mirror.table, self._mirror.positions(positions)
-        _paged_write_(pages, pages[..., :0], tokens, tokens[..., :0], *where)
-        _mark_written(self.pool.key_bias)
-
-    def _summarise(self, layer: int, positions: Tensor) -> None:
-        """Describe the blocks anew whose tokens at ``positions`` have been stored."""
-        summaries = self.pool.summaries
-        if summaries is None:
-            return
-        _update_block_summaries_(
-            summaries[layer],
-            self.pool._layers[layer][0],
-            self._mirror.table,
-            self._mirror.lengths,
-            self._mirror.positions(positions),
-            *self.pool._scales[layer][:1],
-        )
-        _mark_written(summaries)
+            pages.summarise(self.pool, layer, self._mirror, positions)
 
     def _check_not_waiting(self) -> None:
         if self._waits:
@@ -472,37 +418,3 @@ class PagedKVCache:
 
     def __repr__(self) -> str:
         return f"PagedKVCache({self.pool!r}, batch_size={self.batch_size})"
-
-
-@torch.library.register_fake("winnow::paged_write_")
-def _(
-    key_pages: Tensor,
-    value_pages: Tensor,
-    key: Tensor,
-    value: Tensor,
-    block_table: Tensor,
-    positions: Tensor,
-) -> None:
-    check_same_device(key_pages=key_pages, value_pages=value_pages, key=key, value=value)
-    check_same_device(key_pages=key_pages, block_table=block_table, positions=positions)
-
-
-@torch.library.register_fake("winnow::paged_quantise_")
-def _(
-    key_pages: Tensor,
-    value_pages: Tensor,
-    key_scales: Tensor,
-    value_scales: Tensor,
-    key: Tensor,
-    value: Tensor,
-    block_table: Tensor,
-    positions: Tensor,
-) -> None:
-    check_same_device(key_pages=key_pages, value_pages=value_pages, key=key, value=value)
-    check_same_device(key_pages=key_pages, key_scales=key_scales, value_scales=value_scales)
-    check_same_device(key_pages=key_pages, block_table=block_table, positions=positions)
-
-
-@torch.library.register_fake("winnow::copy_blocks_")
-def _(key_pages: Tensor, value_pages: Tensor, source: Tensor, target: Tensor) -> None:
-    check_same_device(key_pages=key_pages, value_pages=value_pages, source=source, target=target)

@@ -79,11 +79,14 @@ def attention_mass(
     sinks: int = 0,
     key_bias: Tensor | None = None,
     scale: float | None = None,
+    key_scales: Tensor | None = None,
 ) -> Tensor:
     """The columns of the softmax, summed over the queries and heads of a group."""
     batch, heads, queries, dim = query.shape
     blocks, key_heads, block_size, _ = key_pages.shape
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    if key_scales is not None:
+        key_pages = key_pages.to(wide) * key_scales[..., None, None]
     scale = dim**-0.5 if scale is None else scale
     tokens = block_table.shape[1] * block_size
     mass = torch.zeros(batch, key_heads, tokens, dtype=wide, device=query.device)
