@@ -23,6 +23,7 @@ import torch.nn.functional as F
 
 from gpu_bench_attention import block_diagonal_attention, cat_attention, chunk_attention
 from gpu_bench_memory import block_selection, gather_particles, paged_write
+from gpu_bench_pages import attention_mass, quantised_decode
 from gpu_case import DEVICE, Case, close, compiled, scaled
 from gpu_timing import limits, rotation, seconds
 from torch_winnow import kvcache, reference, resampling, unmasking
@@ -311,6 +312,8 @@ CASES = (
     soft_embedding,
     unmask_step,
     paged_decode,
+    quantised_decode,
+    attention_mass,
     paged_write,
     block_selection,
     gather_particles,

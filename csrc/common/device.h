@@ -4,9 +4,8 @@
 // kernel therefore uses these names only, never threadIdx, __shared__ or <<<>>>.
 //
 //   WINNOW_KERNEL(threads), WINNOW_DEVICE     qualifiers; blocks are one-dimensional
-//   WINNOW_CALLED                             a device function that is called, not inlined: what
-//   is
-//                                             large and used in many places makes compiling slow
+//   WINNOW_CALLED                             a device function that is called, not inlined, since
+//                                             it is large, and used in many places
 //   thread_index() block_index() block_index_y() lane_index() warp_index()
 //   Global<T>, Shared<T>                      pointers; plain ones under nvcc. Read an element into
 //                                             a typed variable (never `auto x = p[i]`)
@@ -14,9 +13,8 @@
 //   dynamic_shared<T>(offset, count)          a piece, from a byte offset on, of Grid::shared_bytes
 //   block_sync() warp_sync(mask)
 //   block_any(flag)                           a barrier that says whether any thread's flag is set
-//   blocks_sync(counter, blocks)              a barrier of that many blocks of launch_together,
-//   which
-//                                             name the same counter: one uint32_t, zero at launch
+//   blocks_sync(counter, blocks)              a barrier of that many blocks of launch_together
+//                                             that name the same counter: a uint32_t, 0 at launch
 //   shuffle(mask, value, lane) shuffle_xor(mask, value, offset) shuffle_up(mask, value, offset)
 //   ballot(mask, flag)
 //   atomic_add(pointer, value) atomic_or(pointer, bits)
@@ -42,9 +40,8 @@
 //
 // For launchers:
 //   launch(name, kernel, Grid{x, y}, threads, stream, arguments...)
-//   launch_together(...)                      the same, all blocks being on the GPU at once; there
-//   is
-//                                             room for blocks_at_once(name, kernel, threads)
+//   launch_together(...)                      the same, all blocks being on the GPU at once, which
+//                                             has room for blocks_at_once(name, kernel, threads)
 //   zeroed<T>(name, tensor, stream)           global<T>, after zeros have been written
 //   Stream stream(tensor)                     the current stream of the tensor's device, made
 //                                             current; every operator has one before its pointers

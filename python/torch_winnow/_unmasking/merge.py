@@ -95,7 +95,7 @@ def merge_logit_stats(parts: Sequence[LogitStats]) -> LogitStats:
 
 def _differ(seed: Tensor | None, other: Tensor | None) -> bool:
     """Whether two seeds are known to differ: one on a GPU is not waited for."""
-    if seed is None or other is None or torch.compiler.is_compiling():
+    if seed is other or seed is None or other is None or torch.compiler.is_compiling():
         return False
     return seed.is_cpu and other.is_cpu and int(seed) != int(other)
 
