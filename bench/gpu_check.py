@@ -98,7 +98,7 @@ def cuda_tests() -> list[str]:
         for path in sorted((ROOT / "tests").glob("test_*.py"))
         if re.search(r"def test_\w+\([^)]*\bdevice\b", path.read_text())
     ]
-    return ["tests/native", "tests/test_cuda_build.py", *shared, "-k", "cuda or emulator"]
+    return ["tests/native", "tests/test_cuda_build.py", *shared, "-k", "cuda or emulator or gpu"]
 
 
 def steps(out: Path, gpu: bool) -> list[Step]:

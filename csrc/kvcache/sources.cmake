@@ -23,7 +23,6 @@ list(APPEND WINNOW_CUDA_SOURCES
   csrc/kvcache/attention_mass.cu
   csrc/kvcache/block_scores.cu
   csrc/kvcache/block_summaries.cu
-  csrc/kvcache/compact_pages.cu
   csrc/kvcache/paged_attention.cu
   csrc/kvcache/paged_quantise.cu
   csrc/kvcache/paged_write.cu
