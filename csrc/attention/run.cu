@@ -1,9 +1,11 @@
 // The attention operators on the GPU, which differ from the CPU's in the loops behind them alone,
-// in one unit: each would cost the compiler its headers. And what they share: the device of
-// operands, and where packed sequences begin. Lengths stay on the device, so they are not checked
-// there: they are brought into range, so that nothing outside of the tensors is read.
+// in one unit: each would cost the compiler its headers. And the forward of any pattern, the device
+// of operands, and where packed sequences begin. Lengths stay on the device, so they are not
+// checked there: they are brought into range, so that nothing outside of the tensors is read.
 #include "attention/run.h"
 
+#include "attention/attention_call.h"
+#include "attention/attention_forward_kernel.cuh"
 #include "attention/block_diagonal_attention.h"
 #include "attention/cat_attention.h"
 #include "attention/chunk_attention.h"
@@ -72,6 +74,23 @@ Tensor read_sequences(const Tensor& cu_seqlens, const Pattern& options) {
   };
   cu_seqlens.scalar_type() == ScalarType::Int ? run(int32_t{}) : run(int64_t{});
   return table;
+}
+
+std::tuple<Tensor, Tensor> run_forward(const AttentionProblem& problem, const Operands& operands) {
+  const Tensor& query = operands.query;
+  const Stream stream(query);
+  Tensor out = empty(shape(query), query.scalar_type(), query);
+  Tensor lse = empty(leading_shape(query), statistics_dtype(query), query);
+  if (lse.numel() == 0) return {out, lse};
+  dispatch_shape(problem, query, [&](auto zero, auto dim) {
+    using T = decltype(zero);
+    using Shape = ForwardShape<T, dim()>;
+    const int64_t tiles = ceil_div<int64_t>(problem.pattern.rows, Shape::kRows);
+    launch("attention_forward", attention_forward<T, dim()>,
+           {tiles * problem.batch * problem.query_heads, 1, Shape::kSharedBytes}, Shape::kThreads,
+           stream, call_of<T>(problem, operands), global<T>(out), global<Accumulator<T>>(lse));
+  });
+  return {out, lse};
 }
 
 }  // namespace winnow

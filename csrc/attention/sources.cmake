@@ -12,7 +12,6 @@ list(APPEND WINNOW_SIMD_SOURCES
 )
 list(APPEND WINNOW_CUDA_SOURCES
   csrc/attention/attention_backward.cu
-  csrc/attention/attention_forward.cu
-  csrc/attention/merge_attention.cu
   csrc/attention/run.cu
+  csrc/attention/merge_attention.cu
 )

@@ -106,12 +106,6 @@ void check_pages(const char* name, const Tensor& pages, ScalarType dtype) {
   check_last_contiguous(name, pages);
 }
 
-void check_integers(const char* name, const Tensor& tensor) {
-  check_device(name, tensor);
-  check_dtype(name, tensor, ScalarType::Int);
-  check_last_contiguous(name, tensor);
-}
-
 KeyBias key_bias_of(const std::optional<Tensor>& bias, const Tensor& key_pages,
                     const Tensor& query) {
   KeyBias result = {};
@@ -194,9 +188,7 @@ std::tuple<Tensor, Tensor> paged_attention_cuda(
   WINNOW_CHECK(block_table.dim() == 2 && block_table.size(0) == batch,
                "block_table: expected (B, max_blocks) with B=", batch, " as in query, got ",
                shape_of(block_table));
-  check_integers("seq_lens", seq_lens);
-  WINNOW_CHECK(seq_lens.dim() == 1 && seq_lens.size(0) == batch,
-               "seq_lens: expected (B,) with B=", batch, " as in query, got ", shape_of(seq_lens));
+  check_lengths(seq_lens, batch, "query");
   WINNOW_CHECK(!window || *window >= 1, "window: expected at least 1, got ", window.value_or(0));
   WINNOW_CHECK(sinks >= 0, "sinks: expected at least 0, got ", sinks);
   const bool shared = block_indices && block_indices->dim() == 2;

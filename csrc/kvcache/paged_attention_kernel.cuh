@@ -9,7 +9,7 @@
 #include <cmath>
 #include <type_traits>
 
-#include "common/device.h"
+#include "kvcache/block_table.cuh"
 #include "kvcache/codes.h"
 
 namespace winnow {
@@ -152,9 +152,7 @@ WINNOW_DEVICE void store_out(const PagedCall<T, Real>& call, int64_t at, Real x)
 
 template <typename T, typename Real>
 WINNOW_DEVICE int64_t length_of(const PagedCall<T, Real>& call, int64_t batch) {
-  const int64_t most = call.table_width * call.block_size;
-  const int64_t length = static_cast<int32_t>(call.seq_lens[batch]);
-  return length < 0 ? 0 : length > most ? most : length;
+  return length_of(call.seq_lens, batch, call.table_width * call.block_size);
 }
 
 // Entries of the block list that a row of the batch has.

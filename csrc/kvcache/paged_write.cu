@@ -1,10 +1,11 @@
-// winnow::paged_write_ and winnow::copy_blocks_ on the GPU. A warp moves the bytes of one token of
-// one head, or of one slot of a block, keys and values alike. Positions and blocks stay on the
+// What moves bytes of pages on the GPU. Of winnow::paged_write_ a warp moves one token of one head,
+// of winnow::copy_blocks_ one slot of a block, keys and values alike; of winnow::compact_pages_ a
+// thread block moves the tokens of one head, row and layer. Positions and blocks stay on the
 // device, so what they hold is not checked: an index outside of the pages moves nothing.
 #include <algorithm>
 #include <initializer_list>
 
-#include "common/device.h"
+#include "kvcache/block_table.cuh"
 #include "kvcache/paged_write_arguments.h"
 
 namespace winnow {
@@ -12,6 +13,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
+constexpr int kTokens = 4;  // that a warp compacts at a turn
 
 // Both are moved as units of `Unit`, the largest that divides every stride. Strides in units.
 template <typename Unit>
@@ -107,6 +109,77 @@ copy_slots(Pages<Unit> keys, Pages<Unit> values, Copies copies) {
   move(values);
 }
 
+// Strides in units.
+template <typename Unit>
+struct Compaction {
+  Global<Unit> pages;  // (num_layers, num_blocks, Hkv, block_size, D)
+  int64_t stride[4];
+  int64_t units;
+  Global<const int64_t> keep;
+  int64_t keep_stride[3];  // layer, row, head; 0 where shared
+  int64_t kept;
+  Global<const int32_t> source_table;
+  int64_t source_stride;
+  int64_t source_width;
+  Global<const int32_t> target_table;
+  int64_t target_stride;
+  int64_t target_width;
+  int64_t num_blocks;
+  int64_t block_size;
+  int64_t heads;
+  int64_t rows;
+};
+
+// 32 tokens a turn: all are read before one is written. What a turn writes no later one reads,
+// because no token moves backwards.
+template <typename Unit>
+WINNOW_KERNEL(kThreads)
+compact(Compaction<Unit> call) {
+  const int64_t head = block_index() % call.heads;
+  const int64_t row = block_index() / call.heads % call.rows;
+  const int64_t layer = block_index() / call.heads / call.rows;
+  const auto list = call.keep + layer * call.keep_stride[0] + row * call.keep_stride[1] +
+                    head * call.keep_stride[2];
+  const auto pages = call.pages + layer * call.stride[0] + head * call.stride[2];
+  for (int64_t first = 0; first < call.kept; first += kWarps * kTokens) {
+    int64_t from[kTokens];
+    int64_t to[kTokens];
+#pragma unroll
+    for (int n = 0; n < kTokens; ++n) {
+      const int64_t i = first + warp_index() * kTokens + n;
+      const int64_t position = i < call.kept ? static_cast<int64_t>(list[i]) : -1;
+      from[n] = to[n] = -1;
+      if (position < i || position >= call.source_width * call.block_size ||
+          i >= call.target_width * call.block_size) {
+        continue;
+      }
+      const int64_t source = static_cast<int32_t>(
+          call.source_table[row * call.source_stride + position / call.block_size]);
+      const int64_t target =
+          static_cast<int32_t>(call.target_table[row * call.target_stride + i / call.block_size]);
+      if (source < 0 || source >= call.num_blocks || target < 0 || target >= call.num_blocks ||
+          (source == target && position == i)) {
+        continue;
+      }
+      from[n] = source * call.stride[1] + position % call.block_size * call.stride[3];
+      to[n] = target * call.stride[1] + i % call.block_size * call.stride[3];
+    }
+    for (int64_t unit = 0; unit < call.units; unit += kWarp) {
+      const int64_t u = unit + lane_index();
+      Unit held[kTokens];
+#pragma unroll
+      for (int n = 0; n < kTokens; ++n) {
+        if (to[n] >= 0 && u < call.units) held[n] = pages[from[n] + u];
+      }
+      block_sync();
+#pragma unroll
+      for (int n = 0; n < kTokens; ++n) {
+        if (to[n] >= 0 && u < call.units) pages[to[n] + u] = held[n];
+      }
+    }
+  }
+}
+
 // ---- launchers ----
 
 // Whether address, last dimension and every other stride are multiples of 16 bytes.
@@ -178,7 +251,7 @@ void paged_write_cuda(Tensor key_pages, Tensor value_pages, const Tensor& key, c
   check_dtype("value", value, value_pages.scalar_type());
   const int64_t rows = key.size(0);
   const int64_t tokens = key.size(2);
-
+  const Stream stream(key);
   const Positions where = {global<const int32_t>(block_table),
                            block_table.stride(0),
                            block_table.size(1),
@@ -189,7 +262,6 @@ void paged_write_cuda(Tensor key_pages, Tensor value_pages, const Tensor& key, c
                            key.size(1),
                            tokens,
                            rows * key.size(1) * tokens};
-  const Stream stream(key);
   dispatch_unit({&key, &key_pages, &value, &value_pages}, [&](auto zero) {
     using Unit = decltype(zero);
     launch("paged_write_", write_tokens<Unit>, {ceil_div<int64_t>(where.items, kWarps)}, kThreads,
@@ -224,6 +296,7 @@ void copy_blocks_cuda(Tensor key_pages, Tensor value_pages, const Tensor& source
   const int64_t count = source.size(0);
   WINNOW_CHECK(target.size(0) == count, "target: expected (copies,) = (", count,
                ",) as in source, got ", shape_of(target));
+  const Stream stream(key_pages);
   const Copies copies = {global<const int64_t>(source),
                          global<const int64_t>(target),
                          count,
@@ -231,11 +304,58 @@ void copy_blocks_cuda(Tensor key_pages, Tensor value_pages, const Tensor& source
                          key_pages.size(2),
                          key_pages.size(3),
                          key_pages.size(0) * count * key_pages.size(2) * key_pages.size(3)};
-  const Stream stream(key_pages);
   dispatch_unit({&key_pages, &value_pages}, [&](auto zero) {
     using Unit = decltype(zero);
     launch("copy_blocks_", copy_slots<Unit>, {ceil_div<int64_t>(copies.items, kWarps)}, kThreads,
            stream, pages_of<Unit>(key_pages), pages_of<Unit>(value_pages), copies);
+  });
+}
+
+void compact_pages_cuda(Tensor pages, const Tensor& source_table, const Tensor& target_table,
+                        const Tensor& keep) {
+  check_pool("pages", pages);
+  const int64_t layers = pages.size(0);
+  const int64_t heads = pages.size(2);
+  WINNOW_CHECK(pages.size(3) > 0, "pages: expected a block_size of at least 1, got ",
+               shape_of(pages));
+  check_device("keep", keep);
+  check_dtype("keep", keep, ScalarType::Long);
+  WINNOW_CHECK(keep.dim() == 4 && (keep.size(0) == layers || keep.size(0) == 1) &&
+                   (keep.size(2) == heads || keep.size(2) == 1),
+               "keep: expected (num_layers or 1, B, Hkv or 1, K) with num_layers=", layers,
+               " and Hkv=", heads, " as in pages, got ", shape_of(keep));
+  check_last_contiguous("keep", keep);
+  const int64_t rows = keep.size(1);
+  const auto check_rows = [&](const char* name, const Tensor& table) {
+    check_integers(name, table);
+    WINNOW_CHECK(table.dim() == 2 && table.size(0) == rows, name,
+                 ": expected (B, max_blocks) with B=", rows, " as in keep, got ", shape_of(table));
+  };
+  check_rows("source_table", source_table);
+  check_rows("target_table", target_table);
+  const Stream stream(pages);
+  dispatch_unit({&pages}, [&](auto zero) {
+    using Unit = decltype(zero);
+    Compaction<Unit> call = {};
+    call.pages = global<Unit>(pages);
+    for (int64_t d = 0; d < 4; ++d) call.stride[d] = in_units<Unit>(pages, pages.stride(d));
+    call.units = in_units<Unit>(pages, pages.size(4));
+    call.keep = global<const int64_t>(keep);
+    call.keep_stride[0] = keep.size(0) == 1 ? 0 : keep.stride(0);
+    call.keep_stride[1] = keep.stride(1);
+    call.keep_stride[2] = keep.size(2) == 1 ? 0 : keep.stride(2);
+    call.kept = keep.size(3);
+    call.source_table = global<const int32_t>(source_table);
+    call.source_stride = source_table.stride(0);
+    call.source_width = source_table.size(1);
+    call.target_table = global<const int32_t>(target_table);
+    call.target_stride = target_table.stride(0);
+    call.target_width = target_table.size(1);
+    call.num_blocks = pages.size(1);
+    call.block_size = pages.size(3);
+    call.heads = heads;
+    call.rows = rows;
+    launch("compact_pages_", compact<Unit>, {layers * rows * heads}, kThreads, stream, call);
   });
 }
 
@@ -245,4 +365,5 @@ void copy_blocks_cuda(Tensor key_pages, Tensor value_pages, const Tensor& source
 WINNOW_DEVICE_OPERATORS(m) {
   m.impl("paged_write_", TORCH_BOX(&winnow::paged_write_cuda));
   m.impl("copy_blocks_", TORCH_BOX(&winnow::copy_blocks_cuda));
+  m.impl("compact_pages_", TORCH_BOX(&winnow::compact_pages_cuda));
 }

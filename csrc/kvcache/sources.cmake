@@ -20,11 +20,10 @@ list(APPEND WINNOW_SIMD_SOURCES
   csrc/kvcache/paged_quantise_simd.cc
 )
 list(APPEND WINNOW_CUDA_SOURCES
+  csrc/kvcache/paged_attention.cu
   csrc/kvcache/attention_mass.cu
   csrc/kvcache/block_scores.cu
   csrc/kvcache/block_summaries.cu
-  csrc/kvcache/compact_pages.cu
-  csrc/kvcache/paged_attention.cu
   csrc/kvcache/paged_quantise.cu
   csrc/kvcache/paged_write.cu
 )

@@ -22,6 +22,5 @@ list(APPEND WINNOW_CUDA_SOURCES
   csrc/resampling/next_temperature.cu
   csrc/resampling/sample_without_replacement.cu
   csrc/resampling/trace_ancestors.cu
-  csrc/resampling/uniforms.cu
   csrc/resampling/weight_statistics.cu
 )

@@ -1,7 +1,9 @@
-// winnow::trace_ancestors on the GPU, in one launch: a thread follows a path through all
-// generations. Ancestors are not checked on the GPU: a path that leaves its population is -1 from
-// there on back.
+// winnow::trace_ancestors and winnow::uniforms on the GPU, small operators in one unit, in one
+// launch each. A thread follows a path through all generations; ancestors are not checked on the
+// GPU: a path that leaves its population is -1 from there on back. Uniforms are numbers in [0, 1)
+// keyed by (seed, row, element), as on the CPU.
 #include "common/device.h"
+#include "common/philox.h"
 #include "resampling/trace_arguments.h"
 
 namespace winnow {
@@ -24,6 +26,15 @@ trace_paths(Global<const int64_t> ancestors, Global<const int64_t> indices, int6
   }
 }
 
+WINNOW_KERNEL(kThreads)
+draw_uniforms(Seed seed, int64_t count, int64_t total, Global<double> result) {
+  const int64_t item = block_index() * kThreads + thread_index();
+  if (item >= total) return;
+  const uint64_t bits = philox_bits(seed.get(), static_cast<uint64_t>(item / count),
+                                    static_cast<uint64_t>(item % count));
+  result[item] = static_cast<double>(bits >> 11) * 0x1p-53;
+}
+
 // ---- launchers ----
 
 Tensor trace_ancestors_cuda(const Tensor& ancestors, const Tensor& indices) {
@@ -38,9 +49,21 @@ Tensor trace_ancestors_cuda(const Tensor& ancestors, const Tensor& indices) {
   return result;
 }
 
+Tensor uniforms_cuda(const Tensor& seed, int64_t rows, int64_t count) {
+  check_device("seed", seed);
+  const Stream stream(seed);
+  WINNOW_CHECK(rows >= 0 && count >= 0, "rows, count: expected no negative numbers, got ", rows,
+               " and ", count);
+  Tensor result = empty({rows, count}, ScalarType::Double, seed);
+  launch("uniforms", draw_uniforms, {ceil_div<int64_t>(rows * count, kThreads)}, kThreads, stream,
+         seed_of(seed), count, rows * count, global<double>(result));
+  return result;
+}
+
 }  // namespace
 }  // namespace winnow
 
 WINNOW_DEVICE_OPERATORS(m) {
   m.impl("trace_ancestors", TORCH_BOX(&winnow::trace_ancestors_cuda));
+  m.impl("uniforms", TORCH_BOX(&winnow::uniforms_cuda));
 }

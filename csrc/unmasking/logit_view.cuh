@@ -206,10 +206,10 @@ WINNOW_DEVICE Vector<Real, kGroup<Real>> load_group(Global<const T> row, int64_t
   return group;
 }
 
-// The thread's share of a slice; -infinity where it is suppressed or beyond the row.
-template <typename Real>
-WINNOW_DEVICE void load_slice(const LogitView<Real>& view, int64_t row, int64_t slice,
-                              Shared<uint32_t> bits, Real* x) {
+// The thread's share of a slice, -infinity beyond the row; guided by the unconditional logits where
+// kGuided allows for them.
+template <bool kGuided, typename Real>
+WINNOW_DEVICE void read_slice(const LogitView<Real>& view, int64_t row, int64_t slice, Real* x) {
   constexpr int N = kGroup<Real>;
   const int64_t first = slice * kSlice - view.offset();  // index of the slice's first place
   const int64_t source = view.source(row);
@@ -222,7 +222,7 @@ WINNOW_DEVICE void load_slice(const LogitView<Real>& view, int64_t row, int64_t 
       const auto group = load_group<Real>(logits, at, view.vocab, view.vectors);
 #pragma unroll
       for (int e = 0; e < N; ++e) x[v * N + e] = group.element[e];
-      if (!view.unconditional) continue;
+      if (!kGuided || !view.unconditional) continue;
       const auto other = load_group<Real>(base, at, view.vocab, view.vectors);
 #pragma unroll
       for (int e = 0; e < N; ++e) {
@@ -230,6 +230,20 @@ WINNOW_DEVICE void load_slice(const LogitView<Real>& view, int64_t row, int64_t 
       }
     }
   });
+}
+
+// Of logits that nothing is applied to.
+template <typename Real>
+WINNOW_DEVICE void load_plain_slice(const LogitView<Real>& view, int64_t row, int64_t slice,
+                                    Real* x) {
+  read_slice<false>(view, row, slice, x);
+}
+
+// -infinity where it is suppressed, too.
+template <typename Real>
+WINNOW_DEVICE void load_slice(const LogitView<Real>& view, int64_t row, int64_t slice,
+                              Shared<uint32_t> bits, Real* x) {
+  read_slice<true>(view, row, slice, x);
   if (view.suppressed_count == 0) return;
 #pragma unroll
   for (int e = 0; e < kPerThread; ++e) {

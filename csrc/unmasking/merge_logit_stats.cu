@@ -158,6 +158,7 @@ merge_logit_stats_cuda(const std::vector<Tensor>& parts, const std::vector<int64
   const Tensor& like = parts.front();
   const auto keys = one_per_row("row_keys", row_keys, like, ScalarType::Long, check_device);
   const LogitOptions wanted = logit_options(temperature, seed.has_value(), raw);
+  const Stream stream(like);
   RowOptions options = {};
   options.temperature = wanted.temperature;
   options.draw_temperature = wanted.draw_temperature;
@@ -167,7 +168,6 @@ merge_logit_stats_cuda(const std::vector<Tensor>& parts, const std::vector<int64
   std::vector<Tensor> dense;
   dense.reserve(parts.size());
   for (const Tensor& part : parts) dense.push_back(torch::stable::contiguous(part));
-  const Stream stream(like);
   const LogitOutputs out(like, has_target, has_previous);
   dispatch_real(like, [&](auto zero) {
     using Real = decltype(zero);

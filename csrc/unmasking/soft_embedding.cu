@@ -14,16 +14,37 @@ namespace {
 
 constexpr int kColumns = 4;  // of a thread; kThreads apart
 
-template <typename E>
+// What is written in the embedding's dtype, as one kernel serves all; one of the pointers is set.
+struct Mixed {
+  Global<float> single;
+  Global<c10::BFloat16> brain;
+  Global<c10::Half> half;
+  Global<double> wide;
+
+  template <typename Real>
+  WINNOW_DEVICE void store(int64_t i, Real x) const {
+    if (single) {
+      single[i] = static_cast<float>(x);
+    } else if (brain) {
+      brain[i] = static_cast<c10::BFloat16>(static_cast<float>(x));
+    } else if (half) {
+      half[i] = static_cast<c10::Half>(static_cast<float>(x));
+    } else {
+      wide[i] = static_cast<double>(x);
+    }
+  }
+};
+
+template <typename Real>
 struct Mixture {
-  Global<const E> embedding;
+  LogitSource<Real> embedding;
   int64_t stride;
   int64_t width;
-  Global<const E> mask_embedding;
+  LogitSource<Real> mask_embedding;
   double temperature;
   double mix;
   double most_entropy;  // of any distribution
-  Global<E> out;
+  Mixed out;
 };
 
 struct KeptToken {
@@ -31,11 +52,10 @@ struct KeptToken {
   double weight;
 };
 
-template <typename Real, typename E>
+template <typename Real>
 WINNOW_KERNEL(kThreads)
-mix_rows(LogitView<Real> view, Mixture<E> mixture, Global<const SliceSums> blocks,
+mix_rows(LogitView<Real> view, Mixture<Real> mixture, Global<const SliceSums> blocks,
          Global<const Truncation> truncations, Global<const Sums> kept_sums) {
-  WINNOW_SHARED(uint32_t, bits, kThreads);
   WINNOW_SHARED(TopTwo, top_scratch, kThreads / kWarp);
   WINNOW_SHARED(Sums, sum_scratch, kThreads / kWarp);
   WINNOW_SHARED(int, count_scratch, kThreads / kWarp);
@@ -44,9 +64,7 @@ mix_rows(LogitView<Real> view, Mixture<E> mixture, Global<const SliceSums> block
   const int64_t first_column = block_index_y() * kThreads * kColumns + thread_index();
   const auto put = [&](int c, Real value) {
     const int64_t column = first_column + c * kThreads;
-    if (column < mixture.width) {
-      mixture.out[row * mixture.width + column] = static_cast<E>(value);
-    }
+    if (column < mixture.width) mixture.out.store(row * mixture.width + column, value);
   };
   if (skips(view, row)) {
     for (int c = 0; c < kColumns; ++c) put(c, Real(0));
@@ -79,7 +97,7 @@ mix_rows(LogitView<Real> view, Mixture<E> mixture, Global<const SliceSums> block
   Real sum[kColumns] = {};
   for (int64_t slice = 0; slice * kSlice < view.vocab && share > 0.0; ++slice) {
     Real x[kPerThread];
-    load_slice(view, row, slice, Shared<uint32_t>(bits), x);
+    load_plain_slice(view, row, slice, x);
     int mine = 0;
 #pragma unroll
     for (int e = 0; e < kPerThread; ++e) {
@@ -110,11 +128,10 @@ mix_rows(LogitView<Real> view, Mixture<E> mixture, Global<const SliceSums> block
       const int listed = all - begin < kThreads ? all - begin : kThreads;
       for (int i = 0; i < listed; ++i) {
         const KeptToken token = list[i];
-        const auto from = mixture.embedding + token.id * mixture.stride;
         for (int c = 0; c < kColumns; ++c) {
           const int64_t column = first_column + c * kThreads;
           if (column >= mixture.width) break;
-          const Real value = static_cast<Real>(static_cast<E>(from[column]));
+          const Real value = mixture.embedding[token.id * mixture.stride + column];
           sum[c] = fma(static_cast<Real>(token.weight), value, sum[c]);
         }
       }
@@ -126,7 +143,7 @@ mix_rows(LogitView<Real> view, Mixture<E> mixture, Global<const SliceSums> block
     if (column >= mixture.width) break;
     Real value = sum[c] * static_cast<Real>(share / mass);
     if (share < 1.0) {
-      const Real base = static_cast<Real>(static_cast<E>(mixture.mask_embedding[column]));
+      const Real base = mixture.mask_embedding[column];
       value = fma(static_cast<Real>(1.0 - share), base, value);
     }
     put(c, value);
@@ -157,21 +174,34 @@ Tensor soft_embedding_cuda(const Tensor& logits, const Tensor& embedding,
   if (call.options.top_k >= rows.length) call.options.top_k = 0;
   call.options.top_p = top_p.value_or(1.0);
   const RowSums sums = sum_rows(call, logits, stream);
-  dispatch_floating(embedding, [&](auto zero) {
+  Mixed mixed = {};
+  dispatch_floating(out, [&](auto zero) {
     using E = decltype(zero);
-    using Real = std::conditional_t<std::is_same_v<E, double>, double, float>;
+    const auto pointer = global<E>(out);
+    if constexpr (std::is_same_v<E, float>) {
+      mixed.single = pointer;
+    } else if constexpr (std::is_same_v<E, c10::BFloat16>) {
+      mixed.brain = pointer;
+    } else if constexpr (std::is_same_v<E, c10::Half>) {
+      mixed.half = pointer;
+    } else {
+      mixed.wide = pointer;
+    }
+  });
+  dispatch_real(embedding, [&](auto zero) {
+    using Real = decltype(zero);
     LogitView<Real> view = view_of<Real>(rows);
     if (call.mask) view.mask = global<const bool>(*call.mask);
-    const Mixture<E> mixture = {global<const E>(embedding),
-                                embedding.stride(0),
-                                embedding.size(1),
-                                global<const E>(mask_embedding),
-                                call.options.temperature,
-                                mix,
-                                std::log(static_cast<double>(rows.length)),
-                                global<E>(out)};
+    const Mixture<Real> mixture = {source_of<Real>(embedding),
+                                   embedding.stride(0),
+                                   embedding.size(1),
+                                   source_of<Real>(mask_embedding),
+                                   call.options.temperature,
+                                   mix,
+                                   std::log(static_cast<double>(rows.length)),
+                                   mixed};
     const bool truncates = call.options.truncates();
-    launch("soft_embedding", mix_rows<Real, E>,
+    launch("soft_embedding", mix_rows<Real>,
            {rows.count, ceil_div<int64_t>(embedding.size(1), kThreads * kColumns)}, kThreads,
            stream, view, mixture, global<SliceSums>(sums.blocks),
            truncates ? global<Truncation>(sums.truncations) : Global<Truncation>(nullptr),

@@ -16,9 +16,7 @@ list(APPEND WINNOW_SIMD_SOURCES
 )
 list(APPEND WINNOW_CUDA_SOURCES
   csrc/unmasking/logit_stats.cu
-  csrc/unmasking/measure_rows.cu
   csrc/unmasking/merge_logit_stats.cu
-  csrc/unmasking/select_positions.cu
   csrc/unmasking/soft_embedding.cu
   csrc/unmasking/speculative_verify.cu
   csrc/unmasking/unmask_step.cu

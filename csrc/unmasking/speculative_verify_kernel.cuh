@@ -53,7 +53,6 @@ struct Models {
 template <typename Real>
 WINNOW_KERNEL(kThreads)
 measure_steps(Models<Real> models, Steps steps, Global<SliceSums> sums) {
-  WINNOW_SHARED(uint32_t, bits, kThreads);
   WINNOW_SHARED(TopTwo, top_scratch, kThreads / kWarp);
   WINNOW_SHARED(Sums, sum_scratch, kThreads / kWarp);
   const int64_t count = steps.batch * steps.steps;
@@ -66,7 +65,7 @@ measure_steps(Models<Real> models, Steps steps, Global<SliceSums> sums) {
   const LogitView<Real>& view = of_target ? models.target : models.draft;
   const int64_t row = b * (of_target ? steps.places : steps.drafts) + place;
   Real x[kPerThread];
-  load_slice(view, row, slice, Shared<uint32_t>(bits), x);
+  load_plain_slice(view, row, slice, x);
   const Real none = -std::numeric_limits<Real>::infinity();
   Real first = none;
   int at = -1;
@@ -227,12 +226,11 @@ struct Residual {
   }
 
   // The same, with all reads under way at once.
-  WINNOW_DEVICE double slice_mass(int64_t slice, Shared<uint32_t> bits,
-                                  Shared<double> scratch) const {
+  WINNOW_DEVICE double slice_mass(int64_t slice, Shared<double> scratch) const {
     Real x[kPerThread];
     Real y[kPerThread];
-    load_slice(models.target, target, slice, bits, x);
-    if (draft >= 0) load_slice(models.draft, draft, slice, bits, y);
+    load_plain_slice(models.target, target, slice, x);
+    if (draft >= 0) load_plain_slice(models.draft, draft, slice, y);
     double mass = 0.0;
 #pragma unroll
     for (int e = 0; e < kPerThread; ++e) {
@@ -274,7 +272,6 @@ template <typename Real>
 WINNOW_KERNEL(kThreads)
 sum_residuals(Models<Real> models, Steps steps, Global<const SliceSums> sums,
               Global<double> masses) {
-  WINNOW_SHARED(uint32_t, bits, kThreads);
   WINNOW_SHARED(TopTwo, top_scratch, kThreads / kWarp);
   WINNOW_SHARED(Sums, sum_scratch, kThreads / kWarp);
   WINNOW_SHARED(double, mass_scratch, kThreads / kWarp);
@@ -282,9 +279,8 @@ sum_residuals(Models<Real> models, Steps steps, Global<const SliceSums> sums,
   const Verdict verdict = walk(models, steps, b, sums, Shared<TopTwo>(top_scratch),
                                Shared<Sums>(sum_scratch), [](int64_t, int64_t, double) {});
   if (verdict.step < 0 || verdict.lost) return;
-  const double mass =
-      Residual<Real>(models, verdict, steps.temperature)
-          .slice_mass(block_index_y(), Shared<uint32_t>(bits), Shared<double>(mass_scratch));
+  const double mass = Residual<Real>(models, verdict, steps.temperature)
+                          .slice_mass(block_index_y(), Shared<double>(mass_scratch));
   if (thread_index() == 0) {
     masses[b * ceil_div<int64_t>(models.target.vocab, kSlice) + block_index_y()] = mass;
   }

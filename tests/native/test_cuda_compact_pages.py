@@ -26,7 +26,7 @@ def call_of(gpu, dtype, tokens, head_dim, *, layers=2, shared=False):
 
 @pytest.mark.parametrize("head_dim", [8, 5, 300])
 @pytest.mark.parametrize("shared", [False, True])
-def test_matches_definition(gpu, dtype, head_dim, shared, on_every_order):
+def test_compacts(gpu, dtype, head_dim, shared, on_every_order):
     pages, *rest = call_of(gpu, dtype, 75 if head_dim == 8 else 13, head_dim, shared=shared)
     expected = pages.clone()
     reference.compact_pages_(expected, *rest)

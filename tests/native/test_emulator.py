@@ -11,7 +11,7 @@ import torch
 pytestmark = pytest.mark.skipif(bool(host_library.why_not()), reason=str(host_library.why_not()))
 
 NEIGHBOURS, WARP_SUMS, REVERSE_WARPS, COPY_VECTORS, COPIED, *PRODUCTS = range(7)
-TOO_WIDE, TOO_HIGH, MEETING, THROUGH_MEMORY, ADD_UP, SIGNS = range(7, 13)
+TOO_WIDE, TOO_HIGH, MEETING, THROUGH_MEMORY, ADD_UP, SIGNS, NO_STREAM = range(7, 14)
 BUGS = [
     "none",
     "missing_barrier",
@@ -163,6 +163,11 @@ def test_misaligned_vectors_are_found():
 def test_a_launch_of_too_many_blocks_is_refused(kernel, blocks):
     with pytest.raises(ValueError, match=f"copy_vectors: expected .* got {blocks}"):
         run(kernel)
+
+
+def test_a_pointer_without_a_stream_is_found():
+    with pytest.raises(ValueError, match=r"shape \(100,\) is taken before there is a Stream"):
+        run(NO_STREAM)
 
 
 def test_an_emulated_fault_leaves_the_emulator_usable():

@@ -247,11 +247,18 @@ inline void check_device(const char* argument, const Tensor& tensor) {
 
 class Stream {
  public:
-  explicit Stream(const Tensor&) {}
+  explicit Stream(const Tensor&) { ++alive; }
+  Stream(const Stream&) = delete;
+  Stream& operator=(const Stream&) = delete;
+  ~Stream() { --alive; }
+
+  static inline thread_local int alive = 0;
 };
 
 template <typename T>
 Global<T> global(const Tensor& tensor) {
+  WINNOW_CHECK(Stream::alive > 0, "a pointer to a tensor of shape ", shape_of(tensor),
+               " is taken before there is a Stream, which knows the device it has to be on");
   auto* begin = static_cast<char*>(tensor.data_ptr());
   int64_t last = 0;
   for (int64_t d = 0; d < tensor.dim(); ++d) last += (tensor.size(d) - 1) * tensor.stride(d);
