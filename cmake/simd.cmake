@@ -12,6 +12,21 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
   list(APPEND WINNOW_CAPABILITIES AVX2 AVX512 AVX512_BF16)
 endif()
 
+# For sanitizers and coverage, whose builds are slow: one instruction set in a quarter of the time. The
+# library then runs on machines that have it, and nowhere else.
+set(WINNOW_ONLY_CAPABILITY "" CACHE STRING "The one instruction set to compile, such as AVX2")
+if(WINNOW_ONLY_CAPABILITY)
+  if(NOT WINNOW_ONLY_CAPABILITY IN_LIST WINNOW_CAPABILITIES)
+    message(FATAL_ERROR "torch-winnow: WINNOW_ONLY_CAPABILITY: expected one of "
+      "${WINNOW_CAPABILITIES}, got ${WINNOW_ONLY_CAPABILITY}")
+  endif()
+  set(WINNOW_CAPABILITIES ${WINNOW_ONLY_CAPABILITY})
+endif()
+list(LENGTH WINNOW_CAPABILITIES _capabilities)
+if(_capabilities EQUAL 1)
+  target_compile_definitions(winnow_flags INTERFACE WINNOW_ONLY_CAPABILITY=${WINNOW_CAPABILITIES})
+endif()
+
 # GCC 12.2 at -O3 was seen to compile a loop over slots wrongly (csrc/resampling/small_populations.h,
 # AVX-512, 16 particles: every slot got the last one's ancestor) where the sanitizers find nothing;
 # either of the first two flags makes it right. Loop distribution also turns loops of a few stores into

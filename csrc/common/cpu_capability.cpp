@@ -11,8 +11,9 @@ namespace {
 
 constexpr const char* kNames[] = {"default", "avx2", "avx512", "avx512_bf16"};
 
+// The only variant goes by the name of the weakest, whatever it is.
 CpuCapability detect() {
-#ifdef __x86_64__
+#ifndef WINNOW_ONLY_CAPABILITY
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&

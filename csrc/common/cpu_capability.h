@@ -12,8 +12,8 @@ CpuCapability cpu_capability();
 
 // Names an instruction-set variant's namespace. A *_simd.h declares its entry points with
 // WINNOW_SIMD_DECLARE, a *_simd.cc defines them inside `namespace winnow::CPU_CAPABILITY`, and the
-// op calls WINNOW_SIMD(name)(...).
-#ifdef __x86_64__
+// op calls WINNOW_SIMD(name)(...). WINNOW_ONLY_CAPABILITY: the one variant that there is.
+#ifndef WINNOW_ONLY_CAPABILITY
 #define WINNOW_SIMD_DECLARE(name, ...) \
   namespace DEFAULT {                  \
   void name(__VA_ARGS__);              \
@@ -32,10 +32,10 @@ CpuCapability cpu_capability();
                        &::winnow::AVX512_BF16::name))
 #else
 #define WINNOW_SIMD_DECLARE(name, ...) \
-  namespace DEFAULT {                  \
+  namespace WINNOW_ONLY_CAPABILITY {   \
   void name(__VA_ARGS__);              \
   }
-#define WINNOW_SIMD(name) (&::winnow::DEFAULT::name)
+#define WINNOW_SIMD(name) (&::winnow::WINNOW_ONLY_CAPABILITY::name)
 #endif
 
 namespace winnow {

@@ -15,6 +15,9 @@ Tensor uniforms(const Tensor& seed, int64_t rows, int64_t count) {
   check_dim("seed", seed, 0, "one number");
   WINNOW_CHECK(rows >= 0 && count >= 0, "rows, count: expected no negative numbers, got ", rows,
                " and ", count);
+  constexpr int64_t kMost = int64_t{1} << 40;
+  WINNOW_CHECK(rows <= kMost && count <= kMost && rows <= kMost / (count + 1),
+               "rows, count: expected at most 2^40 numbers, got ", rows, " times ", count);
   const Tensor result = empty({rows, count}, ScalarType::Double, seed);
   const auto key = static_cast<uint64_t>(*static_cast<const int64_t*>(seed.data_ptr()));
   auto* out = static_cast<double*>(result.data_ptr());

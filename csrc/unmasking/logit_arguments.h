@@ -77,7 +77,8 @@ struct LogitArguments {
   int64_t source(int64_t row) const { return shifted > 0 && row % shifted > 0 ? row - 1 : row; }
 };
 
-constexpr int64_t kMostPart = int64_t{1} << 24;  // a float holds each index
+constexpr int64_t kMostPart = int64_t{1} << 24;   // a float holds each index
+constexpr int64_t kMostStart = int64_t{1} << 62;  // and a sum with it does not overflow
 
 template <typename OnDevice>
 std::optional<Tensor> one_per_row(const char* argument, const std::optional<Tensor>& tensor,
@@ -136,8 +137,8 @@ LogitArguments check_logit_arguments(const LogitRequest& call, const OnDevice& c
     WINNOW_CHECK(truncating == nullptr, truncating,
                  ": expected None with vocab_start, because which logits of a part are kept "
                  "depends on the other parts");
-    WINNOW_CHECK(*call.vocab_start >= 0, "vocab_start: expected at least 0, got ",
-                 *call.vocab_start);
+    WINNOW_CHECK(*call.vocab_start >= 0 && *call.vocab_start <= kMostStart,
+                 "vocab_start: expected 0 to 2^62, got ", *call.vocab_start);
     WINNOW_CHECK(checked.rows.length <= kMostPart, "logits: expected a part of at most ", kMostPart,
                  " tokens with vocab_start, got ", checked.rows.length);
     checked.is_part = true;
@@ -185,6 +186,10 @@ void check_parts(const std::vector<Tensor>& parts, const std::vector<int64_t>& s
     WINNOW_CHECK(part.dim() >= 1 && leading_shape(part) == leading_shape(parts.front()),
                  "parts: expected the same rows in all of them, got ", shape_of(parts.front()),
                  " and ", shape_of(part));
+    WINNOW_CHECK(starts[p] >= 0 && starts[p] <= kMostStart,
+                 "starts: expected 0 to 2^62 in all of them, got ", starts[p]);
+    WINNOW_CHECK(counts[p] >= 0 && counts[p] <= kMostPart, "counts: expected 0 to ", kMostPart,
+                 " in all of them, got ", counts[p]);
     WINNOW_CHECK(
         p == 0 || starts[p] == starts[p - 1] + counts[p - 1],
         "parts: expected adjoining parts of the vocabulary in order, got one that ends at ",

@@ -58,6 +58,7 @@ class WholeRow {
         race.enter(static_cast<int64_t>(b), merge_.rows.start / kLogitBlock + b,
                    weight * sums_[b].drawn);
       }
+      if (race.block() < 0) return kSkipped;  // the parts drew nothing
       const Drawn drawn = token_of(race);
       stats.token = drawn.token;
       if (stats.token != stats.argmax) stats.log_prob = measured.log_prob(drawn.logit);
@@ -101,10 +102,13 @@ class WholeRow {
       }
       close({s[0], s[1], s[2], s[3], s[4], s[5]}, before, cross, {logits_.size(), 0});
     }
-    const auto index = static_cast<int64_t>(words[kDrawnIndex]);
-    if (index >= 0) {
-      const auto at = static_cast<size_t>((index - layout.head) / kLogitBlock);
-      drawn_[first + at] = {part.start + index, words[kDrawnLogit]};
+    // A part may be anybody's numbers: an index that lies in no whole block is no draw.
+    const float index = words[kDrawnIndex];
+    const int64_t end = layout.head + layout.whole * kLogitBlock;
+    if (index >= static_cast<float>(layout.head) && index < static_cast<float>(end)) {
+      const auto token = static_cast<int64_t>(index);
+      const auto at = static_cast<size_t>((token - layout.head) / kLogitBlock);
+      drawn_[first + at] = {part.start + token, words[kDrawnLogit]};
     }
     append(words + layout.tail_at(), words + layout.previous_tail_at(), layout.tail,
            part.start + part.count - layout.tail);

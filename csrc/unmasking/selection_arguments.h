@@ -12,6 +12,10 @@
 namespace winnow {
 
 inline Rule make_rule(int64_t order, int64_t criterion, double threshold, int64_t limit) {
+  WINNOW_CHECK(order >= kLowestFirst && order <= kRandom, "order: expected 0 to 3, got ", order);
+  WINNOW_CHECK(criterion >= kBelow && criterion <= kAny, "criterion: expected 0 to 4, got ",
+               criterion);
+  WINNOW_CHECK(limit >= -1, "limit: expected at least -1, got ", limit);
   return {static_cast<Order>(order), static_cast<Criterion>(criterion), threshold, limit};
 }
 
