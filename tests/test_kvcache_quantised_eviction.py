@@ -116,7 +116,7 @@ def test_what_stays_keeps_its_codes(code):
     cache.compact_(torch.arange(14)[None])
     cache.compact_(torch.arange(9)[None])
     assert torch.equal(pool.key_pages.view(torch.uint8), pages)
-    cache.compact_(torch.tensor([[0, 1, 2, 3, 4, 5, 8]]))
+    cache.compact_(torch.tensor([[0, 1, 2, 3, 4, 5, 8] + 9 * [-1]]))  # wider than the table
     block = int(cache.block_table[0, 0])
     assert torch.equal(pool.key_pages.view(torch.uint8)[:, block], pages[:, block])
 

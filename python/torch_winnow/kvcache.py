@@ -5,10 +5,18 @@ A :class:`BlockPool` owns the memory: pages of ``block_size`` tokens, for all la
 that were forked share blocks, and a shared block is copied only when one of its owners writes to
 it. Particles, beams, compressed chunks and diffusion blocks can therefore live in one pool.
 
-:func:`paged_attention` reads the pages where they lie. :func:`block_summaries`,
-:func:`score_blocks` and :func:`select_blocks` choose the blocks that are worth reading, and
-:func:`score_select_blocks` does so for a pool that keeps the summaries. Everything here serves
-inference: no gradient flows through a cache.
+:func:`paged_attention` reads the pages where they lie, those that rows share once for all of them.
+:func:`block_summaries`, :func:`score_blocks` and :func:`select_blocks` choose the blocks that are
+worth reading, and :func:`score_select_blocks` does so for a pool that keeps the summaries. Pages
+may hold codes of one byte, int8 or float8.
+
+:func:`attention_mass` says what attention each key receives; :func:`h2o_positions`,
+:func:`snapkv_positions` and :func:`fastkv_positions` choose by it which tokens stay, for
+:meth:`PagedKVCache.compact_`. :func:`merge_similar_` merges similar tokens instead
+(:func:`similar_runs`, :func:`merge_runs`). A pool that has too few blocks gives up known prefixes,
+asks its eviction hooks and raises :class:`BlockPoolExhausted`.
+
+Everything here serves inference: no gradient flows through a cache.
 
 Example:
     >>> import torch

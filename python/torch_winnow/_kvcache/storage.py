@@ -374,8 +374,9 @@ class PagedKVCache:
 
     def _begun(self, positions: Tensor) -> Tensor:
         """The blocks whose first slot is at one of ``positions``: 0, 1, ... in order, or -1."""
-        firsts = sent(positions[:, :: self.pool.block_size] >= 0, self.pool.device)
-        return self.block_table[:, : firsts.shape[1]][firsts]
+        table = self.block_table
+        firsts = positions[:, :: self.pool.block_size][:, : table.shape[1]] >= 0
+        return table[:, : firsts.shape[1]][sent(firsts, self.pool.device)]
 
     def _written(self, positions: Tensor) -> None:
         """Tell autograd and the summaries of all layers what has been stored."""
