@@ -120,6 +120,16 @@ struct Upcoming {
   int64_t key_head;
 };
 
+// Has the pages of what comes next translated, all at once: a prefetch holds up what follows it
+// until the page tables have been walked, and walks overlap only where one follows the other.
+// Without this, walks took a quarter of the time of bf16 pages.
+void translate(const Ahead& ahead) {
+  constexpr int64_t kPage = 4096;
+  for (const char* page = ahead.next; page < ahead.end; page += kPage) {
+    __builtin_prefetch(page, 0, 1);
+  }
+}
+
 template <int NR, typename T>
 void attend_rows(const PagedAttention& call, const PagedAttentionTask& task, const Tile& tile,
                  const Upcoming& next, int64_t first, const Scratch<T>& scratch,
@@ -138,6 +148,8 @@ void attend_rows(const PagedAttention& call, const PagedAttentionTask& task, con
   };
   const Ahead next_keys = keys_ahead(next.tile, next.key_head);
   const Ahead next_values = values_ahead(next.tile, next.key_head);
+  translate(next_keys);
+  translate(next_values);
   // This tile's values once more: the processor drops what it has no room for, and they come next.
   dot_keys<NR, T>(rows.queries + first * padded_dim(call), padded_dim(call), rows.words + first,
                   key_row<Page>(call, tile, head), call.key_stride[2], tile.keys, call.head_dim,
