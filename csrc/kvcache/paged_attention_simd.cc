@@ -120,6 +120,16 @@ struct Upcoming {
   int64_t key_head;
 };
 
+// Has the pages of what comes next translated, all at once: a prefetch holds up what follows it
+// until the page tables have been walked, and walks overlap only where one follows the other.
+// Without this, walks took a quarter of the time of bf16 pages.
+void translate(const Ahead& ahead) {
+  constexpr int64_t kPage = 4096;
+  for (const char* page = ahead.next; page < ahead.end; page += kPage) {
+    __builtin_prefetch(page, 0, 1);
+  }
+}
+
 template <int NR, typename T>
 void attend_rows(const PagedAttention& call, const PagedAttentionTask& task, const Tile& tile,
                  const Upcoming& next, int64_t first, const Scratch<T>& scratch,
@@ -136,30 +146,26 @@ void attend_rows(const PagedAttention& call, const PagedAttentionTask& task, con
     return ahead_of(value_row<Page>(call, of, of_head), call.value_dim, call.value_stride[2],
                     of.keys);
   };
+  const Ahead next_keys = keys_ahead(next.tile, next.key_head);
+  const Ahead next_values = values_ahead(next.tile, next.key_head);
+  translate(next_keys);
+  translate(next_values);
   // This tile's values once more: the processor drops what it has no room for, and they come next.
   dot_keys<NR, T>(rows.queries + first * padded_dim(call), padded_dim(call), rows.words + first,
                   key_row<Page>(call, tile, head), call.key_stride[2], tile.keys, call.head_dim,
-                  scores, keys_ahead(next.tile, next.key_head),
-                  next.tile.keys > 0 ? values_ahead(tile, head) : Ahead{});
-  auto scale = static_cast<float>(call.scale);
+                  scores, next_keys, next.tile.keys > 0 ? values_ahead(tile, head) : Ahead{});
+  Weighing how{static_cast<float>(call.scale), call.key_bias ? scratch.bias : nullptr, 1.0f};
   if constexpr (ElementsOf<T>::kCodes) {
-    scale *= scale_of(call.key_scales, call.key_scale_stride, tile, head);
+    how.scale *= scale_of(call.key_scales, call.key_scale_stride, tile, head);
+    how.times = scale_of(call.value_scales, call.value_scale_stride, tile, head);
   }
   const int64_t length = call.seq_lens[task.batch];
-  for (int r = 0; r < NR; ++r) {
-    const int64_t row = first + r;
-    weigh(scores + r * kKeys, tile, span_of(call, length, task.first_row + row), scale,
-          call.key_bias ? scratch.bias : nullptr, state.top + row, state.total + row,
-          state.shrink + row);
-    if constexpr (ElementsOf<T>::kCodes) {
-      scale_weights(scores + r * kKeys, tile.keys,
-                    scale_of(call.value_scales, call.value_scale_stride, tile, head));
-    }
-  }
+  const auto span = [&](int r) { return span_of(call, length, task.first_row + first + r); };
+  weigh_rows<NR>(scores, tile, span, how, state.top + first, state.total + first,
+                 state.shrink + first);
   float* sums = rows.sums + first * scratch.sums_stride;
   add_weighted<NR, T>(scores, values, call.value_stride[2], tile.keys, call.value_dim, sums,
-                      scratch.sums_stride, state.shrink + first,
-                      values_ahead(next.tile, next.key_head));
+                      scratch.sums_stride, state.shrink + first, next_values);
 }
 
 // Sums of columns in their own order instead of that of load_two.

@@ -56,39 +56,37 @@ inline float scale_of(const float* scales, const int64_t* stride, const Tile& ti
   return scales[tile.block * stride[0] + head * stride[1]];
 }
 
-// Hidden weights stay -0.
-inline void scale_weights(float* weights, int64_t keys, float scale) {
-  for (int64_t j = 0; j < keys; j += kLanes) {
-    store_lanes(weights + j, load_lanes(weights + j) * scale);
-  }
-}
-
 // Which code's place in its 64 the i-th number of a pair of registers has: bytes are widened within
 // every 16.
 inline int64_t place_of(int64_t i) {
   return i % 32 / 8 * 16 + i / 32 * 8 + i % 8;
 }
 
+#if defined(__AVX512BF16__)
 // Queries as integers of 16 bits; a row that is not finite gets a unit of NaN.
 inline WordRow to_words(const float* from, int64_t padded, int16_t* to) {
-  float top = 0.0f;
-  float sum = 0.0f;
-  for (int64_t i = 0; i < padded; ++i) {
-    const float magnitude = __builtin_fabsf(from[i]);
-    top = magnitude > top ? magnitude : top;
+  __m512 top = _mm512_setzero_ps();
+  __m512 sum = top;
+  for (int64_t i = 0; i < padded; i += kLanes) {
+    const __m512 magnitude = _mm512_abs_ps(_mm512_loadu_ps(from + i));
+    top = _mm512_max_ps(top, magnitude);
     sum += magnitude * 0.0f;  // NaN for what is not finite
   }
-  const float factor = top > 0.0f ? 32767.0f / top : 0.0f;
-  int32_t total = 0;
-  for (int64_t i = 0; i < padded; ++i) {
-    const float word = sum == 0.0f ? __builtin_rintf(from[i] * factor) : 0.0f;
-    to[i] = static_cast<int16_t>(word);
-    total += to[i];
+  const float unit = _mm512_reduce_max_ps(top) / 32767.0f;
+  if (any_nan((FloatPart)sum)) {
+    std::memset(to, 0, static_cast<size_t>(padded) * sizeof *to);
+    return {__builtin_nanf(""), 0};
   }
-  return {sum == 0.0f ? top / 32767.0f : sum, 128 * total};
+  const __m512 factor = _mm512_set1_ps(unit > 0.0f ? 32767.0f / _mm512_reduce_max_ps(top) : 0.0f);
+  __m512i total = _mm512_setzero_si512();
+  for (int64_t i = 0; i < padded; i += kLanes) {
+    const __m512i word = _mm512_cvtps_epi32(_mm512_loadu_ps(from + i) * factor);
+    total = _mm512_add_epi32(total, word);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), _mm512_cvtepi32_epi16(word));
+  }
+  return {unit, 128 * _mm512_reduce_add_epi32(total)};
 }
 
-#if defined(__AVX512BF16__)
 // Low and high bytes of the bf16 of the 128 magnitudes of e4m3.
 struct Magnitudes {
   alignas(64) uint8_t low[128];
@@ -139,7 +137,8 @@ struct Pairs<Float8> {
     asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
     return sum;
   }
-  static FloatPart to_floats(__m512i sum) { return (FloatPart)sum; }
+  using Sum = FloatPart;
+  static FloatPart to_floats(FloatPart sum) { return sum; }
 };
 
 // Codes + 128, which need no sign: what that adds is known beforehand.
@@ -156,7 +155,8 @@ struct Pairs<int8_t> {
     asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
     return sum;
   }
-  static FloatPart to_floats(__m512i sum) { return (FloatPart)_mm512_cvtepi32_ps(sum); }
+  using Sum = IntPart;
+  static FloatPart to_floats(IntPart sum) { return (FloatPart)_mm512_cvtepi32_ps((__m512i)sum); }
 };
 
 inline __m512i load_codes_512(const void* p, int64_t left) {
@@ -196,12 +196,13 @@ __attribute__((noinline)) void dot_code_rows(const typename Pairs<Code>::Element
                                              int64_t dim, float* scores, Ahead ahead, Ahead again) {
   constexpr int NK = kWide / NR;
   constexpr bool kWords = std::is_same_v<Code, int8_t>;
+  using Sum = typename Pairs<Code>::Sum;
   const Pairs<Code> pairs;
   float units[kWide];  // of every product
-  float excess[kWide];
+  Sum excess{};
   for (int i = 0; kWords && i < kWide; ++i) {
     units[i] = words[i / NK].unit;
-    excess[i] = static_cast<float>(words[i / NK].excess);
+    excess[i] = words[i / NK].excess;
   }
   for (int64_t j = 0; j < count; j += NK) {
     const Code* k[NK];
@@ -222,11 +223,11 @@ __attribute__((noinline)) void dot_code_rows(const typename Pairs<Code>::Element
       again.fetch(NK * (dim - d));
       dot_code_step<NR>(pairs, q + d, q_stride, k, d, dim - d, sums);
     }
-    FloatPart floats[kWide];
+    Sum parts[kWide];
 #pragma GCC unroll 16
-    for (int i = 0; i < kWide; ++i) floats[i] = pairs.to_floats(sums[i]);
-    FloatPart dots = sum_each(floats);
-    if constexpr (kWords) dots = (dots - load_part(excess)) * load_part(units);
+    for (int i = 0; i < kWide; ++i) parts[i] = (Sum)sums[i];
+    FloatPart dots = pairs.to_floats(sum_each(parts) - excess);
+    if constexpr (kWords) dots *= load_part(units);
     float products[kWide];
     store_part(products, dots);
     for (int r = 0; r < NR; ++r) {
@@ -318,6 +319,7 @@ __attribute__((noinline)) void add_code_values(const float* weights, const Code*
                                                int64_t stride, int64_t count, int64_t dim,
                                                float* sums, int64_t sums_stride,
                                                const float* shrink, Ahead ahead) {
+  using Sum = typename Pairs<Code>::Sum;
   const Pairs<Code> pairs;
   alignas(64) uint32_t words[NR][kKeys / 2];
   float unit[NR];
@@ -357,7 +359,7 @@ __attribute__((noinline)) void add_code_values(const float* weights, const Code*
 #pragma GCC unroll 16
     for (int r = 0; r < NR; ++r) {
 #pragma GCC unroll 4
-      for (int c = 0; c < 4; ++c) quarters[r][c] = (__m512)pairs.to_floats(strip[r][c]);
+      for (int c = 0; c < 4; ++c) quarters[r][c] = (__m512)pairs.to_floats((Sum)strip[r][c]);
     }
     for (int r = 0; r < NR; ++r) {
       // Transposed.

@@ -87,25 +87,30 @@ inline void store_part(float* p, FloatPart v) {
 }
 
 // Lane i of the result is the sum of v[i].
-inline FloatPart sum_each(const FloatPart (&v)[kWide]) {
 #if defined(__AVX512F__)
+template <typename Part>  // FloatPart or IntPart
+inline Part sum_each(const Part (&v)[kWide]) {
+  const auto add = [](__m512 a, __m512 b) { return (__m512)((Part)a + (Part)b); };
   __m512 quad[4];
+#pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
     const __m512 a = (__m512)v[4 * i];
     const __m512 b = (__m512)v[4 * i + 1];
     const __m512 c = (__m512)v[4 * i + 2];
     const __m512 d = (__m512)v[4 * i + 3];
-    const __m512d ab = _mm512_castps_pd(_mm512_unpacklo_ps(a, b) + _mm512_unpackhi_ps(a, b));
-    const __m512d cd = _mm512_castps_pd(_mm512_unpacklo_ps(c, d) + _mm512_unpackhi_ps(c, d));
-    quad[i] =
-        _mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)) + _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd));
+    const auto ab = (__m512d)add(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    const auto cd = (__m512d)add(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    quad[i] = add((__m512)_mm512_unpacklo_pd(ab, cd), (__m512)_mm512_unpackhi_pd(ab, cd));
   }
-  const __m512 low =
-      _mm512_shuffle_f32x4(quad[0], quad[1], 0x44) + _mm512_shuffle_f32x4(quad[0], quad[1], 0xee);
-  const __m512 high =
-      _mm512_shuffle_f32x4(quad[2], quad[3], 0x44) + _mm512_shuffle_f32x4(quad[2], quad[3], 0xee);
-  return (FloatPart)(_mm512_shuffle_f32x4(low, high, 0x88) + _mm512_shuffle_f32x4(low, high, 0xdd));
-#elif defined(__AVX2__)
+  const __m512 low = add(_mm512_shuffle_f32x4(quad[0], quad[1], 0x44),
+                         _mm512_shuffle_f32x4(quad[0], quad[1], 0xee));
+  const __m512 high = add(_mm512_shuffle_f32x4(quad[2], quad[3], 0x44),
+                          _mm512_shuffle_f32x4(quad[2], quad[3], 0xee));
+  return (Part)add(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd));
+}
+#else
+inline FloatPart sum_each(const FloatPart (&v)[kWide]) {
+#if defined(__AVX2__)
   __m256 quad[2];
   for (int i = 0; i < 2; ++i) {
     const __m256 ab = _mm256_hadd_ps((__m256)v[4 * i], (__m256)v[4 * i + 1]);
@@ -131,18 +136,50 @@ inline FloatPart sum_each(const FloatPart (&v)[kWide]) {
   return sums;
 #endif
 }
+#endif
 
 inline bool any_nan(FloatPart v) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q) != 0;
+#else
   const IntPart nan = (IntPart)(v != v);
   uint64_t words[sizeof nan / 8];
   std::memcpy(words, &nan, sizeof nan);
   uint64_t found = 0;
   for (uint64_t word : words) found |= word;
   return found != 0;
+#endif
+}
+
+// exp(x) for x <= 0 or NaN, as exp_lanes has it; elsewhere than on AVX-512 the same.
+WINNOW_LANES f32x16 exp_below(f32x16 x) {
+#if defined(__AVX512F__)
+  const auto v = (__m512)x.part[0];
+  const auto constant = [](float c) { return _mm512_set1_ps(c); };
+  const __m512 n = _mm512_roundscale_ps(v * constant(1.44269504088896341f), 8);
+  __m512 r = _mm512_fnmadd_ps(n, constant(0.693359375f), v);
+  r = _mm512_fnmadd_ps(n, constant(-2.12194440e-4f), r);
+  __m512 p = constant(1.9875691500e-4f);
+  p = _mm512_fmadd_ps(p, r, constant(1.3981999507e-3f));
+  p = _mm512_fmadd_ps(p, r, constant(8.3334519073e-3f));
+  p = _mm512_fmadd_ps(p, r, constant(4.1665795894e-2f));
+  p = _mm512_fmadd_ps(p, r, constant(1.6666665459e-1f));
+  p = _mm512_fmadd_ps(p, r, constant(5.0000001201e-1f));
+  p = _mm512_fmadd_ps(p, r * r, r) + constant(1.0f);
+  const __mmask16 large = _mm512_cmp_ps_mask(v, constant(-87.33f), _CMP_NLT_UQ);
+  f32x16 y;
+  y.part[0] = (FloatPart)_mm512_maskz_scalef_ps(large, p, n);
+  return y;
+#else
+  return exp_lanes(x);
+#endif
 }
 
 // Sum and maximum over sixteen lanes, halving; faster than lanes.h's, which keep one order.
 inline float halving_sum(f32x16 v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)v.part[0]);
+#else
   FloatPart part = v.part[0];
   for (int i = 1; i < kParts; ++i) part += v.part[i];
   float x[kWide];
@@ -152,6 +189,7 @@ inline float halving_sum(f32x16 v) {
     for (int i = 0; i < width; ++i) x[i] += x[i + width];
   }
   return x[0];
+#endif
 }
 
 inline float halving_max(f32x16 v) {

@@ -155,27 +155,36 @@ void dot_rows(const QueryElement<T>* q, int64_t q_stride, const T* keys, int64_t
   }
 }
 
+// What the weights of a row are made with.
+struct Weighing {
+  float scale;        // of its scores
+  const float* bias;  // of the tile's keys, or null
+  float times;        // of its weights, behind their sum
+};
+
 // Turns the scores of one row into weights exp(score - top), kHidden where the row may not look.
-inline void weigh(float* scores, const Tile& tile, const Span& span, float scale, const float* bias,
-                  float* top, float* total, float* shrink) {
-  const bool whole = span.covers(tile.position, tile.keys);
+// Returns their sum; *top becomes the largest score so far.
+inline __attribute__((always_inline)) float weigh_row(float* scores, int64_t position, int64_t keys,
+                                                      const Span& span, const Weighing& how,
+                                                      float* top) {
+  const bool whole = span.covers(position, keys);
   const auto local = [&](int64_t bound) {
-    return static_cast<int32_t>(larger(-1, smaller(bound - tile.position, kKeys)));
+    return static_cast<int32_t>(larger(-1, smaller(bound - position, kKeys)));
   };
   const i32x16 low = local(span.low);
   const i32x16 high = local(span.high);
   const i32x16 sinks = local(span.sinks);
   f32x16 running = *top;
-  for (int64_t j = 0; j < tile.keys; j += kLanes) {
-    f32x16 x = load_lanes(scores + j) * scale;
-    if (bias) {
-      const f32x16 extra = load_lanes(bias + j);
+  for (int64_t j = 0; j < keys; j += kLanes) {
+    f32x16 x = load_lanes(scores + j) * how.scale;
+    if (how.bias) {
+      const f32x16 extra = load_lanes(how.bias + j);
       x = select(extra == f32x16(kNone), f32x16(kNone), x + extra);  // hides even a NaN
     }
-    if (!whole || j + kLanes > tile.keys) {
+    if (!whole || j + kLanes > keys) {
       const i32x16 index = lane_index() + static_cast<int32_t>(j);
       const i32x16 seen = ((index > low - 1) & (index < high)) | (index < sinks);
-      x = select(seen & (index < static_cast<int32_t>(tile.keys)), x, f32x16(kNone));
+      x = select(seen & (index < static_cast<int32_t>(keys)), x, f32x16(kNone));
     }
     store_lanes(scores + j, x);
     running = max_lanes(x, running);
@@ -183,18 +192,38 @@ inline void weigh(float* scores, const Tile& tile, const Span& span, float scale
   const float highest = halving_max(running);
   const float shift = highest == kNone ? 0.0f : highest;  // -inf - -inf would be NaN
   f32x16 sum = 0.0f;
-  for (int64_t j = 0; j < tile.keys; j += kLanes) {
+  for (int64_t j = 0; j < keys; j += kLanes) {
     const f32x16 x = load_lanes(scores + j);
     const f32x16 weight =
-        select(x == f32x16(kNone), as_float(i32x16(kHidden)), exp_lanes(x - shift));
-    store_lanes(scores + j, weight);
+        select(x == f32x16(kNone), as_float(i32x16(kHidden)), exp_below(x - shift));
+    store_lanes(scores + j, weight * how.times);  // -0 stays -0
     sum = sum + weight;
   }
-  float factor[kLanes];
-  store_lanes(factor, exp_lanes(f32x16(*top - shift)));
-  *shrink = *top == highest ? 1.0f : factor[0];
-  *total = *total * *shrink + halving_sum(sum);
   *top = highest;
+  return halving_sum(sum);
+}
+
+// The same for NR rows, and what becomes of their earlier sums: *total joins the new one, *shrink
+// is what the larger top scales them by.
+template <int NR, typename SpanOf>
+void weigh_rows(float* scores, const Tile& tile, const SpanOf& span_of_row, const Weighing& how,
+                float* top, float* total, float* shrink) {
+  float sums[NR];
+  float factor[kLanes] = {};
+  for (int r = 0; r < NR; ++r) {
+    const float before = top[r];
+    float* row = scores + r * kKeys;
+    const Span span = span_of_row(r);
+    // A whole tile without loops.
+    sums[r] = tile.keys == kKeys ? weigh_row(row, tile.position, kKeys, span, how, top + r)
+                                 : weigh_row(row, tile.position, tile.keys, span, how, top + r);
+    factor[r] = top[r] == before ? 0.0f : before - top[r];
+  }
+  store_lanes(factor, exp_below(load_lanes(factor)));
+  for (int r = 0; r < NR; ++r) {
+    shrink[r] = factor[r];
+    total[r] = total[r] * shrink[r] + sums[r];
+  }
 }
 
 // strip[r][c] += sum_j weights[r][j] * values[j][c]. `left` < kStep for the last, incomplete
