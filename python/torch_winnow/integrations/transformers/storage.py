@@ -265,16 +265,22 @@ class PagedStorage:
     def gather(self, layer: int, part: int) -> Tensor:
         """Dense ``(B, Hkv, columns, D)``; zeros where padding was not stored."""
         pages = self.pool._layers[layer][part]
-        if self.pool.quantised:
-            scales = self.pool._scales[layer][part]
-            pages = (pages.float() * scales[..., None, None]).to(self.dtype)
+
+        def taken(block: Tensor, *slots: slice | Tensor) -> Tensor:
+            tokens = pages[(block, *slots)]
+            if not self.pool.quantised:
+                return tokens
+            scales = self.pool._scales[layer][part][block]
+            factor = scales.view(scales.shape + (1,) * (tokens.dim() - scales.dim()))
+            return (tokens.float() * factor).to(self.dtype)
+
         table = self.pages.block_table.clamp(min=0).long()
         columns = self.columns[layer]
         if self.dropped is None:
-            dense = pages[table].transpose(1, 2).flatten(2, 3)
-            return dense[:, :, :columns]
+            return taken(table).transpose(1, 2).flatten(2, 3)[:, :, :columns]
         dropped = sent(torch.tensor(self.dropped), pages.device)
         position = torch.arange(columns, device=pages.device) - dropped[:, None]
         stored = position.clamp(min=0)
-        dense = pages[table.gather(1, stored // self.block_size), :, stored % self.block_size]
+        block = table.gather(1, stored // self.block_size)
+        dense = taken(block, slice(None), stored % self.block_size)
         return dense.masked_fill(position[..., None, None] < 0, 0).transpose(1, 2)
