@@ -201,6 +201,7 @@ struct Choice {
     WINNOW_CHECK(block_size >= 1, "block_size: expected at least 1, got ", block_size);
     WINNOW_CHECK(sinks >= 0, "sink_blocks: expected at least 0, got ", sinks);
     WINNOW_CHECK(recents >= 0, "recent_blocks: expected at least 0, got ", recents);
+    WINNOW_CHECK(k <= INT32_MAX, "k: expected fewer than 2^31 blocks, got ", k);
     WINNOW_CHECK(k >= 0 && k - sinks >= recents, "k: expected at least sink_blocks + ",
                  "recent_blocks = ", sinks, " + ", recents, ", got ", k);
   }
