@@ -310,8 +310,8 @@ class Forward {
     ahead_.fetch(2);
   }
 
-  // Divides by the sums and writes the rows, straight to the result where it holds the accumulators'
-  // type. Returns whether all are finite.
+  // Divides by the sums and writes the rows, straight to the result where that has the type of the
+  // sums. Returns whether all are finite.
   bool finish() {
     const bool lanes = finish(0, tile_.vectors * kSize);
     return finish(kTile, kTile + tile_.singles) && lanes;
