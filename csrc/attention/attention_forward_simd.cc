@@ -202,7 +202,7 @@ class Forward {
       add_values<kTogether>(
           place, {weights + (begin - group.begin / kDepth) * kLanesWide + lane, 1, kLanesWide},
           v.data + begin * v.ld, v.ld, pairs);
-      ahead_.fetch(kTogether);
+      ahead_.fetch(kTogether / 2);  // half for the slots and half for the local rows
     }
   }
 
@@ -310,7 +310,8 @@ class Forward {
     ahead_.fetch(2);
   }
 
-  // Divides by the sums and writes the rows. Returns whether all are finite.
+  // Divides by the sums and writes the rows, straight to the result where that has the type of the
+  // sums. Returns whether all are finite.
   bool finish() {
     const bool lanes = finish(0, tile_.vectors * kSize);
     return finish(kTile, kTile + tile_.singles) && lanes;
@@ -323,32 +324,35 @@ class Forward {
       lse.store(lse_of_ + place);
       (Vec(Acc(1)) / sum).store(decay_ + place);
     }
-    bool finite = true;
+    Vec probe(Acc(0));  // NaN once an infinity or a NaN was multiplied by zero
     for (int place = begin; place < end; ++place) {
-      if (tile_.row[place] >= 0) finite = finish_place(place) && finite;
+      if (tile_.row[place] >= 0) finish_place(place, &probe);
     }
-    return finite;
+    return probe.zero_mask() == (1 << kSize) - 1;
   }
 
-  bool finish_place(int place) {
+  void finish_place(int place, Vec* probe) {
     const int64_t row = tile_.row[place];
     Acc* out = out_ + place * ld_;
+    T* result = out_rows_ + row * dim_;
     if (sum_[place] == 0) {
       lse_[row] = kNone;
       zero(out, ld_);
-      store_row(out, dim_, out_rows_ + row * dim_);
-      return true;
+      store_row(out, dim_, result);
+      return;
     }
     lse_[row] = lse_of_[place];
+    Acc* quotients = out;
+    if constexpr (std::is_same_v<T, Acc>) {
+      if (ld_ == dim_) quotients = result;
+    }
     const Vec factor(decay_[place]);
-    Vec probe(Acc(0));  // NaN once an infinity or a NaN was multiplied by zero
     for (int64_t d = 0; d < ld_; d += kSize) {
       const Vec x = Vec::loadu(out + d) * factor;
-      probe = at::vec::fmadd(x, Vec(Acc(0)), probe);
-      x.store(out + d);
+      *probe = at::vec::fmadd(x, Vec(Acc(0)), *probe);
+      x.store(quotients + d);
     }
-    store_row(out, dim_, out_rows_ + row * dim_);
-    return probe.zero_mask() == (1 << kSize) - 1;
+    if (quotients == out) store_row(out, dim_, result);
   }
 
   const AttentionProblem& problem_;

@@ -1,7 +1,8 @@
 // A tile of query rows on its way through the keys: up to 64 rows in vector lanes, and some rows by
 // themselves. Chunks of at least a vector begin a vector each, so that lanes see the same keys up
-// to the causal limit; what a chunk has beyond whole vectors, such as the 33rd row, would leave
-// most of a vector empty and is computed with the head dimension in lanes instead.
+// to the causal limit; what a chunk has beyond whole vectors, such as one row of 33, would leave
+// most of a vector empty and is computed with the head dimension in lanes instead. Those are the
+// chunk's first rows, which see the fewest local keys.
 #pragma once
 
 #include <cstdint>
@@ -98,15 +99,17 @@ class RowTile {
       const int64_t stop = whole ? smaller(end, chunk_of(pattern_, begin).end) : end;
       const Segment before{vectors, vectors, singles, singles};
       int64_t rest = stop - begin;
-      while (rest > kSize / 2 && vectors < kVectors) {
+      int64_t leading = rest % kSize <= kSize / 2 ? rest % kSize : 0;
+      while (leading > 0 && singles < kSingles) {
+        add_single(begin++);
+        --leading;
+        --rest;
+      }
+      while (rest > 0 && leading == 0 && vectors < kVectors) {
         const int64_t count = smaller(rest, kSize);
         add_vector(begin, count);
         begin += count;
         rest -= count;
-      }
-      while (rest > 0 && rest <= kSize / 2 && singles < kSingles) {
-        add_single(begin++);
-        --rest;
       }
       if (before.first_vector == vectors && before.first_single == singles) break;
       segment[segments++] = {before.first_vector, vectors, before.first_single, singles};
