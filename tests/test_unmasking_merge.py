@@ -230,7 +230,7 @@ def test_errors_name_what_is_wrong(parts, message):
         ({"top_k": 3}, "top_k: expected None with vocab_start, because"),
         ({"top_p": 0.5}, "top_p: expected None with vocab_start, because"),
         ({"min_p": 0.5}, "min_p: expected None with vocab_start, because"),
-        ({"vocab_start": -1}, "vocab_start: expected at least 0, got -1"),
+        ({"vocab_start": -1}, r"vocab_start: expected 0 to 2\^62, got -1"),
         ({"vocab_start": 1.5}, "vocab_start: expected an integer, got 1.5"),
         ({"target_ids": torch.tensor([-1, 0])}, "target_ids: expected ids of at least 0"),
         ({"suppress_ids": [-1]}, "suppress_ids: expected ids of at least 0, got -1"),
