@@ -74,7 +74,7 @@ wheel: $(VENV)/.torch
 	rm -rf dist
 	$(BIN)/python -m build --sdist --wheel --no-isolation --skip-dependency-check
 	$(BIN)/python tests/abi_gate.py dist/*.whl
-	$(BIN)/auditwheel repair --exclude 'libtorch*.so' --wheel-dir dist dist/*-linux_*.whl
+	PATH='$(abspath $(BIN)):$(PATH)' auditwheel repair --exclude 'libtorch*.so' --wheel-dir dist dist/*-linux_*.whl
 
 clean:
 	rm -rf build $(VENV)
