@@ -122,6 +122,7 @@ void CacheTable::append(int64_t layer, int64_t tokens, const Integers* lengths,
       claim.unshare(r, static_cast<size_t>(i));
     }
   }
+  fresh_.reserve(static_cast<size_t>(fresh));
   claim.take(fresh);
 
   bool grew = false;
