@@ -179,7 +179,7 @@ def test_compact(measure, impl):
 
         def function(keep):
             for pages in (pool.key_pages, pool.value_pages):
-                torch.ops.winnow.compact_pages_(pages, table, table, keep[None])
+                torch.ops.winnow.compact_pages_(pages, table, keep[None])
     else:
         key, value = torch.randn(2, 1, KEY_HEADS, length, DIM)
 

@@ -121,9 +121,7 @@ STABLE_TORCH_LIBRARY(winnow, m) {
   m.def(
       "copy_blocks_(Tensor(a!) key_pages, Tensor(b!) value_pages, Tensor source, Tensor target) "
       "-> ()");
-  m.def(
-      "compact_pages_(Tensor(a!) pages, Tensor source_table, Tensor target_table, Tensor keep) -> "
-      "()");
+  m.def("compact_pages_(Tensor(a!) pages, Tensor block_table, Tensor keep) -> ()");
   m.def(
       "block_summaries(Tensor key_pages, Tensor block_table, Tensor seq_lens, bool minmax=True, "
       "Tensor? key_scales=None) -> Tensor");

@@ -78,7 +78,7 @@ CALLS = {
         torch.zeros(2, 2, 1, 8), PAGES, TABLE, LENGTHS, torch.zeros(2, 2, 1, device="meta")
     ),
     "compact keep": lambda: ops.compact_pages_(
-        PAGES[None].clone(), TABLE, TABLE, INDICES[None, :, None].to("meta")
+        PAGES[None].clone(), TABLE, INDICES[None, :, None].to("meta")
     ),
     "select seq_lens": lambda: ops.select_blocks(torch.zeros(2, 2, 3), 1, LENGTHS.to("meta"), 4),
     "write positions": lambda: ops.paged_write_(

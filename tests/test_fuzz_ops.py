@@ -429,8 +429,7 @@ def compact_pages_(call: Call) -> dict[str, Any]:
     kept = torch.arange(width * BLOCK)[:: call.pick((1, 3))]
     return {
         "pages": call.floats(layers, batch * width + 1, heads, BLOCK, 3),
-        "source_table": table.view(batch, width),
-        "target_table": table.view(batch, width).clone(),
+        "block_table": table.view(batch, width),
         "keep": kept.expand(layers, batch, heads, -1).clone(),
     }
 

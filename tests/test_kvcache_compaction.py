@@ -139,10 +139,10 @@ def test_rows_may_move_in_any_order(monkeypatch):
     expected = kept_of(snapshot(twin), keep)
     move = torch.ops.winnow.compact_pages_
 
-    def last_row_first(pages, source, target, keep):
+    def last_row_first(pages, table, keep):
         for row in (2, 1, 0):
             one = slice(row, row + 1)
-            move(pages, source[one], target[one], keep[:, one].contiguous())
+            move(pages, table[one], keep[:, one].contiguous())
 
     monkeypatch.setattr(compaction, "_compact_pages_", last_row_first)
     twin.compact_(keep)
@@ -264,19 +264,18 @@ def test_eviction_end_to_end():
 
 def test_operator(dtype):
     pages = torch.randn(LAYERS, 12, HEADS, SIZE, 5).to(dtype)
-    source = torch.tensor([[3, 0, 7], [5, 6, -1]]).int()
-    target = torch.tensor([[3, 8, -1], [9, -1, -1]]).int()
+    table = torch.tensor([[3, 0, 7], [5, 6, -1]]).int()
     keep = torch.tensor([[[[0, 2, 4, 5, 11]], [[1, 3, 6, -1, -1]]]])
     expected = pages.clone()
-    reference.compact_pages_(expected, source, target, keep)
+    reference.compact_pages_(expected, table, keep)
     op = torch.ops.winnow.compact_pages_
     ours = pages.clone()
-    op(ours, source, target, keep)
+    op(ours, table, keep)
     assert torch.equal(ours, expected)
     wide = torch.randn(LAYERS, 12, SIZE, HEADS, 9).to(dtype).transpose(2, 3)[..., 2:7].copy_(pages)
-    op(wide, source, target, keep)
+    op(wide, table, keep)
     assert torch.equal(wide, expected)
-    torch.library.opcheck(op.default, (pages.clone(), source, target, keep))
+    torch.library.opcheck(op.default, (pages.clone(), table, keep))
 
 
 def test_errors_name_the_argument():
@@ -302,12 +301,13 @@ def test_errors_name_the_argument():
     op = torch.ops.winnow.compact_pages_
     pages, table = torch.zeros(LAYERS, 4, HEADS, SIZE, 2), torch.tensor([[0, 1]]).int()
     for bad, message in [
-        ((pages, table, table, torch.tensor([[[[8]]]])), "source_table: .*at position 8"),
-        ((pages, table, table + 3, torch.tensor([[[[0, 1, 2, 3, 4]]]])), "target_table: .*got 4"),
-        ((pages, table, table, torch.tensor([[[[2, 1]]]])), "keep: expected ascending"),
-        ((pages, table, table, torch.zeros(1, 2, 1, 1).long()), "source_table: .*B=2"),
-        ((pages, table, table, torch.zeros(3, 1, 1, 1).long()), "keep: .*num_layers=2"),
-        ((pages[0], table, table, torch.zeros(1, 1, 1, 1).long()), "pages: expected"),
+        ((pages, table, torch.tensor([[[[8]]]])), "block_table: .*at position 8"),
+        ((pages, table + 3, torch.tensor([[[[0, 4]]]])), "block_table: .*position 4 .*got 4"),
+        ((pages, table - 1, torch.tensor([[[[4]]]])), "block_table: .*position 0 .*got -1"),
+        ((pages, table, torch.tensor([[[[2, 1]]]])), "keep: expected ascending"),
+        ((pages, table, torch.zeros(1, 2, 1, 1).long()), "block_table: .*B=2"),
+        ((pages, table, torch.zeros(3, 1, 1, 1).long()), "keep: .*num_layers=2"),
+        ((pages[0], table, torch.zeros(1, 1, 1, 1).long()), "pages: expected"),
     ]:
         with pytest.raises(ValueError, match=message):
             op(*bad)

@@ -15,16 +15,7 @@ namespace {
 
 constexpr int64_t kGrainBytes = 1 << 18;  // about 20 µs of copying for a thread
 
-void check_same_rows(const char* name, const Tensor& table, int64_t rows) {
-  check_cpu(name, table);
-  check_dtype(name, table, ScalarType::Int);
-  WINNOW_CHECK(table.dim() == 2 && table.size(0) == rows, name,
-               ": expected (B, max_blocks) with B=", rows, " as in keep, got ", shape_of(table));
-  check_last_contiguous(name, table);
-}
-
-void compact_pages_(Tensor pages, const Tensor& source_table, const Tensor& target_table,
-                    const Tensor& keep) {
+void compact_pages_(Tensor pages, const Tensor& block_table, const Tensor& keep) {
   check_cpu("pages", pages);
   check_dim("pages", pages, 5, "(num_layers, num_blocks, Hkv, block_size, D)");
   check_last_contiguous("pages", pages);
@@ -42,23 +33,24 @@ void compact_pages_(Tensor pages, const Tensor& source_table, const Tensor& targ
   check_last_contiguous("keep", keep);
   const int64_t rows = keep.size(1);
   const int64_t kept = keep.size(3);
-  check_same_rows("source_table", source_table, rows);
-  check_same_rows("target_table", target_table, rows);
+  check_cpu("block_table", block_table);
+  check_dtype("block_table", block_table, ScalarType::Int);
+  WINNOW_CHECK(block_table.dim() == 2 && block_table.size(0) == rows,
+               "block_table: expected (B, max_blocks) with B=", rows, " as in keep, got ",
+               shape_of(block_table));
+  check_last_contiguous("block_table", block_table);
 
   const auto* positions = static_cast<const int64_t*>(keep.data_ptr());
   const int64_t layer_stride = keep.size(0) == 1 ? 0 : keep.stride(0);
   const int64_t row_stride = keep.stride(1);
   const int64_t head_stride = keep.size(2) == 1 ? 0 : keep.stride(2);
-  const auto* source = static_cast<const int32_t*>(source_table.data_ptr());
-  const auto* target = static_cast<const int32_t*>(target_table.data_ptr());
-  const auto check_block = [&](const char* name, const Tensor& table, int64_t row, int64_t i) {
-    const bool inside = i / block_size < table.size(1);
-    const int32_t block =
-        inside
-            ? static_cast<const int32_t*>(table.data_ptr())[row * table.stride(0) + i / block_size]
-            : -1;
-    WINNOW_CHECK(block >= 0 && block < num_blocks, name, ": expected 0 <= block < ", num_blocks,
-                 " at position ", i, " of row ", row, ", got ", block);
+  const auto* table = static_cast<const int32_t*>(block_table.data_ptr());
+  const int64_t table_stride = block_table.stride(0);
+  const auto check_block = [&](int64_t row, int64_t i) {
+    const bool inside = i / block_size < block_table.size(1);
+    const int32_t block = inside ? table[row * table_stride + i / block_size] : -1;
+    WINNOW_CHECK(block >= 0 && block < num_blocks, "block_table: expected 0 <= block < ",
+                 num_blocks, " at position ", i, " of row ", row, ", got ", block);
   };
   for (int64_t l = 0; l < keep.size(0); ++l) {
     for (int64_t b = 0; b < rows; ++b) {
@@ -69,8 +61,8 @@ void compact_pages_(Tensor pages, const Tensor& source_table, const Tensor& targ
           WINNOW_CHECK(list[i] > (i > 0 ? list[i - 1] : -1) && (i == 0 || list[i - 1] >= 0),
                        "keep: expected ascending positions, then -1, got ", list[i], " at ", i,
                        " of row ", b);
-          check_block("source_table", source_table, b, list[i]);
-          check_block("target_table", target_table, b, i);
+          check_block(b, list[i]);
+          check_block(b, i);
         }
       }
     }
@@ -81,8 +73,6 @@ void compact_pages_(Tensor pages, const Tensor& source_table, const Tensor& targ
   auto* base = static_cast<char*>(pages.data_ptr());
   int64_t stride[4];
   for (int64_t d = 0; d < 4; ++d) stride[d] = pages.stride(d) * size;
-  const int64_t source_stride = source_table.stride(0);
-  const int64_t target_stride = target_table.stride(0);
   const auto move = [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) {
       const int64_t h = n % heads;
@@ -91,9 +81,9 @@ void compact_pages_(Tensor pages, const Tensor& source_table, const Tensor& targ
       const int64_t* list = positions + l * layer_stride + b * row_stride + h * head_stride;
       char* head = base + l * stride[0] + h * stride[2];
       for (int64_t i = 0; i < kept && list[i] >= 0; ++i) {
-        const int64_t from = source[b * source_stride + list[i] / block_size];
-        const int64_t to = target[b * target_stride + i / block_size];
-        if (from == to && list[i] == i) continue;
+        if (list[i] == i) continue;
+        const int64_t from = table[b * table_stride + list[i] / block_size];
+        const int64_t to = table[b * table_stride + i / block_size];
         std::memcpy(head + to * stride[1] + i % block_size * stride[3],
                     head + from * stride[1] + list[i] % block_size * stride[3], bytes);
       }

@@ -118,12 +118,9 @@ struct Compaction {
   Global<const int64_t> keep;
   int64_t keep_stride[3];  // layer, row, head; 0 where shared
   int64_t kept;
-  Global<const int32_t> source_table;
-  int64_t source_stride;
-  int64_t source_width;
-  Global<const int32_t> target_table;
-  int64_t target_stride;
-  int64_t target_width;
+  Global<const int32_t> table;
+  int64_t table_stride;
+  int64_t table_width;
   int64_t num_blocks;
   int64_t block_size;
   int64_t heads;
@@ -149,16 +146,11 @@ compact(Compaction<Unit> call) {
       const int64_t i = first + warp_index() * kTokens + n;
       const int64_t position = i < call.kept ? static_cast<int64_t>(list[i]) : -1;
       from[n] = to[n] = -1;
-      if (position < i || position >= call.source_width * call.block_size ||
-          i >= call.target_width * call.block_size) {
-        continue;
-      }
-      const int64_t source = static_cast<int32_t>(
-          call.source_table[row * call.source_stride + position / call.block_size]);
-      const int64_t target =
-          static_cast<int32_t>(call.target_table[row * call.target_stride + i / call.block_size]);
-      if (source < 0 || source >= call.num_blocks || target < 0 || target >= call.num_blocks ||
-          (source == target && position == i)) {
+      if (position <= i || position >= call.table_width * call.block_size) continue;
+      const auto table = call.table + row * call.table_stride;
+      const int64_t source = static_cast<int32_t>(table[position / call.block_size]);
+      const int64_t target = static_cast<int32_t>(table[i / call.block_size]);
+      if (source < 0 || source >= call.num_blocks || target < 0 || target >= call.num_blocks) {
         continue;
       }
       from[n] = source * call.stride[1] + position % call.block_size * call.stride[3];
@@ -311,8 +303,7 @@ void copy_blocks_cuda(Tensor key_pages, Tensor value_pages, const Tensor& source
   });
 }
 
-void compact_pages_cuda(Tensor pages, const Tensor& source_table, const Tensor& target_table,
-                        const Tensor& keep) {
+void compact_pages_cuda(Tensor pages, const Tensor& block_table, const Tensor& keep) {
   check_pool("pages", pages);
   const int64_t layers = pages.size(0);
   const int64_t heads = pages.size(2);
@@ -326,13 +317,10 @@ void compact_pages_cuda(Tensor pages, const Tensor& source_table, const Tensor& 
                " and Hkv=", heads, " as in pages, got ", shape_of(keep));
   check_last_contiguous("keep", keep);
   const int64_t rows = keep.size(1);
-  const auto check_rows = [&](const char* name, const Tensor& table) {
-    check_integers(name, table);
-    WINNOW_CHECK(table.dim() == 2 && table.size(0) == rows, name,
-                 ": expected (B, max_blocks) with B=", rows, " as in keep, got ", shape_of(table));
-  };
-  check_rows("source_table", source_table);
-  check_rows("target_table", target_table);
+  check_integers("block_table", block_table);
+  WINNOW_CHECK(block_table.dim() == 2 && block_table.size(0) == rows,
+               "block_table: expected (B, max_blocks) with B=", rows, " as in keep, got ",
+               shape_of(block_table));
   const Stream stream(pages);
   dispatch_unit({&pages}, [&](auto zero) {
     using Unit = decltype(zero);
@@ -345,12 +333,9 @@ void compact_pages_cuda(Tensor pages, const Tensor& source_table, const Tensor& 
     call.keep_stride[1] = keep.stride(1);
     call.keep_stride[2] = keep.size(2) == 1 ? 0 : keep.stride(2);
     call.kept = keep.size(3);
-    call.source_table = global<const int32_t>(source_table);
-    call.source_stride = source_table.stride(0);
-    call.source_width = source_table.size(1);
-    call.target_table = global<const int32_t>(target_table);
-    call.target_stride = target_table.stride(0);
-    call.target_width = target_table.size(1);
+    call.table = global<const int32_t>(block_table);
+    call.table_stride = block_table.stride(0);
+    call.table_width = block_table.size(1);
     call.num_blocks = pages.size(1);
     call.block_size = pages.size(3);
     call.heads = heads;

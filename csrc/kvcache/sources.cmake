@@ -2,6 +2,7 @@
 list(APPEND WINNOW_HOST_SOURCES
   csrc/kvcache/block_pool.cpp
   csrc/kvcache/cache_table.cpp
+  csrc/kvcache/cache_table_prefix.cpp
   csrc/kvcache/prefix_index.cpp
 )
 list(APPEND WINNOW_CPU_SOURCES

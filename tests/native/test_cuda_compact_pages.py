@@ -9,19 +9,16 @@ from torch_winnow import reference
 
 
 def call_of(gpu, dtype, tokens, head_dim, *, layers=2, shared=False):
-    """Rows that write to blocks of their own, some of them those that they read."""
+    """Rows of lists of their own, in blocks of their own; some blocks are no row's."""
     size, heads = 4, 2
     width = -(-tokens // size)
     pages = torch.randn(layers, 4 * width, heads, size, head_dim + 2).to(gpu, dtype)
-    source = torch.randperm(2 * width).int().view(2, width)
-    target = source.clone()
-    target[0, width // 2] = 2 * width
-    target[1] = torch.arange(3 * width, 4 * width)
+    table = torch.randperm(4 * width)[: 2 * width].int().view(2, width)
     keep = torch.full((1 if shared else layers, 2, 1 if shared else heads, tokens), -1)
     for row in keep.flatten(0, 2):
         count = int(torch.randint(tokens + 1, ()))
         row[:count] = torch.randperm(tokens)[:count].sort().values
-    return pages[..., :head_dim], source.to(gpu), target.to(gpu), keep.to(gpu)
+    return pages[..., :head_dim], table.to(gpu), keep.to(gpu)
 
 
 @pytest.mark.parametrize("head_dim", [8, 5, 300])
@@ -41,9 +38,10 @@ def test_compacts(gpu, dtype, head_dim, shared, on_every_order):
 
 
 def test_indices_from_outside_move_nothing(gpu):
-    pages, source, target, keep = call_of(gpu, torch.float32, 6, 4)
-    keep[:] = torch.tensor([0, 9, 3, 2**40, -1, 1], device=gpu)
-    target[:, 1], source[:, 0] = 99, -7
+    pages, table, keep = call_of(gpu, torch.float32, 14, 4)
+    keep[:, :, :, :6] = torch.tensor([4, 5, 13, 2**40, -1, 1], device=gpu)
+    keep[:, :, :, 6:] = torch.tensor([13, 12, 8, 2, -(2**40), 16, 15, 99], device=gpu)
+    table[:, 0], table[:, 3] = -7, 99
     before = pages.clone()
-    torch.ops.winnow.compact_pages_(pages, source, target, keep)
+    torch.ops.winnow.compact_pages_(pages, table, keep)
     assert torch.equal(pages, before)

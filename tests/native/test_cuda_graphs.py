@@ -286,7 +286,6 @@ CALLS = {
         in_place(WINNOW.compact_pages_, 1),
         KEYS[None],
         TABLE,
-        TABLE,
         torch.tensor([1, 4, 7, -1]).expand(1, 2, 1, 4),
     ),
 }

@@ -11,8 +11,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SOURCES = [
     Path(__file__).with_name("kvcache_stress.cpp"),
-    *(ROOT / "csrc/kvcache" / f"{name}.cpp" for name in ("block_pool", "cache_table")),
-    ROOT / "csrc/kvcache/prefix_index.cpp",
+    *sorted((ROOT / "csrc/kvcache").glob("cache_table*.cpp")),
+    *(ROOT / "csrc/kvcache" / f"{name}.cpp" for name in ("block_pool", "prefix_index")),
 ]
 
 

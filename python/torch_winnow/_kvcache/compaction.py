@@ -44,9 +44,9 @@ def compact(cache: PagedKVCache, keep: Tensor) -> None:
             _requantise(cache, keep, targets)
         else:
             for moved in (pool.key_pages, pool.value_pages):
-                _compact_pages_(moved, table, table, keep)
+                _compact_pages_(moved, table, keep)
         if pool.key_bias is not None:
-            _compact_pages_(pool.key_bias[..., None], table, table, keep)
+            _compact_pages_(pool.key_bias[..., None], table, keep)
         cache.truncate_(lengths[0, :, 0])
         cache._written(targets)
 
@@ -105,5 +105,5 @@ def _checked(cache: PagedKVCache, keep: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("winnow::compact_pages_")
-def _(pages: Tensor, source_table: Tensor, target_table: Tensor, keep: Tensor) -> None:
-    check_same_device(pages=pages, source_table=source_table, target_table=target_table, keep=keep)
+def _(pages: Tensor, block_table: Tensor, keep: Tensor) -> None:
+    check_same_device(pages=pages, block_table=block_table, keep=keep)

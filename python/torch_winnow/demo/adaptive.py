@@ -1,7 +1,7 @@
 """One set of weights, every chunk size: what it remembers, how well it predicts, what it costs.
 
 ``python -m torch_winnow.demo.adaptive`` trains two small adaptive CATs, prints what was measured
-and draws it. About two minutes on two cores.
+and draws it. Each of the two trainings takes about a minute of one core.
 
 *Recall* is the task where memory alone decides: keys and their values are strewn over a context of
 noise, and then every key is asked for. *Text* is the demo's: held-out bytes of the standard

@@ -226,8 +226,8 @@ def score_select_blocks(
     )
 
 
-def compact_pages_(pages: Tensor, source_table: Tensor, target_table: Tensor, keep: Tensor) -> None:
-    """The i-th kept token of each row moves to position i, in the blocks of ``target_table``."""
+def compact_pages_(pages: Tensor, block_table: Tensor, keep: Tensor) -> None:
+    """The i-th kept token of each row moves to position i."""
     layers, _, heads, block_size, _ = pages.shape
     before = pages.clone()
     keep = keep.expand(layers, -1, heads, -1)
@@ -236,6 +236,6 @@ def compact_pages_(pages: Tensor, source_table: Tensor, target_table: Tensor, ke
             for h in range(heads):
                 for i, j in enumerate(keep[layer, b, h].tolist()):
                     if j >= 0:
-                        source = source_table[b, j // block_size], h, j % block_size
-                        target = target_table[b, i // block_size], h, i % block_size
+                        source = block_table[b, j // block_size], h, j % block_size
+                        target = block_table[b, i // block_size], h, i % block_size
                         pages[layer][target] = before[layer][source]
