@@ -67,7 +67,7 @@ def step(model, cache, rows: int) -> torch.Tensor:
     "impl", ["winnow", "winnow, sparse 10%", "DynamicCache + sdpa", "StaticCache + sdpa"]
 )
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("length", [4096, 16384])
+@pytest.mark.parametrize("length", [4096, 16384, 32768])
 def test_decode(measure, benchmark, length, dtype, impl):
     rows = 1
     expected = None
