@@ -4,21 +4,19 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <cmath>
 #include <optional>
 #include <vector>
 
 #include "common/checks.h"
 #include "common/tensors.h"
 #include "kvcache/attention_mass_simd.h"
-#include "kvcache/block_table.h"
+#include "kvcache/paged_attention_call.h"
 
 namespace winnow {
 namespace {
 
 constexpr int64_t kSplitKeys = 1024;  // their bytes stay in the L2 cache for all rows
 constexpr int64_t kThreadWork = 1 << 18;
-constexpr int64_t kUnbounded = int64_t{1} << 40;
 
 Tensor attention_mass(const Tensor& query, const Tensor& key_pages, const Tensor& block_table,
                       const Tensor& seq_lens, const Tensor& lse, bool causal,
@@ -36,26 +34,17 @@ Tensor attention_mass(const Tensor& query, const Tensor& key_pages, const Tensor
   const int64_t dim = query.size(3);
   const int64_t key_heads = key_pages.size(1);
   const int64_t block_size = key_pages.size(2);
-  WINNOW_CHECK(key_pages.size(3) == dim, "key_pages: expected (num_blocks, Hkv, block_size, D) ",
-               "with D=", dim, " as in query, got ", shape_of(key_pages));
-  WINNOW_CHECK(key_heads > 0 ? heads % key_heads == 0 : heads == 0,
-               "query: expected a number of heads divisible by the key heads (", key_heads,
-               "), got ", heads);
-  check_table(block_table);
-  WINNOW_CHECK(block_table.size(0) == batch, "block_table: expected (B, max_blocks) with B=", batch,
-               " as in query, got ", shape_of(block_table));
+  check_query_and_keys(query, key_pages, block_table, seq_lens, window, sinks);
   const int64_t width = block_table.size(1);
-  check_lengths(seq_lens, batch, width, block_size, "block_table");
-  check_blocks(block_table, seq_lens, key_pages.size(0), block_size);
   check_cpu("lse", lse);
   check_dtype("lse", lse, statistics_dtype(query));
   WINNOW_CHECK(
       lse.dim() == 3 && lse.size(0) == batch && lse.size(1) == heads && lse.size(2) == queries,
       "lse: expected (B, Hq, T) = (", batch, ", ", heads, ", ", queries, ") as in query, got ",
       shape_of(lse));
-  WINNOW_CHECK(!window || *window >= 1, "window: expected at least 1, got ", window.value_or(0));
-  WINNOW_CHECK(sinks >= 0, "sinks: expected at least 0, got ", sinks);
   AttentionMass call{};
+  call.attention = describe_query_and_keys(query, key_pages, block_table, seq_lens, causal, window,
+                                           sinks, scale);
   if (key_bias) {
     check_cpu("key_bias", *key_bias);
     check_dtype("key_bias", *key_bias, statistics_dtype(query));
@@ -70,28 +59,7 @@ Tensor attention_mass(const Tensor& query, const Tensor& key_pages, const Tensor
   }
 
   Tensor mass = empty({batch, key_heads, width * block_size}, statistics_dtype(query), query);
-  PagedAttention& attention = call.attention;
-  attention.type = element_type(query);
-  attention.query = query.data_ptr();
-  attention.key_pages = key_pages.data_ptr();
-  for (int64_t d = 0; d < 3; ++d) {
-    attention.query_stride[d] = query.stride(d);
-    attention.key_stride[d] = key_pages.stride(d);
-    call.lse_stride[d] = lse.stride(d);
-  }
-  attention.block_table = static_cast<const int32_t*>(block_table.data_ptr());
-  attention.table_stride = block_table.stride(0);
-  attention.seq_lens = static_cast<const int32_t*>(seq_lens.data_ptr());
-  attention.queries = queries;
-  attention.group = key_heads > 0 ? heads / key_heads : 0;
-  attention.key_heads = key_heads;
-  attention.block_size = block_size;
-  attention.head_dim = dim;
-  attention.causal = causal;
-  attention.window = window ? std::min(*window, kUnbounded) : 0;
-  attention.sinks = std::min(sinks, kUnbounded);
-  attention.scale =
-      scale ? *scale : 1.0 / std::sqrt(static_cast<double>(std::max<int64_t>(1, dim)));
+  for (int64_t d = 0; d < 3; ++d) call.lse_stride[d] = lse.stride(d);
   call.lse = lse.data_ptr();
   call.mass = mass.data_ptr();
   call.entries = width;
@@ -101,7 +69,7 @@ Tensor attention_mass(const Tensor& query, const Tensor& key_pages, const Tensor
   const int64_t split = std::max<int64_t>(1, kSplitKeys / block_size);
   const int64_t splits = (width + split - 1) / split;
   const auto run = WINNOW_SIMD(attention_mass_task);
-  const int64_t work = 1 + split * block_size * queries * attention.group * dim;
+  const int64_t work = 1 + split * block_size * queries * call.attention.group * dim;
   torch::stable::parallel_for(0, batch * key_heads * splits, 1 + kThreadWork / work,
                               [&](int64_t begin, int64_t end) {
                                 std::vector<float> scratch(static_cast<size_t>(scratch_floats));

@@ -7,7 +7,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cmath>
 #include <memory>
 #include <new>
 #include <optional>
@@ -16,7 +15,7 @@
 
 #include "common/checks.h"
 #include "common/tensors.h"
-#include "kvcache/paged_attention_simd.h"
+#include "kvcache/paged_attention_call.h"
 #include "kvcache/quantised.h"
 
 namespace winnow {
@@ -27,7 +26,6 @@ namespace {
 constexpr int64_t kSplitKeys = 1024;
 // A thread is worth waking for this many multiply-adds, about 20 µs.
 constexpr int64_t kThreadWork = 1 << 18;
-constexpr int64_t kUnbounded = int64_t{1} << 40;
 
 struct FreeAligned {
   void operator()(float* p) const { ::operator delete[](p, std::align_val_t{64}); }
@@ -44,25 +42,6 @@ void check_pages(const char* name, const Tensor& pages, ScalarType dtype) {
   check_dtype(name, pages, dtype);
   check_dim(name, pages, 4, "the pages of one layer, (num_blocks, Hkv, block_size, D)");
   check_last_contiguous(name, pages);
-}
-
-// Every block that a row reads lies in the pages: an index from outside would read foreign memory.
-void check_blocks(const Tensor& block_table, const Tensor& seq_lens, int64_t num_blocks,
-                  int64_t block_size) {
-  const auto* table = static_cast<const int32_t*>(block_table.data_ptr());
-  const auto* lengths = static_cast<const int32_t*>(seq_lens.data_ptr());
-  const int64_t width = block_table.size(1);
-  for (int64_t b = 0; b < seq_lens.size(0); ++b) {
-    WINNOW_CHECK(lengths[b] >= 0 && lengths[b] <= width * block_size,
-                 "seq_lens: expected 0 <= length <= ", width * block_size,
-                 " (the blocks of block_table), got ", lengths[b], " in row ", b);
-    const int64_t used = (lengths[b] + block_size - 1) / block_size;
-    const int32_t* row = table + b * block_table.stride(0);
-    for (int64_t i = 0; i < used; ++i) {
-      WINNOW_CHECK(row[i] >= 0 && row[i] < num_blocks, "block_table: expected 0 <= block < ",
-                   num_blocks, " in the ", used, " blocks of row ", b, ", got ", row[i], " at ", i);
-    }
-  }
 }
 
 // Ascending, so that no block counts twice; -1 names none.
@@ -259,34 +238,16 @@ std::tuple<Tensor, Tensor> paged_attention(
   const int64_t num_blocks = key_pages.size(0);
   const int64_t key_heads = key_pages.size(1);
   const int64_t block_size = key_pages.size(2);
-  WINNOW_CHECK(key_pages.size(3) == head_dim, "key_pages: expected (num_blocks, Hkv, block_size, ",
-               "D) with D=", head_dim, " as in query, got ", shape_of(key_pages));
   WINNOW_CHECK(block_size > 0, "key_pages: expected a block_size of at least 1, got ",
                shape_of(key_pages));
   WINNOW_CHECK(value_pages.size(0) == num_blocks && value_pages.size(1) == key_heads &&
                    value_pages.size(2) == block_size,
                "value_pages: expected (num_blocks, Hkv, block_size, Dv) as in key_pages, ",
                shape_of(key_pages), ", got ", shape_of(value_pages));
-  WINNOW_CHECK(key_heads > 0 ? heads % key_heads == 0 : heads == 0,
-               "query: expected a number of heads divisible by the key heads (", key_heads,
-               "), got ", heads);
-  check_cpu("block_table", block_table);
-  check_dtype("block_table", block_table, ScalarType::Int);
-  WINNOW_CHECK(block_table.dim() == 2 && block_table.size(0) == batch,
-               "block_table: expected (B, max_blocks) with B=", batch, " as in query, got ",
-               shape_of(block_table));
-  check_last_contiguous("block_table", block_table);
-  check_cpu("seq_lens", seq_lens);
-  check_dtype("seq_lens", seq_lens, ScalarType::Int);
-  WINNOW_CHECK(seq_lens.dim() == 1 && seq_lens.size(0) == batch,
-               "seq_lens: expected (B,) with B=", batch, " as in query, got ", shape_of(seq_lens));
-  check_last_contiguous("seq_lens", seq_lens);
-  WINNOW_CHECK(!window || *window >= 1, "window: expected at least 1, got ", window.value_or(0));
-  WINNOW_CHECK(sinks >= 0, "sinks: expected at least 0, got ", sinks);
-  check_blocks(block_table, seq_lens, num_blocks, block_size);
+  check_query_and_keys(query, key_pages, block_table, seq_lens, window, sinks);
 
-  PagedAttention call{};
-  call.type = element_type(query);
+  PagedAttention call = describe_query_and_keys(query, key_pages, block_table, seq_lens, causal,
+                                                window, sinks, scale);
   if (quantised) {
     check_cpu("key_scales", *key_scales);
     check_cpu("value_scales", *value_scales);
@@ -300,7 +261,6 @@ std::tuple<Tensor, Tensor> paged_attention(
       call.value_scale_stride[d] = value_scales->stride(d);
     }
   }
-  call.block_indices = nullptr;
   int64_t list_length = 0;
   if (block_indices) {
     const Tensor& indices = *block_indices;
@@ -345,28 +305,9 @@ std::tuple<Tensor, Tensor> paged_attention(
   const int64_t value_dim = value_pages.size(3);
   Tensor out = empty({batch, heads, queries, value_dim}, query.scalar_type(), query);
   Tensor lse = empty({batch, heads, queries}, statistics_dtype(query), query);
-  call.query = query.data_ptr();
-  call.key_pages = key_pages.data_ptr();
   call.value_pages = value_pages.data_ptr();
-  for (int64_t d = 0; d < 3; ++d) {
-    call.query_stride[d] = query.stride(d);
-    call.key_stride[d] = key_pages.stride(d);
-    call.value_stride[d] = value_pages.stride(d);
-  }
-  call.block_table = static_cast<const int32_t*>(block_table.data_ptr());
-  call.table_stride = block_table.stride(0);
-  call.seq_lens = static_cast<const int32_t*>(seq_lens.data_ptr());
-  call.queries = queries;
-  call.group = key_heads > 0 ? heads / key_heads : 0;
-  call.key_heads = key_heads;
-  call.block_size = block_size;
-  call.head_dim = head_dim;
+  for (int64_t d = 0; d < 3; ++d) call.value_stride[d] = value_pages.stride(d);
   call.value_dim = value_dim;
-  call.causal = causal;
-  call.window = window ? std::min(*window, kUnbounded) : 0;
-  call.sinks = std::min(sinks, kUnbounded);
-  call.scale =
-      scale ? *scale : 1.0 / std::sqrt(static_cast<double>(std::max<int64_t>(1, head_dim)));
   call.out = out.data_ptr();
   call.lse = lse.data_ptr();
   attend(call, batch, list_length);
