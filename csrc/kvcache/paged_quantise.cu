@@ -6,6 +6,7 @@
 #include "kvcache/codes.h"
 #include "kvcache/paged_write_arguments.h"
 #include "kvcache/quantised.h"
+#include "kvcache/write_positions.cuh"
 
 namespace winnow {
 namespace {
@@ -34,25 +35,6 @@ struct CodePages {
   int64_t stride[3];  // block, head, slot
   Global<float> scales;
   int64_t scale_stride[2];  // block, head
-};
-
-struct Positions {
-  Global<const int32_t> block_table;
-  int64_t table_stride;
-  int64_t table_width;
-  Global<const int64_t> positions;
-  int64_t positions_stride;
-  int64_t num_blocks;
-  int64_t block_size;
-  int64_t heads;
-  int64_t tokens;
-  int64_t items;
-
-  // -1 where there is none.
-  WINNOW_DEVICE int64_t at(int64_t row, int64_t token) const {
-    const int64_t position = positions[row * positions_stride + token];
-    return position < 0 || position >= table_width * block_size ? -1 : position;
-  }
 };
 
 // What one row stores in one block.
@@ -208,16 +190,7 @@ void paged_quantise_cuda(Tensor key_pages, Tensor value_pages, Tensor key_scales
   const Stream stream(key);
   const NewTokens keys = tokens_of("key", key);
   const NewTokens values = tokens_of("value", value);
-  const Positions where = {global<const int32_t>(block_table),
-                           block_table.stride(0),
-                           block_table.size(1),
-                           global<const int64_t>(positions),
-                           positions.stride(0),
-                           key_pages.size(0),
-                           key_pages.size(2),
-                           key.size(1),
-                           key.size(2),
-                           key.size(0) * key.size(1) * key.size(2)};
+  const Positions where = positions_of(key, key_pages, block_table, positions);
   const auto run = [&](auto zero) {
     using Code = decltype(zero);
     launch("paged_quantise_", quantise_tokens<Code>, {ceil_div<int64_t>(where.items, kWarps)},

@@ -7,6 +7,7 @@
 
 #include "kvcache/block_table.cuh"
 #include "kvcache/paged_write_arguments.h"
+#include "kvcache/write_positions.cuh"
 
 namespace winnow {
 namespace {
@@ -25,19 +26,6 @@ struct Tokens {
   int64_t units;
 };
 
-struct Positions {
-  Global<const int32_t> block_table;
-  int64_t table_stride;
-  int64_t table_width;
-  Global<const int64_t> positions;
-  int64_t positions_stride;
-  int64_t num_blocks;
-  int64_t block_size;
-  int64_t heads;
-  int64_t tokens;
-  int64_t items;
-};
-
 template <typename Unit>
 WINNOW_DEVICE void copy_units(Global<Unit> to, Global<const Unit> from, int64_t units) {
   for (int64_t u = lane_index(); u < units; u += kWarp) {
@@ -54,8 +42,8 @@ write_tokens(Tokens<Unit> keys, Tokens<Unit> values, Positions where) {
   const int64_t token = item % where.tokens;
   const int64_t head = item / where.tokens % where.heads;
   const int64_t row = item / where.tokens / where.heads;
-  const int64_t position = where.positions[row * where.positions_stride + token];
-  if (position < 0 || position >= where.table_width * where.block_size) return;
+  const int64_t position = where.at(row, token);
+  if (position < 0) return;
   const int32_t block = where.block_table[row * where.table_stride + position / where.block_size];
   if (block < 0 || block >= where.num_blocks) return;
   const int64_t slot = position % where.block_size;
@@ -241,19 +229,8 @@ void paged_write_cuda(Tensor key_pages, Tensor value_pages, const Tensor& key, c
   check_write(key_pages, value_pages, key, value, block_table, positions, check_device);
   check_dtype("key", key, key_pages.scalar_type());
   check_dtype("value", value, value_pages.scalar_type());
-  const int64_t rows = key.size(0);
-  const int64_t tokens = key.size(2);
   const Stream stream(key);
-  const Positions where = {global<const int32_t>(block_table),
-                           block_table.stride(0),
-                           block_table.size(1),
-                           global<const int64_t>(positions),
-                           positions.stride(0),
-                           key_pages.size(0),
-                           key_pages.size(2),
-                           key.size(1),
-                           tokens,
-                           rows * key.size(1) * tokens};
+  const Positions where = positions_of(key, key_pages, block_table, positions);
   dispatch_unit({&key, &key_pages, &value, &value_pages}, [&](auto zero) {
     using Unit = decltype(zero);
     launch("paged_write_", write_tokens<Unit>, {ceil_div<int64_t>(where.items, kWarps)}, kThreads,
