@@ -121,7 +121,7 @@ inline void check_gradients(const Gradients& gradients, const Tensor& query) {
 
 inline Tensor contiguous_rows(const Tensor& tensor) {
   const bool regular = tensor.size(3) <= 1 || tensor.stride(3) == 1;
-  return regular ? tensor : torch::stable::contiguous(tensor);
+  return regular ? tensor : dense(tensor);
 }
 
 }  // namespace winnow

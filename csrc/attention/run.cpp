@@ -61,9 +61,9 @@ InputGradients run_backward(const AttentionProblem& problem, const Operands& ope
   const Tensor& key = operands.key;
   const std::optional<Tensor>& slot_key = operands.slot_key;
   const Tensor grad_out = contiguous_rows(gradients.grad_out);
-  const Tensor grad_lse = torch::stable::contiguous(gradients.grad_lse);
-  const Tensor out = torch::stable::contiguous(gradients.out);
-  const Tensor lse = torch::stable::contiguous(gradients.lse);
+  const Tensor grad_lse = dense(gradients.grad_lse);
+  const Tensor out = dense(gradients.out);
+  const Tensor lse = dense(gradients.lse);
   const ScalarType dtype = query.scalar_type();
   InputGradients results{empty(shape(query), dtype, query), empty(shape(key), dtype, query),
                          empty(shape(key), dtype, query), std::nullopt, std::nullopt};
