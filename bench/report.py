@@ -133,7 +133,7 @@ def plot(rows: list[Row], path: Path, columns: int = 1) -> None:
     names = list(kinds)
     length = -(-len(names) // columns)
     figure, axes = pyplot.subplots(
-        1, columns, figsize=(6.4 * columns, 0.9 + 0.21 * length), sharex=True, squeeze=False,
+        1, columns, figsize=(5.0 * columns, 0.9 + 0.21 * length), sharex=True, squeeze=False,
         layout="constrained",
     )  # fmt: skip
     for i, axis in enumerate(axes[0]):

@@ -16,7 +16,7 @@ INTRODUCTION = """\
 # Benchmarks
 
 Every table and every dot here is made from the JSON of runs that are kept in `bench/results/`.
-Machines are shared and noisy, so rivals alternate with ours in one process, and ratios of medians
+Machines are shared and noisy, so rivals run right after ours in one process, and ratios of medians
 are what counts. Rivals are the strongest that are known for a shape, and a benchmark compares its
 output with the definition before it is timed. {summary}
 
@@ -43,6 +43,8 @@ Where a dense decoder is faster than the CAT:
 
 {losses}
 """
+
+MEASURED = "```{rst-class} measured\n```\n\n"  # the next table's cells are not wrapped
 
 RUNS = """\
 ## Every run
@@ -73,15 +75,17 @@ def generation_section(path: Path) -> str:
     headers = ("batch", "slower", "faster", "its time over the CAT's")
     return GENERATION.format(
         caption=path.with_suffix(".md").read_text().split("\n\n")[0] + f" {record['machine']}.",
-        table=generation.table(results),
-        losses=report.tabulate(lost, headers=headers, tablefmt="github", disable_numparse=True),
+        table=MEASURED + generation.table(results),
+        losses=MEASURED
+        + report.tabulate(lost, headers=headers, tablefmt="github", disable_numparse=True),
     )
 
 
 def write(folder: Path = DOCS / "benchmarks") -> None:
     folder.mkdir(exist_ok=True)
     rows = report.newest_rows()
-    text = INTRODUCTION.format(summary=report.summary(rows), losses=report.losses_table(rows))
+    losses = MEASURED + report.losses_table(rows)
+    text = INTRODUCTION.format(summary=report.summary(rows), losses=losses)
     report.plot(rows, folder / "ratios.png", columns=2)
     names = []
     for path in sorted(report.RESULTS.glob("*.json")):
@@ -92,7 +96,8 @@ def write(folder: Path = DOCS / "benchmarks") -> None:
                 report.strongest_rivals(report.by_group(data["benchmarks"])),
                 folder / f"{path.stem}.png",
             )
-            page = f"# {path.stem}\n\n{report.text(data)}\n![A dot per shape]({path.stem}.png)\n"
+            tables = report.text(data).replace("| op and shape", MEASURED + "| op and shape")
+            page = f"# {path.stem}\n\n{tables}\n![A dot per shape]({path.stem}.png)\n"
             (folder / f"{path.stem}.md").write_text(page)
         else:
             text += "\n" + generation_section(path)

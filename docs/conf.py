@@ -39,6 +39,8 @@ napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 exclude_patterns = ["_build"]
 html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_title = f"torch-winnow {release}"
 
 benchmark_pages.write()  # ignored by git: the results are kept
