@@ -112,8 +112,8 @@ Resampled resample_cuda(const Tensor& log_weights, std::string scheme,
   const Stream stream(log_weights);
   const Rows rows = as_rows(log_weights);
   const Rows mask_rows = as_rows(mask.value_or(log_weights));
-  const Tensor uniform_rows = uniforms ? torch::stable::contiguous(*uniforms) : log_weights;
-  const Tensor pinned_rows = pinned ? torch::stable::contiguous(*pinned) : log_weights;
+  const Tensor uniform_rows = uniforms ? dense(*uniforms) : log_weights;
+  const Tensor pinned_rows = pinned ? dense(*pinned) : log_weights;
   const Resampled results = empty_resampled(arguments);
   ResampleLaunch call = {};
   call.log_weights = numbers(rows.tensor);
