@@ -4,6 +4,7 @@
 #include "common/cpu_capability.h"
 
 namespace winnow {
+namespace {  // every instruction set has copies of its own
 
 // Rows that a task takes: about a tile, of whole chunks where they are not larger than a few tiles.
 // How the rows are divided decides how well vectors are filled, nothing else.
@@ -42,6 +43,8 @@ constexpr RowTask row_task(const AttentionProblem& problem, int64_t unit) {
 constexpr int64_t forward_scratch_bytes(int64_t dim) {
   return 8 * (6 * kKeyTile * (padded_dim(dim) + 16) + 2 * kKeyTile * kTile) + 4096;
 }
+
+}  // namespace
 
 // out: contiguous (batch, query_heads, rows, dim) of the element type. lse: contiguous (batch,
 // query_heads, rows) of float, or double for double elements.
