@@ -128,9 +128,8 @@ inline DenseGradients dense_gradients(const Gradients& gradients, const Tensor& 
   check_gradients(gradients, query);
   const Tensor& rows = gradients.grad_out;
   const bool regular = rows.size(3) <= 1 || rows.stride(3) == 1;
-  return {regular ? rows : torch::stable::contiguous(rows),
-          torch::stable::contiguous(gradients.grad_lse), torch::stable::contiguous(gradients.out),
-          torch::stable::contiguous(gradients.lse)};
+  return {regular ? rows : dense(rows), dense(gradients.grad_lse), dense(gradients.out),
+          dense(gradients.lse)};
 }
 
 // Not initialised.

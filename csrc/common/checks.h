@@ -28,12 +28,17 @@ template <typename... Args>
   } while (0)
 
 // "(2, 8, 10, 64)"
-inline std::string shape_of(const Tensor& tensor) {
+template <typename Sizes>
+inline std::string shape_text(const Sizes& sizes) {
   std::ostringstream text;
   text << "(";
-  for (int64_t i = 0; i < tensor.dim(); ++i) text << (i ? ", " : "") << tensor.size(i);
-  text << (tensor.dim() == 1 ? ",)" : ")");
+  for (size_t i = 0; i < sizes.size(); ++i) text << (i ? ", " : "") << sizes[i];
+  text << (sizes.size() == 1 ? ",)" : ")");
   return text.str();
+}
+
+inline std::string shape_of(const Tensor& tensor) {
+  return shape_text(tensor.sizes());
 }
 
 inline const char* name_of(ScalarType dtype) {

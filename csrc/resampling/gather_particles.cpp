@@ -23,9 +23,9 @@ constexpr int64_t kChunk = 65536;  // bytes; source, target and spare chunk fit 
 
 // The indices, checked and copied: a leaf of the state may be the ancestors themselves.
 std::vector<int64_t> check_ancestors(const Tensor& ancestors, int64_t particles) {
-  const Tensor contiguous = torch::stable::contiguous(ancestors);
-  const auto* first = static_cast<const int64_t*>(contiguous.data_ptr());
-  std::vector<int64_t> index(first, first + contiguous.numel());
+  const Tensor ordered = dense(ancestors);
+  const auto* first = static_cast<const int64_t*>(ordered.data_ptr());
+  std::vector<int64_t> index(first, first + ordered.numel());
   bool valid = true;
   for (const int64_t a : index) valid &= a >= 0 && a < particles;
   if (!valid) {

@@ -213,7 +213,7 @@ Tensor gather_particles_cuda(const Tensor& state, const Tensor& ancestors, int64
   const Stream stream(state);
   Tensor result = empty(sizes, state.scalar_type(), state);
   if (result.numel() == 0) return result;
-  copy(state, result, torch::stable::contiguous(ancestors), at, false, false, stream);
+  copy(state, result, dense(ancestors), at, false, false, stream);
   return result;
 }
 
@@ -234,8 +234,8 @@ void gather_particles_in_place_cuda(Tensor state, const Tensor& ancestors, int64
   const Stream stream(state);
   // A leaf of the state may be the ancestors themselves.
   const Tensor index = state.data_ptr() == ancestors.data_ptr()
-                           ? torch::stable::contiguous(torch::stable::clone(ancestors))
-                           : torch::stable::contiguous(ancestors);
+                           ? dense(torch::stable::clone(ancestors))
+                           : dense(ancestors);
   const Layout layout = layout_of(state, at, ancestors.dim() - 1, state);
   const int64_t bytes = unit_bytes(layout, state, state);
   if (particles > kTileBytes / std::max<int64_t>(bytes, 2)) {

@@ -37,7 +37,7 @@ Tensor next_temperature(const Tensor& log_likelihood, const Tensor& beta, double
     call.log_weights = weights.tensor.data_ptr();
     call.weights_stride = weights.stride;
   }
-  const Tensor start = torch::stable::contiguous(torch::stable::to(beta, ScalarType::Double));
+  const Tensor start = dense(torch::stable::to(beta, ScalarType::Double));
   Tensor result = empty(shape(beta), dtype, log_likelihood);
   call.log_likelihood = rows.tensor.data_ptr();
   call.type = element_type(log_likelihood);

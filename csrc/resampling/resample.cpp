@@ -20,7 +20,7 @@ namespace {
 
 // Where the indices can be read they are checked.
 Tensor check_indices(const Tensor& pinned, const ResampleArguments& a) {
-  const Tensor result = torch::stable::contiguous(pinned);
+  const Tensor result = dense(pinned);
   const auto* index = static_cast<const int64_t*>(result.data_ptr());
   const int64_t most = a.particles < a.samples ? a.particles : a.samples;
   for (int64_t i = 0; i < result.numel(); ++i) {
@@ -120,7 +120,7 @@ Resampled resample(const Tensor& log_weights, std::string scheme,
   }
   std::optional<Tensor> uniform_rows;
   if (uniforms.has_value()) {
-    uniform_rows = torch::stable::contiguous(*uniforms);
+    uniform_rows = dense(*uniforms);
     call.uniforms = uniform_rows->data_ptr();
     call.uniforms_type = element_type(*uniform_rows);
     call.uniforms_stride = arguments.uniforms_stride();

@@ -116,8 +116,8 @@ Resampled resample_cuda(const Tensor& log_weights, std::string scheme,
   const Stream stream(log_weights);
   const Rows rows = as_rows(log_weights);
   const Rows mask_rows = as_rows(mask.value_or(log_weights));
-  const Tensor uniform_rows = torch::stable::contiguous(uniforms.value_or(log_weights));
-  const Tensor pinned_rows = torch::stable::contiguous(pinned.value_or(log_weights));
+  const Tensor uniform_rows = dense(uniforms.value_or(log_weights));
+  const Tensor pinned_rows = dense(pinned.value_or(log_weights));
   const Resampled results = empty_resampled(arguments);
   ResampleLaunch call = {};
   call.log_weights = numbers(rows.tensor);

@@ -23,8 +23,8 @@ Tensor trace_ancestors(const Tensor& ancestors, const Tensor& indices) {
   const int64_t rows = call.rows;
   const int64_t particles = call.particles;
   const int64_t paths = call.paths;
-  const Tensor from = torch::stable::contiguous(ancestors);
-  const Tensor last = torch::stable::contiguous(indices);
+  const Tensor from = dense(ancestors);
+  const Tensor last = dense(indices);
   check_indices("ancestors", from, particles);
   check_indices("indices", last, particles);
   const Tensor result = empty(call.result, ScalarType::Long, ancestors);

@@ -40,8 +40,8 @@ draw_uniforms(Seed seed, int64_t count, int64_t total, Global<double> result) {
 Tensor trace_ancestors_cuda(const Tensor& ancestors, const Tensor& indices) {
   const TraceArguments call = check_trace(ancestors, indices, check_device);
   const Stream stream(ancestors);
-  const Tensor from = torch::stable::contiguous(ancestors);
-  const Tensor last = torch::stable::contiguous(indices);
+  const Tensor from = dense(ancestors);
+  const Tensor last = dense(indices);
   Tensor result = empty(call.result, ScalarType::Long, ancestors);
   launch("trace_ancestors", trace_paths, {ceil_div<int64_t>(indices.numel(), kThreads)}, kThreads,
          stream, global<const int64_t>(from), global<const int64_t>(last), call.steps, call.rows,

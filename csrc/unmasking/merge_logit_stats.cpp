@@ -234,8 +234,8 @@ merge_logit_stats(const std::vector<Tensor>& parts, const std::vector<int64_t>& 
   merge.keys = keys ? static_cast<const int64_t*>(keys->data_ptr()) : nullptr;
   const bool is_double = like.scalar_type() == ScalarType::Double;
   for (size_t p = 0; p < parts.size(); ++p) {
-    const Tensor dense = torch::stable::contiguous(parts[p]);
-    merge.parts.push_back({dense, dense.data_ptr(),
+    const Tensor part = dense(parts[p]);
+    merge.parts.push_back({part, part.data_ptr(),
                            part_layout(starts[p], counts[p], has_previous, is_double), starts[p],
                            counts[p]});
     merge.rows.vocab += counts[p];

@@ -186,7 +186,7 @@ Tensor soft_embedding(const Tensor& logits, const Tensor& embedding, const Tenso
   problem.most_entropy = std::log(static_cast<double>(rows.length));
   problem.out = static_cast<char*>(out.data_ptr());
 
-  const Tensor counts = mask ? torch::stable::contiguous(*mask) : out;
+  const Tensor counts = mask ? dense(*mask) : out;
   for (int64_t r = 0; r < rows.count; ++r) {
     if (!mask || static_cast<const bool*>(counts.data_ptr())[r]) {
       problem.active.push_back(r);

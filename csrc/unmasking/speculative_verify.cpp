@@ -251,9 +251,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> speculative_verify(
   Problem problem = {};
   problem.target_rows = as_rows(target_logits);
   if (draft_logits) problem.draft_rows = as_rows(*draft_logits);
-  problem.draft_tokens = torch::stable::contiguous(draft_tokens);
-  if (lengths) problem.lengths = torch::stable::contiguous(*lengths);
-  if (order) problem.order = torch::stable::contiguous(*order);
+  problem.draft_tokens = dense(draft_tokens);
+  if (lengths) problem.lengths = dense(*lengths);
+  if (order) problem.order = dense(*order);
   problem.batch = sizes.batch;
   problem.steps = sizes.steps;
   problem.places = sizes.places;

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torch_winnow import _library  # noqa: F401  (registers the operators)
-from torch_winnow._fake import check_same_device
+from torch_winnow._fake import check_same_device, register_fake
 from torch_winnow._kvcache import pages
 from torch_winnow._kvcache.mirror import sent
 
@@ -104,6 +104,6 @@ def _checked(cache: PagedKVCache, keep: Tensor) -> Tensor:
     return keep
 
 
-@torch.library.register_fake("winnow::compact_pages_")
+@register_fake("compact_pages_")
 def _(pages: Tensor, block_table: Tensor, keep: Tensor) -> None:
     check_same_device(pages=pages, block_table=block_table, keep=keep)

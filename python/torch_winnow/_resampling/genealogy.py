@@ -9,7 +9,7 @@ from typing import Any, SupportsIndex
 import torch
 from torch import Tensor
 
-from torch_winnow._fake import check_same_device
+from torch_winnow._fake import check_same_device, register_fake
 from torch_winnow._resampling.gather import gather_particles
 from torch_winnow._resampling.resample import check_seed, resample
 from torch_winnow._resampling.weights import (
@@ -289,12 +289,12 @@ def _accept_reject(
     return parents
 
 
-@torch.library.register_fake("winnow::trace_ancestors")
+@register_fake("trace_ancestors")
 def _(ancestors: Tensor, indices: Tensor) -> Tensor:
     check_same_device(ancestors=ancestors, indices=indices)
     return indices.new_empty((ancestors.shape[0] + 1, *indices.shape))
 
 
-@torch.library.register_fake("winnow::uniforms")
+@register_fake("uniforms")
 def _(seed: Tensor, rows: int, count: int) -> Tensor:
     return seed.new_empty((rows, count), dtype=torch.float64)

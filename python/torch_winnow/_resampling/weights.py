@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torch_winnow import _library  # noqa: F401  (registers the operators)
-from torch_winnow._fake import check_same_device
+from torch_winnow._fake import check_same_device, register_fake
 from torch_winnow._resampling import autograd
 
 # Bound once: a look-up through torch.ops costs as much as a small op.
@@ -195,10 +195,10 @@ autograd.without_gradient(
     "effective_sample_size", "weight_entropy", "log_mean_exp", "conditional_effective_sample_size"
 )
 for _name in ("effective_sample_size", "weight_entropy", "log_mean_exp"):
-    torch.library.register_fake(f"winnow::{_name}", _one_a_population)
+    register_fake(_name)(_one_a_population)
 
 
-@torch.library.register_fake("winnow::conditional_effective_sample_size")
+@register_fake("conditional_effective_sample_size")
 def _(log_weights: Tensor, log_increments: Tensor) -> Tensor:
     check_same_device(log_weights=log_weights, log_increments=log_increments)
     return _one_a_population(log_weights)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torch_winnow import _library  # noqa: F401  (registers the operators)
-from torch_winnow._fake import check_same_device
+from torch_winnow._fake import check_same_device, register_fake
 from torch_winnow._unmasking.logit_stats import (
     BLOCK,
     LogitStats,
@@ -266,7 +266,7 @@ torch.library.impl("winnow::linear_logit_stats", "CPU", func=_selected)
 torch.library.impl("winnow::linear_logit_stats", "CUDA", func=_all_rows)
 
 
-@torch.library.register_fake("winnow::linear_logit_stats")
+@register_fake("linear_logit_stats")
 def _(
     hidden: Tensor,
     weight: Tensor,

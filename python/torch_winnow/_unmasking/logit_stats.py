@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torch_winnow import _library  # noqa: F401  (registers the operators)
-from torch_winnow._fake import check_same_device
+from torch_winnow._fake import check_same_device, register_fake
 from torch_winnow._unmasking.arguments import integer
 
 _logit_stats = torch.ops.winnow.logit_stats
@@ -312,7 +312,7 @@ def as_stats(statistic: Sequence[Tensor], has_target: bool, has_previous: bool) 
     )
 
 
-@torch.library.register_fake("winnow::logit_stats")
+@register_fake("logit_stats")
 def _(
     logits: Tensor,
     mask: Tensor | None,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torch_winnow import _library  # noqa: F401  (registers the operators)
-from torch_winnow._fake import check_same_device
+from torch_winnow._fake import check_same_device, register_fake
 from torch_winnow._unmasking.arguments import integer
 from torch_winnow._unmasking.logit_stats import (
     LogitStats,
@@ -140,7 +140,7 @@ def unmask_step_(
     return StepResult(transfer, count, stats)
 
 
-@torch.library.register_fake("winnow::unmask_step_")
+@register_fake("unmask_step_")
 def _(
     tokens: Tensor,
     logits: Tensor,
