@@ -90,6 +90,12 @@ def test_the_snippets_of_the_readme_run():
     assert names["latents"].shape == (2, 4, 3)
 
 
+def test_the_links_of_the_readme_lead_somewhere():
+    links = re.findall(r"\]\(([^)#]+)", README)
+    assert len(links) > 15
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
 def quantised_errors(dtype, large_channels, step):
     """Of keys and of attention, relative to float32, as docs/kvcache/quantised.md measures them."""
     tokens, dim = 1024, 128
