@@ -136,7 +136,7 @@ Scoring::Scoring(const Tensor& q, const Tensor& s, const std::optional<Tensor>& 
 }
 
 Tensor score_blocks(const Tensor& query, const Tensor& summaries,
-                    std::optional<Tensor> block_table) {
+                    const std::optional<Tensor>& block_table) {
   const Scoring call(query, summaries, block_table);
   Tensor scores = empty({call.batch, call.heads, call.blocks}, call.dtype, query);
   auto* out = static_cast<char*>(scores.data_ptr());
@@ -251,7 +251,7 @@ Tensor select_blocks(const Tensor& scores, int64_t k, const Tensor& seq_lens, in
 // Scores only what competes: sinks, recent blocks and rows that keep everything are not read.
 Tensor score_select_blocks(const Tensor& query, const Tensor& summaries, int64_t k,
                            const Tensor& seq_lens, int64_t block_size,
-                           std::optional<Tensor> block_table, int64_t sink_blocks,
+                           const std::optional<Tensor>& block_table, int64_t sink_blocks,
                            int64_t recent_blocks) {
   const Scoring call(query, summaries, block_table);
   const Choice choice(k, block_size, sink_blocks, recent_blocks);

@@ -70,7 +70,7 @@ void check_keys(const Tensor& key_pages, const std::optional<Tensor>& key_scales
 }
 
 Tensor block_summaries(const Tensor& key_pages, const Tensor& block_table, const Tensor& seq_lens,
-                       bool minmax, std::optional<Tensor> key_scales) {
+                       bool minmax, const std::optional<Tensor>& key_scales) {
   check_keys(key_pages, key_scales);
   check_table(block_table);
   const int64_t batch = block_table.size(0);
@@ -107,7 +107,7 @@ Tensor block_summaries(const Tensor& key_pages, const Tensor& block_table, const
 
 void update_block_summaries_(Tensor summaries, const Tensor& key_pages, const Tensor& block_table,
                              const Tensor& seq_lens, const Tensor& positions,
-                             std::optional<Tensor> key_scales) {
+                             const std::optional<Tensor>& key_scales) {
   check_keys(key_pages, key_scales);
   check_table(block_table);
   const int64_t num_blocks = key_pages.size(0);

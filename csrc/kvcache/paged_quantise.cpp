@@ -85,6 +85,7 @@ std::vector<BlockWrite> make_writes(const Tensor& block_table, const Tensor& pos
 // A scale has one writer.
 void check_distinct(const std::vector<BlockWrite>& writes) {
   std::vector<const BlockWrite*> order;
+  order.reserve(writes.size());
   for (const BlockWrite& write : writes) order.push_back(&write);
   std::sort(order.begin(), order.end(),
             [](const BlockWrite* a, const BlockWrite* b) { return a->block < b->block; });

@@ -95,10 +95,11 @@ void resample_in_blocks(ResampleCall call) {
   }
 }
 
-Resampled resample(const Tensor& log_weights, std::string scheme,
+Resampled resample(const Tensor& log_weights, const std::string& scheme,
                    std::optional<int64_t> num_samples, std::optional<double> ess_threshold,
                    bool keep_slots, std::optional<Tensor> mask, std::optional<Tensor> uniforms,
-                   std::optional<Tensor> pinned, int64_t seed, std::optional<Tensor> seed_tensor) {
+                   std::optional<Tensor> pinned, int64_t seed,
+                   const std::optional<Tensor>& seed_tensor) {
   for (const auto& [name, tensor] :
        {std::make_pair("mask", &mask), std::make_pair("uniforms", &uniforms),
         std::make_pair("pinned", &pinned)}) {

@@ -50,9 +50,9 @@ void run(SampleCall call, const Tensor& log_weights) {
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor> sample_without_replacement(const Tensor& log_weights, int64_t k,
-                                                              std::string design, int64_t seed,
-                                                              std::optional<Tensor> seed_tensor) {
+std::tuple<Tensor, Tensor, Tensor> sample_without_replacement(
+    const Tensor& log_weights, int64_t k, const std::string& design, int64_t seed,
+    const std::optional<Tensor>& seed_tensor) {
   SampleCall call = call_of(log_weights, k, design_of(design));
   call.seed = static_cast<uint64_t>(seed);
   if (seed_tensor.has_value()) {
