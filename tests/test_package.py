@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import importlib.metadata
 import inspect
 import os
 import pkgutil
+import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +22,7 @@ import torch_winnow
 from torch_winnow import __main__ as self_check
 from torch_winnow import _library
 
+ROOT = Path(__file__).parents[1]
 FAMILIES = ("attention", "kvcache", "resampling", "unmasking")
 
 
@@ -41,6 +44,16 @@ def test_build_info_tells_what_runs():
     text = str(info)
     assert info.cpu_capability in text
     assert f"CUDA library: {'' if info.cuda_library else 'not '}loaded" in text
+
+
+def test_there_is_one_version():
+    """pyproject.toml has it; a release changes CITATION.cff and the changelog's heading with it."""
+    version = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.M)[1]
+    released = re.findall(r"^## \[(\d.*?)\]", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert torch_winnow.__version__ == importlib.metadata.version("torch-winnow")
+    assert torch_winnow.__version__.partition("+")[0] == version  # a CUDA wheel's ends in +cu130
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    assert released[:1] in ([], [version])
 
 
 def test_environment_forces_an_instruction_set():
@@ -75,7 +88,7 @@ def test_libraries_need_only_the_stable_abi(name):
     assert not found["foreign"]
 
 
-OBJECTS = sorted(Path(__file__).parents[1].glob("build/*/CMakeFiles/_cpu_*.dir/**/*_simd.cc.o"))
+OBJECTS = sorted(ROOT.glob("build/*/CMakeFiles/_cpu_*.dir/**/*_simd.cc.o"))
 
 
 @pytest.mark.skipif(not OBJECTS or not shutil.which("nm"), reason="reads the object files with nm")

@@ -66,6 +66,16 @@ struct PlaceRanges {
     some[v] = lane[kSize - 1];
     every[v] = lane[0];
   }
+
+  // What of each lane's range lies in [begin, end).
+  PlaceRanges within(int64_t begin, int64_t end) const {
+    PlaceRanges clipped;
+    for (int lane = 0; lane < kTile; ++lane) {
+      clipped.place[lane] = {larger(place[lane].begin, begin), smaller(place[lane].end, end)};
+    }
+    for (int v = 0; v < kTile / kSize; ++v) clipped.bound(v);
+    return clipped;
+  }
 };
 
 // Places of a tile that see local keys of one chunk (or, of small chunks, any).

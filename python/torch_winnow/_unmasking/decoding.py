@@ -209,6 +209,7 @@ class Decoding:
         self._begin()
 
     def result(self, calls: int) -> GenerateResult:
+        """What :func:`generate` returns, after ``calls`` calls of the model."""
         return GenerateResult(self.tokens, self.step_map, calls, self.entropies)
 
     def _begin(self) -> None:

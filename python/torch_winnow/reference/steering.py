@@ -73,9 +73,11 @@ class FKSteering:
         self.reset()
 
     def reset(self) -> None:
+        """Begin a new run."""
         self._path: list[Tensor] = []
 
     def step(self, reward: Tensor, *, terminal: bool = False) -> Resampling:
+        """Take the rewards of a step, decide who follows whom."""
         if not self._path:
             self._counted_from = torch.zeros(reward.shape[:-1], dtype=torch.int64)
             self._divided_out = torch.zeros(reward.shape[:-1])
@@ -120,9 +122,11 @@ class FKSteering:
         return self._divided_out + log_mean
 
     def best(self) -> Tensor:
+        """The slot of each population's highest reward."""
         return self.reward.nan_to_num(nan=-torch.inf).argmax(-1)
 
     def select(self, tree: Tree) -> Tree:
+        """The rows of a tree of tensors that belong to :meth:`best`."""
         best = self.best()
         chosen = gather_particles(tree, best.unsqueeze(-1))
         squeezed: Tree = tree_map_only(Tensor, lambda leaf: leaf.squeeze(best.dim()), chosen)

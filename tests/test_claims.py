@@ -1,0 +1,87 @@
+"""What the README and the benchmark pages say is what the committed JSON holds, and it runs."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench" / "results"
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+pytestmark = pytest.mark.skipif(not RESULTS.exists(), reason="needs the source checkout")
+
+
+@pytest.fixture(scope="module")
+def report():
+    pytest.importorskip("tabulate")
+    sys.path.insert(0, str(ROOT / "bench"))
+    yield importlib.import_module("report")
+    sys.path.pop(0)
+
+
+RUNS = [p for p in sorted(RESULTS.glob("*.json")) if "benchmarks" in json.loads(p.read_text())]
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
+def test_tables_are_made_from_the_json(report, path):
+    assert path.with_suffix(".md").read_text() == report.text(json.loads(path.read_text()))
+
+
+def test_losses_are_shown(report):
+    rows = [("op 1", "rival", 0.5), ("op 2", "rival", 3.0), ("op 3", "rival", 0.25)]
+    assert [row[0] for row in report.losses(rows)] == ["op 3", "op 1"]
+    assert "in 1 of 3 shapes" in report.summary(rows)
+    assert "op 3" in report.losses_table(rows)
+    assert "op 2" not in report.losses_table(rows)
+
+
+@pytest.mark.parametrize(
+    ("family", "shapes"),
+    [
+        ("attention", "cat_attention forward N"),
+        ("kvcache", "paged_attention decode"),
+        ("unmasking", "unmasking step"),
+        ("resampling", "resample systematic"),
+    ],
+)
+def test_the_readme_claims_what_was_measured(report, family, shapes):
+    ratios = [ratio for name, _, ratio in report.newest_rows() if name.startswith(shapes)]
+    (row,) = re.findall(rf"^\| \[{family}\].*\|$", README, re.MULTILINE)
+    low, high = (float(number) for number in re.search(r"([\d.]+)× to ([\d.]+)×", row).groups())
+    assert low == pytest.approx(min(ratios), rel=0.02)
+    assert high == pytest.approx(max(ratios), rel=0.02)
+
+
+def test_the_snippets_of_the_readme_run():
+    pytest.importorskip("transformers", minversion="5")
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, **sizes)
+    names = {
+        "block_size": 17,
+        "model": LlamaForCausalLM(config),
+        "prompt": torch.randint(3, 30, (2, 5)),
+        "denoiser": lambda tokens: torch.randn(*tokens.shape, 10),
+        "tokens": torch.full((2, 40), 9),
+        "mask_id": 9,
+        "denoising_steps": range(3),
+        "latents": torch.randn(2, 4, 3),
+        "denoise": lambda latents, step: latents + torch.randn_like(latents),
+        "reward": lambda latents: latents.sum(-1),
+    }
+    names["query"], names["key"], names["value"] = torch.randn(3, 1, 2, 40, 8)
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) == 4
+    for block in blocks:
+        exec(block, names)
+    assert names["out"].shape == (1, 2, 40, 8)
+    assert names["text"].shape[1] > 5
+    assert not (names["result"].tokens == 9).any()
+    assert names["latents"].shape == (2, 4, 3)
