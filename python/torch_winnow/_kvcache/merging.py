@@ -191,7 +191,10 @@ def merge_similar_(
         raise ValueError(f"cache: expected a PagedKVCache, got {type(cache).__name__}")
     pool, lengths = cache.pool, cache.seq_lens
     if pool.key_bias is None:
-        raise ValueError("cache: expected a pool made with key_bias=True, which merged tokens need")
+        raise ValueError(
+            "cache: expected a pool made with key_bias=True, which merged tokens need, got one "
+            "without"
+        )
     if not cache._native.even():
         raise ValueError("cache: every layer must have stored the same tokens before they merge")
     tokens = int(lengths.max()) if cache.batch_size > 0 else 0

@@ -263,7 +263,7 @@ class FKSteering:
 
     def _require(self, value: Tensor | None) -> Tensor:
         if value is None:
-            raise ValueError("no step has been taken since the run began")
+            raise ValueError("step: no step has been taken since the run began, so call it first")
         return value
 
     @property
