@@ -107,7 +107,7 @@ void paged_quantise_(Tensor key_pages, Tensor value_pages, Tensor key_scales, Te
   const NewTokens keys = tokens_of("key", key);
   const NewTokens values = tokens_of("value", value);
   const int64_t block_size = key_pages.size(2);
-  check_positions(block_table, positions, key_pages.size(0), block_size);
+  check_places(block_table, positions, key_pages.size(0), block_size);
   if (positions.numel() == 0) return;
   std::vector<SlotToken> memory;
   const std::vector<BlockWrite> writes = make_writes(block_table, positions, block_size, &memory);
