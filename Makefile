@@ -2,7 +2,8 @@
 # make test    sets up an environment and runs the tests
 # make bench   benchmarks against the rivals; writes bench/results/
 # make bench-generation   4096 tokens by CAT and by dense decoders; about five minutes
-# make lint    ruff, mypy, clang-format
+# make lint    ruff, mypy, clang-format, clang-tidy
+# make coverage   lines of Python and C++ that the tests run; a summary, pages in build/coverage
 # make sanitize   tests of every family under AddressSanitizer and UBSan; slow to compile
 # make docs    the site, warnings as errors, in docs/_build
 # make wheel   a wheel and a source distribution in dist/, checked for what they may link and hold
@@ -15,8 +16,11 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc cmake -type f)
+# One instruction set, where all would take four times as long; the one with the most code of its own.
+WIDEST := $(if $(filter x86_64 amd64,$(shell uname -m)),AVX512_BF16,DEFAULT)
 
-.PHONY: demo test bench bench-generation lint sanitize sanitized docs wheel gpu-check clean
+.PHONY: demo test bench bench-generation lint tidy sanitize sanitized \
+  coverage covered docs wheel gpu-check clean
 
 # torch first: the operators are built against the release that they will run with.
 $(VENV)/.torch:
@@ -51,6 +55,17 @@ lint: $(VENV)/.built-lint
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	git ls-files '*.h' '*.cc' '*.cpp' '*.cu' '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
+	$(MAKE) VENV='$(VENV)' tidy
+
+# Once per source. The analyzer follows ownership and lengths through the operators and
+# the bookkeeping; in the loops it takes most of the time and cannot see through the intrinsics.
+TIDY := run-clang-tidy.py -p build/tidy -quiet
+tidy: export PATH := $(abspath $(BIN)):$(PATH)
+tidy: $(VENV)/.built-lint
+	cmake --preset tidy --log-level=WARNING -DPython_EXECUTABLE='$(abspath $(BIN))/python' \
+	  -DWINNOW_ONLY_CAPABILITY=$(WIDEST)
+	$(TIDY) '/csrc/.*\.cpp$$'
+	$(TIDY) -checks='-clang-analyzer-*' '/csrc/.*\.cc$$'
 
 # One instruction set: the sanitizers take their time to compile. libstdc++ before torch brings its
 # exceptions to them.
@@ -65,6 +80,29 @@ sanitized: $(VENV)/.torch
 	  -C cmake.build-type=RelWithDebInfo -C cmake.define.CMAKE_CXX_FLAGS_RELWITHDEBINFO='-O1 -g1' \
 	  -C cmake.define.WINNOW_SANITIZE=ON -C cmake.define.WINNOW_ONLY_CAPABILITY=AVX2
 	LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -m pytest $(SANITIZED)
+
+# One instruction set that every runner has. What compiles the CUDA sources or starts other machines
+# runs nothing of what is counted here.
+coverage:
+	$(MAKE) VENV=.venv-coverage covered
+
+covered: $(VENV)/.torch
+	$(PIP) --no-build-isolation --editable '.[test,coverage]' -C build-dir=build/coverage/native \
+	  -C cmake.build-type=Debug \
+	  -C cmake.define.CMAKE_CXX_FLAGS_DEBUG='-O1 -g1 --coverage -fprofile-abs-path' \
+	  -C cmake.define.WINNOW_ONLY_CAPABILITY=AVX2 -C cmake.define.WINNOW_CUDA=OFF
+	find build/coverage/native -name '*.gcda' -delete
+	$(BIN)/python -m pytest --cov --cov-report= -k 'not cuda-on-host' --ignore=tests/native \
+	  --ignore=tests/test_emulated_cpu.py --ignore=tests/test_cuda_build.py $(PYTEST_ARGS)
+	$(BIN)/python -m coverage html --quiet
+	$(BIN)/python -m coverage json --quiet
+	mkdir -p build/coverage/cpp
+	$(BIN)/gcovr --filter csrc/ --exclude-throw-branches --html-details build/coverage/cpp/index.html \
+	  --gcov-ignore-parse-errors=negative_hits.warn_once_per_file \
+	  --json-summary build/coverage/cpp.json --markdown build/coverage/cpp.md build/coverage/native
+	{ echo '# Python'; $(BIN)/python -m coverage report --format=markdown; \
+	  echo; cat build/coverage/cpp.md; } > build/coverage/summary.md
+	cat build/coverage/summary.md
 
 docs: $(VENV)/.built-docs
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going -q docs docs/_build

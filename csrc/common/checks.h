@@ -7,20 +7,14 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <sstream>
-#include <stdexcept>
 #include <string>
+
+#include "common/fail.h"
 
 namespace winnow {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-template <typename... Args>
-[[noreturn]] inline void fail(const Args&... args) {
-  std::ostringstream text;
-  (text << ... << args);
-  throw std::invalid_argument(text.str());
-}
 
 #define WINNOW_CHECK(condition, ...)               \
   do {                                             \
@@ -125,6 +119,14 @@ inline void check_last_contiguous(const char* argument, const Tensor& tensor) {
       last < 0 || tensor.size(last) <= 1 || tensor.stride(last) == 1 || tensor.numel() == 0,
       argument, ": the last dimension must be contiguous (stride 1), got stride ",
       last < 0 ? 1 : tensor.stride(last), " with shape ", shape_of(tensor));
+}
+
+// The number in a seed tensor.
+inline uint64_t host_seed(const Tensor& seed) {
+  check_cpu("seed", seed);
+  check_dtype("seed", seed, ScalarType::Long);
+  check_dim("seed", seed, 0, "one number");
+  return static_cast<uint64_t>(*static_cast<const int64_t*>(seed.data_ptr()));
 }
 
 }  // namespace winnow

@@ -85,6 +85,7 @@ std::vector<BlockWrite> make_writes(const Tensor& block_table, const Tensor& pos
 // A scale has one writer.
 void check_distinct(const std::vector<BlockWrite>& writes) {
   std::vector<const BlockWrite*> order;
+  order.reserve(writes.size());
   for (const BlockWrite& write : writes) order.push_back(&write);
   std::sort(order.begin(), order.end(),
             [](const BlockWrite* a, const BlockWrite* b) { return a->block < b->block; });
@@ -106,7 +107,7 @@ void paged_quantise_(Tensor key_pages, Tensor value_pages, Tensor key_scales, Te
   const NewTokens keys = tokens_of("key", key);
   const NewTokens values = tokens_of("value", value);
   const int64_t block_size = key_pages.size(2);
-  check_positions(block_table, positions, key_pages.size(0), block_size);
+  check_places(block_table, positions, key_pages.size(0), block_size);
   if (positions.numel() == 0) return;
   std::vector<SlotToken> memory;
   const std::vector<BlockWrite> writes = make_writes(block_table, positions, block_size, &memory);

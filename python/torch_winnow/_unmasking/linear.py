@@ -178,7 +178,10 @@ def _selected(
         keys = counts.nonzero()[:, 0]
         target = None if target is None else target[keys]
     if target is not None and ((target < 0) | (target >= vocab)).any():
-        raise ValueError(f"target_ids: expected ids in [0, {vocab}) where mask is true")
+        wrong = target[(target < 0) | (target >= vocab)][0].item()
+        raise ValueError(
+            f"target_ids: expected ids in [0, {vocab}) where mask is true, got {wrong}"
+        )
     if shift:
         rows = rows[torch.where(keys % shape[-1] > 0, keys - 1, keys)]
     elif mask is not None:
