@@ -2,9 +2,9 @@
 #include "resampling/effective_sample_size_simd.h"
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include "common/checks.h"
+#include "common/parallel.h"
 #include "common/tensors.h"
 
 namespace winnow {
@@ -23,7 +23,7 @@ Tensor effective_sample_size(const Tensor& log_weights) {
   const ElementType type = element_type(log_weights);
   const auto loop = WINNOW_SIMD(effective_sample_size_rows);
   const int64_t grain = 1 + 32768 / (rows.length + 1);  // about 20 µs of work for a thread
-  torch::stable::parallel_for(0, rows.count, grain, [&](int64_t begin, int64_t end) {
+  parallel_for(0, rows.count, grain, [&](int64_t begin, int64_t end) {
     loop(weights + begin * rows.stride * weight_size, type, rows.stride, end - begin, rows.length,
          out + begin * result_size);
   });

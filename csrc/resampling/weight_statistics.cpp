@@ -1,9 +1,9 @@
 // winnow::log_mean_exp and winnow::weight_entropy on the CPU: one population per row, rows spread
 // over threads.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include "common/checks.h"
+#include "common/parallel.h"
 #include "common/tensors.h"
 #include "resampling/weight_statistics_simd.h"
 
@@ -24,7 +24,7 @@ Tensor weight_statistic(const Tensor& log_weights) {
   const ElementType type = element_type(log_weights);
   const auto loop = WINNOW_SIMD(weight_statistic_rows);
   const int64_t grain = 1 + 32768 / (rows.length + 1);  // about 20 µs of work for a thread
-  torch::stable::parallel_for(0, rows.count, grain, [&](int64_t begin, int64_t end) {
+  parallel_for(0, rows.count, grain, [&](int64_t begin, int64_t end) {
     loop(kStatistic, weights + begin * rows.stride * weight_size, type, rows.stride, end - begin,
          rows.length, out + begin * result_size);
   });
