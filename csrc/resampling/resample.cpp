@@ -11,6 +11,7 @@
 #include <optional>
 #include <string>
 
+#include "common/parallel.h"
 #include "resampling/resample_arguments.h"
 #include "resampling/resample_simd.h"
 
@@ -60,7 +61,7 @@ void resample_whole_rows(const ResampleCall& call) {
   const int64_t bytes = resample_scratch(call).bytes;
   const int64_t grain =
       1 + 8192 / (call.particles + call.samples + 16);  // about 20 µs for a thread
-  torch::stable::parallel_for(0, call.rows, grain, [&](int64_t begin, int64_t end) {
+  parallel_for(0, call.rows, grain, [&](int64_t begin, int64_t end) {
     ScratchMemory scratch(bytes);
     loop(call, begin, end, scratch.data());
   });
@@ -77,9 +78,8 @@ void resample_in_blocks(ResampleCall call) {
   for (int64_t row = 0; row < call.rows; ++row) {
     start(call, row, memory);
     for (int which = 0; which < kSteps; ++which) {
-      torch::stable::parallel_for(0, population.items, 1, [&](int64_t begin, int64_t end) {
-        step(call, which, begin, end, memory);
-      });
+      parallel_for(0, population.items, 1,
+                   [&](int64_t begin, int64_t end) { step(call, which, begin, end, memory); });
       settle(call, which, memory);
     }
   }
