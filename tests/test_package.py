@@ -81,6 +81,18 @@ def test_an_old_torch_is_refused():
     assert "pip install" in result.stderr
 
 
+def test_operators_that_do_not_load_are_told(tmp_path, monkeypatch):
+    (tmp_path / "_cpu.so").write_bytes(b"for another machine")
+    monkeypatch.setattr(_library, "_path_of", lambda module: str(tmp_path / "_cpu.so"))
+    with pytest.raises(
+        ImportError, match=r"do not load beside torch .*Reinstall the wheel for this"
+    ):
+        _library._load_cpu()
+    monkeypatch.setattr(_library, "_path_of", lambda module: None)
+    with pytest.raises(ImportError, match="are missing, or are those of another Python"):
+        _library._load_cpu()
+
+
 @pytest.mark.skipif(not shutil.which("nm"), reason="reads the libraries with nm")
 @pytest.mark.parametrize("name", ["_cpu", "_core"])
 def test_libraries_need_only_the_stable_abi(name):
@@ -189,7 +201,11 @@ def test_the_types_that_users_see_are_what_comes_out():
 
 def test_the_self_check_passes_and_can_fail(capsys, monkeypatch):
     assert self_check.main() == 0
-    assert "resampling" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert str(torch_winnow.build_info()) in out
+    assert "Python: 3." in out
+    for name in _library.available_cpu_capabilities():
+        assert f"self-check, {name}: attention, resampling, unmasking, kvcache right" in out
     wrong = (torch.tensor(1.0), torch.tensor(2.0))
     monkeypatch.setitem(self_check.CHECKS, "resampling", lambda device: wrong)
     assert self_check.main() == 1
