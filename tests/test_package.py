@@ -67,6 +67,25 @@ def test_an_old_torch_is_refused():
     assert "pip install" in result.stderr
 
 
+def test_missing_operators_are_named(monkeypatch):
+    monkeypatch.setattr(_library, "_path_of", lambda module: None)
+    with pytest.raises(ImportError, match="compiled operators are missing.*build them first"):
+        _library._load_cpu()
+
+
+def test_why_there_are_no_cuda_operators(monkeypatch, tmp_path):
+    """Each reason is told, and none is one not to import."""
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert _library._load_cuda() == "torch without CUDA"
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(_library, "_path_of", lambda module: None)
+    assert _library._load_cuda().startswith("built without CUDA")
+    damaged = tmp_path / "_cuda.so"
+    damaged.write_bytes(b"no library")
+    monkeypatch.setattr(_library, "_path_of", lambda module: str(damaged))
+    assert _library._load_cuda().startswith(f"{damaged}: ")
+
+
 @pytest.mark.skipif(not shutil.which("nm"), reason="reads the libraries with nm")
 @pytest.mark.parametrize("name", ["_cpu", "_core"])
 def test_libraries_need_only_the_stable_abi(name):
