@@ -92,8 +92,9 @@ covered: $(VENV)/.torch
 	  -C cmake.define.CMAKE_CXX_FLAGS_DEBUG='-O1 -g1 --coverage -fprofile-abs-path' \
 	  -C cmake.define.WINNOW_ONLY_CAPABILITY=AVX2 -C cmake.define.WINNOW_CUDA=OFF
 	find build/coverage/native -name '*.gcda' -delete
-	$(BIN)/python -m pytest --cov --cov-report= -k 'not cuda-on-host' --ignore=tests/native \
-	  --ignore=tests/test_emulated_cpu.py --ignore=tests/test_cuda_build.py $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --cov --cov-report= -k 'not cuda-on-host and not kernels_of_a_gpu' \
+	  --ignore=tests/native --ignore=tests/test_emulated_cpu.py --ignore=tests/test_cuda_build.py \
+	  $(PYTEST_ARGS)
 	$(BIN)/python -m coverage html --quiet
 	$(BIN)/python -m coverage json --quiet
 	mkdir -p build/coverage/cpp
