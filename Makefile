@@ -4,7 +4,8 @@
 # make bench-generation   4096 tokens by CAT and by dense decoders; about five minutes
 # make lint    ruff, mypy, clang-format, clang-tidy
 # make coverage   lines of Python and C++ that the tests run; a summary, pages in build/coverage
-# make sanitize   tests of every family under AddressSanitizer and UBSan; slow to compile
+# make sanitize   the tests of the operators under AddressSanitizer and UBSan
+# make sanitize-threads   the same under ThreadSanitizer, with four threads
 # make docs    the site, warnings as errors, in docs/_build
 # make wheel   a wheel and a source distribution in dist/, checked for what they may link and hold
 # make gpu-check OUT=folder   builds, tests and times the CUDA operators with the torch of PYTHON
@@ -19,7 +20,7 @@ SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc cmake -type f)
 # One instruction set, where all would take four times as long; the one with the most code of its own.
 WIDEST := $(if $(filter x86_64 amd64,$(shell uname -m)),AVX512_BF16,DEFAULT)
 
-.PHONY: demo test bench bench-generation lint tidy sanitize sanitized \
+.PHONY: demo test bench bench-generation lint tidy sanitize sanitize-threads \
   coverage covered docs wheel gpu-check clean
 
 # torch first: the operators are built against the release that they will run with.
@@ -67,19 +68,31 @@ tidy: $(VENV)/.built-lint
 	$(TIDY) '/csrc/.*\.cpp$$'
 	$(TIDY) -checks='-clang-analyzer-*' '/csrc/.*\.cc$$'
 
-# One instruction set: the sanitizers take their time to compile. libstdc++ before torch brings its
-# exceptions to them.
-SANITIZED := tests/test_fuzz_ops.py tests/test_attention.py tests/test_kvcache_attention.py \
-  tests/test_kvcache_storage.py tests/test_resampling_resample.py tests/test_unmasking_stats.py
-RUNTIMES := $(foreach library,asan ubsan stdc++,$$(g++ -print-file-name=lib$(library).so))
-sanitize:
-	$(MAKE) VENV=.venv-sanitize sanitized
+# Left out is what watches other things than our libraries: programs that are started, compilers, the
+# CUDA sources (whose emulator has checks of its own), training, and documentation.
+UNSANITIZED := $(foreach part,demo documentation bench build cuda emulated gpu,tests/test_$(part)%)
+SANITIZED := $(filter-out $(UNSANITIZED),$(wildcard tests/test_*.py)) -k 'not cuda and not compile'
+# A sanitizer comes before everything else, libstdc++ before torch to bring it its exceptions. The
+# memory of threads lies at random where ThreadSanitizer wants its own: hence setarch. What pytest
+# captured of a process that a finding ends would be lost: hence --capture=sys.
+runtimes = LD_PRELOAD="$(foreach library,$(1) stdc++,$$(g++ -print-file-name=lib$(library).so))"
+UNDER_address = env $(call runtimes,asan ubsan) ASAN_OPTIONS=detect_leaks=0 \
+  UBSAN_OPTIONS=print_stacktrace=1
+UNDER_thread = setarch -R env $(call runtimes,tsan) OMP_NUM_THREADS=4 \
+  TSAN_OPTIONS=suppressions=tests/native/tsan.supp
 
-sanitized: $(VENV)/.torch
-	$(PIP) --no-build-isolation '.[test]' -C build-dir=build/sanitized \
-	  -C cmake.build-type=RelWithDebInfo -C cmake.define.CMAKE_CXX_FLAGS_RELWITHDEBINFO='-O1 -g1' \
-	  -C cmake.define.WINNOW_SANITIZE=ON -C cmake.define.WINNOW_ONLY_CAPABILITY=AVX2
-	LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -m pytest $(SANITIZED)
+sanitize:
+	$(MAKE) VENV=.venv-sanitize sanitized-address
+
+sanitize-threads:
+	$(MAKE) VENV=.venv-sanitize sanitized-thread
+
+# One instruction set: sanitizers take their time to compile.
+sanitized-%: $(VENV)/.torch
+	$(PIP) --no-build-isolation '.[test]' -C build-dir=build/sanitized-$* \
+	  -C cmake.build-type=RelWithDebInfo -C cmake.define.WINNOW_SANITIZE=$* \
+	  -C cmake.define.WINNOW_ONLY_CAPABILITY=AVX2
+	$(UNDER_$*) $(BIN)/python -m pytest --capture=sys $(SANITIZED)
 
 # One instruction set that every runner has. What compiles the CUDA sources or starts other machines
 # runs nothing of what is counted here.
@@ -92,8 +105,9 @@ covered: $(VENV)/.torch
 	  -C cmake.define.CMAKE_CXX_FLAGS_DEBUG='-O1 -g1 --coverage -fprofile-abs-path' \
 	  -C cmake.define.WINNOW_ONLY_CAPABILITY=AVX2 -C cmake.define.WINNOW_CUDA=OFF
 	find build/coverage/native -name '*.gcda' -delete
-	$(BIN)/python -m pytest --cov --cov-report= -k 'not cuda-on-host' --ignore=tests/native \
-	  --ignore=tests/test_emulated_cpu.py --ignore=tests/test_cuda_build.py $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --cov --cov-report= -k 'not cuda-on-host and not kernels_of_a_gpu' \
+	  --ignore=tests/native --ignore=tests/test_emulated_cpu.py --ignore=tests/test_cuda_build.py \
+	  $(PYTEST_ARGS)
 	$(BIN)/python -m coverage html --quiet
 	$(BIN)/python -m coverage json --quiet
 	mkdir -p build/coverage/cpp
