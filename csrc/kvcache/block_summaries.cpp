@@ -49,6 +49,7 @@ struct Keys {
   }
 
   void summarise(int64_t block, int64_t head, int64_t count, bool minmax, void* summary) const {
+    if (dim == 0) return;  // there may be no memory at all
     const char* keys = pages + (block * block_stride + head * head_stride) * size;
     if (scales) {
       WINNOW_SIMD(code_block_summary)

@@ -292,6 +292,8 @@ class FKSteering:
 
     def best(self) -> Tensor:
         """``(...)`` int64: the slot with the highest last reward, the paper's final selection."""
+        if self.reward.shape[-1] == 0:
+            raise ValueError("reward: expected at least one particle to choose from, got none")
         return self.reward.nan_to_num(nan=-torch.inf).argmax(-1)
 
     def select(self, tree: Tree) -> Tree:
