@@ -198,7 +198,8 @@ struct Choice {
 
   Choice(int64_t k_, int64_t block_size_, int64_t sink_blocks, int64_t recent_blocks)
       : k(k_), block_size(block_size_), sinks(sink_blocks), recents(recent_blocks) {
-    WINNOW_CHECK(block_size >= 1, "block_size: expected at least 1, got ", block_size);
+    WINNOW_CHECK(block_size >= 1 && block_size < 1ll << 31,
+                 "block_size: expected at least 1 and below 2**31, got ", block_size);
     WINNOW_CHECK(sinks >= 0, "sink_blocks: expected at least 0, got ", sinks);
     WINNOW_CHECK(recents >= 0, "recent_blocks: expected at least 0, got ", recents);
     WINNOW_CHECK(k <= INT32_MAX, "k: expected fewer than 2^31 blocks, got ", k);

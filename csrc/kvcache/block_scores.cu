@@ -209,7 +209,8 @@ void check_scoring(const Tensor& query, const Tensor& summaries,
 
 Competition competition_of(int64_t k, int64_t block_size, int64_t sink_blocks,
                            int64_t recent_blocks) {
-  WINNOW_CHECK(block_size >= 1, "block_size: expected at least 1, got ", block_size);
+  WINNOW_CHECK(block_size >= 1 && block_size < 1ll << 31,
+               "block_size: expected at least 1 and below 2**31, got ", block_size);
   WINNOW_CHECK(sink_blocks >= 0, "sink_blocks: expected at least 0, got ", sink_blocks);
   WINNOW_CHECK(recent_blocks >= 0, "recent_blocks: expected at least 0, got ", recent_blocks);
   WINNOW_CHECK(k >= 0 && k - sink_blocks >= recent_blocks, "k: expected at least sink_blocks + ",

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
 
 import torch
 
-from fuzz.call import Call
-from fuzz.operators import ARGUMENTS, Arguments
+from fuzz.operators import Arguments, sound
 
 # Every tensor of an operator that holds indices, lengths or identifiers.
 INDICES = {
@@ -40,28 +38,22 @@ OUTSIDE = (-(2**31), -2, 1000, 2**31 - 1)
 OUTSIDE_LONG = (*OUTSIDE, -(2**63), 2**32, 2**63 - 1)
 
 
-def sound(name: str, argument: str, seed: int) -> Arguments:
-    """A call that works and whose ``argument`` holds something."""
-    dice = random.Random(f"{name} {argument} {seed}")
-    while True:
-        arguments = ARGUMENTS[name](Call(dice.randrange))
+def with_indices(name: str, argument: str, seed: int) -> Arguments:
+    """A call that works and whose ``argument`` holds something, for something."""
+
+    def wanted(arguments: Arguments) -> bool:
         value = arguments.get(argument)
-        queries = arguments.get("query", value)
-        if value is None or value.numel() == 0 or queries.numel() == 0:
-            continue
-        try:
-            getattr(torch.ops.winnow, name)(**arguments)
-        except (ValueError, RuntimeError):  # options that exclude each other, a position twice
-            continue
-        return arguments
+        return value is not None and 0 not in (value.numel(), arguments.get("query", value).numel())
+
+    return sound(name, f"{argument} {seed}", wanted)
 
 
 def pointing_outside(name: str, argument: str) -> Iterator[Arguments]:
     """Calls with one element, or all, replaced; where it is one, at the end of the tensor."""
-    long = sound(name, argument, 0)[argument].dtype == torch.int64
+    long = with_indices(name, argument, 0)[argument].dtype == torch.int64
     for seed, value in enumerate(OUTSIDE_LONG if long else OUTSIDE):
         for everywhere in (False, True):
-            arguments = sound(name, argument, seed)
+            arguments = with_indices(name, argument, seed)
             spoiled = arguments[argument].clone()
             spoiled.view(-1)[0 if everywhere else -1 :] = value
             yield arguments | {argument: spoiled}
