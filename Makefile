@@ -6,6 +6,7 @@
 # make coverage   lines of Python and C++ that the tests run; a summary, pages in build/coverage
 # make sanitize   the tests of the operators under AddressSanitizer and UBSan
 # make sanitize-threads   the same under ThreadSanitizer, with four threads
+# make fuzz    looks for what breaks pools, operators and functions, FUZZ_SECONDS each; needs clang++
 # make docs    the site, warnings as errors, in docs/_build
 # make wheel   a wheel and a source distribution in dist/, checked for what they may link and hold
 # make gpu-check OUT=folder   builds, tests and times the CUDA operators with the torch of PYTHON
@@ -21,7 +22,7 @@ SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc cmake -type f)
 WIDEST := $(if $(filter x86_64 amd64,$(shell uname -m)),AVX512_BF16,DEFAULT)
 
 .PHONY: demo test bench bench-generation lint tidy sanitize sanitize-threads \
-  coverage covered docs wheel gpu-check clean
+  coverage covered fuzz docs wheel gpu-check clean
 
 # torch first: the operators are built against the release that they will run with.
 $(VENV)/.torch:
@@ -117,6 +118,23 @@ covered: $(VENV)/.torch
 	{ echo '# Python'; $(BIN)/python -m coverage report --format=markdown; \
 	  echo; cat build/coverage/cpp.md; } > build/coverage/summary.md
 	cat build/coverage/summary.md
+
+# Coverage leads: of the bookkeeping of pools, and of Python around the operators. What was found
+# lies in build/fuzz/, beside a corpus that the next run goes on from; the lines below run a finding
+# again when it takes the corpus's place.
+FUZZ_SECONDS ?= 600
+FUZZ = -max_len=1024 -len_control=0 -max_total_time=$(FUZZ_SECONDS) -timeout=60 -print_final_stats=1 \
+  -artifact_prefix=build/fuzz/$(1)- build/fuzz/$(1)
+POOL := $(wildcard csrc/kvcache/cache_table*.cpp) $(addprefix csrc/kvcache/,block_pool.cpp prefix_index.cpp) \
+  $(addprefix tests/native/kvcache_,fuzz.cpp world.cpp refusals.cpp)
+fuzz: $(VENV)/.built-test
+	$(PIP) atheris
+	mkdir -p $(addprefix build/fuzz/,pool operators functions)
+	clang++ -std=c++20 -O1 -g1 -Icsrc -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all \
+	  $(POOL) -o build/fuzz/pool.bin
+	build/fuzz/pool.bin -use_value_profile=1 $(call FUZZ,pool)
+	$(BIN)/python tests/fuzz/guided.py operators $(call FUZZ,operators)
+	$(BIN)/python tests/fuzz/guided.py functions $(call FUZZ,functions)
 
 docs: $(VENV)/.built-docs
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going -q docs docs/_build
