@@ -82,8 +82,10 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 def running_on(capability: str) -> Iterator[None]:
     before = _library.cpu_capability()
     _library.set_cpu_capability(capability)
-    yield
-    _library.set_cpu_capability(before)
+    try:
+        yield
+    finally:
+        _library.set_cpu_capability(before)
 
 
 @pytest.fixture(params=_library.available_cpu_capabilities())
@@ -106,19 +108,17 @@ def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
 
 
 @pytest.fixture
-def on_every_capability() -> Iterator[Callable[[Callable[[], object]], list[object]]]:
+def on_every_capability() -> Callable[[Callable[[], object]], list[object]]:
     """Calls a function under each instruction set and returns the results, weakest first."""
-    before = _library.cpu_capability()
 
     def run(function: Callable[[], object]) -> list[object]:
         results = []
         for name in _library.available_cpu_capabilities():
-            _library.set_cpu_capability(name)
-            results.append(function())
+            with running_on(name):
+                results.append(function())
         return results
 
-    yield run
-    _library.set_cpu_capability(before)
+    return run
 
 
 @pytest.fixture

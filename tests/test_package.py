@@ -93,6 +93,19 @@ def test_operators_that_do_not_load_are_told(tmp_path, monkeypatch):
         _library._load_cpu()
 
 
+def test_why_there_are_no_cuda_operators(monkeypatch, tmp_path):
+    """Each reason is told, and none is one not to import."""
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert _library._load_cuda() == "torch without CUDA"
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(_library, "_path_of", lambda module: None)
+    assert _library._load_cuda().startswith("built without CUDA")
+    damaged = tmp_path / "_cuda.so"
+    damaged.write_bytes(b"no library")
+    monkeypatch.setattr(_library, "_path_of", lambda module: str(damaged))
+    assert _library._load_cuda().startswith(f"{damaged}: ")
+
+
 @pytest.mark.skipif(not shutil.which("nm"), reason="reads the libraries with nm")
 @pytest.mark.parametrize("name", ["_cpu", "_core"])
 def test_libraries_need_only_the_stable_abi(name):

@@ -7,20 +7,14 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <sstream>
-#include <stdexcept>
 #include <string>
+
+#include "common/fail.h"
 
 namespace winnow {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-template <typename... Args>
-[[noreturn]] inline void fail(const Args&... args) {
-  std::ostringstream text;
-  (text << ... << args);
-  throw std::invalid_argument(text.str());
-}
 
 #define WINNOW_CHECK(condition, ...)               \
   do {                                             \
@@ -95,13 +89,20 @@ inline bool is_floating(ScalarType dtype) {
          dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
 }
 
+// PyTorch lets None pass for a tensor.
+inline void check_defined(const char* argument, const Tensor& tensor) {
+  WINNOW_CHECK(tensor.defined(), argument, ": expected a tensor, got None");
+}
+
 inline void check_floating(const char* argument, const Tensor& tensor) {
+  check_defined(argument, tensor);
   WINNOW_CHECK(is_floating(tensor.scalar_type()), argument,
                ": expected float32, bfloat16, float16 or float64, got ",
                name_of(tensor.scalar_type()));
 }
 
 inline void check_dtype(const char* argument, const Tensor& tensor, ScalarType expected) {
+  check_defined(argument, tensor);
   WINNOW_CHECK(tensor.scalar_type() == expected, argument, ": expected ", name_of(expected),
                ", got ", name_of(tensor.scalar_type()));
 }
@@ -115,6 +116,7 @@ inline void check_dim(const char* argument, const Tensor& tensor, int64_t dim, c
 // first argument, so each one is checked. (With a meta tensor among them it is the fake kernel,
 // which checks by itself: torch_winnow/_fake.py.)
 inline void check_cpu(const char* argument, const Tensor& tensor) {
+  check_defined(argument, tensor);
   WINNOW_CHECK(tensor.is_cpu(), argument,
                ": expected a CPU tensor like the other arguments, got one on another device");
 }
@@ -125,6 +127,14 @@ inline void check_last_contiguous(const char* argument, const Tensor& tensor) {
       last < 0 || tensor.size(last) <= 1 || tensor.stride(last) == 1 || tensor.numel() == 0,
       argument, ": the last dimension must be contiguous (stride 1), got stride ",
       last < 0 ? 1 : tensor.stride(last), " with shape ", shape_of(tensor));
+}
+
+// The number in a seed tensor.
+inline uint64_t host_seed(const Tensor& seed) {
+  check_cpu("seed", seed);
+  check_dtype("seed", seed, ScalarType::Long);
+  check_dim("seed", seed, 0, "one number");
+  return static_cast<uint64_t>(*static_cast<const int64_t*>(seed.data_ptr()));
 }
 
 }  // namespace winnow

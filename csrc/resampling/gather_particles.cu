@@ -198,16 +198,8 @@ void copy(const Tensor& from, const Tensor& to, const Tensor& ancestors, int64_t
   });
 }
 
-void check_arguments(const Tensor& state, const Tensor& ancestors) {
-  check_device("state", state);
-  check_device("ancestors", ancestors);
-  check_dtype("ancestors", ancestors, ScalarType::Long);
-  WINNOW_CHECK(ancestors.dim() >= 1, "ancestors: expected (..., M), got a scalar");
-}
-
 Tensor gather_particles_cuda(const Tensor& state, const Tensor& ancestors, int64_t dim) {
-  check_arguments(state, ancestors);
-  const int64_t at = check_dim_index(state, ancestors, dim);
+  const int64_t at = check_gather(state, ancestors, dim, check_device);
   Shape sizes = shape(state);
   sizes[static_cast<size_t>(at)] = ancestors.size(ancestors.dim() - 1);
   const Stream stream(state);
@@ -218,18 +210,9 @@ Tensor gather_particles_cuda(const Tensor& state, const Tensor& ancestors, int64
 }
 
 void gather_particles_in_place_cuda(Tensor state, const Tensor& ancestors, int64_t dim) {
-  check_arguments(state, ancestors);
-  const int64_t at = check_dim_index(state, ancestors, dim);
+  const int64_t at = check_gather(state, ancestors, dim, check_device);
   const int64_t particles = state.size(at);
-  WINNOW_CHECK(ancestors.size(ancestors.dim() - 1) == particles,
-               "ancestors: expected one per particle (", particles,
-               ") to gather in place, got shape ", shape_of(ancestors));
-  for (int64_t d = 0; d < state.dim(); ++d) {
-    WINNOW_CHECK(state.size(d) <= 1 || state.stride(d) != 0,
-                 "state: expected memory of its own to gather in place, got a tensor expanded in "
-                 "dimension ",
-                 d);
-  }
+  check_in_place(state, ancestors, particles);
   if (state.numel() == 0) return;
   const Stream stream(state);
   // A leaf of the state may be the ancestors themselves.

@@ -52,8 +52,7 @@ Tensor trace_ancestors_cuda(const Tensor& ancestors, const Tensor& indices) {
 Tensor uniforms_cuda(const Tensor& seed, int64_t rows, int64_t count) {
   check_device("seed", seed);
   const Stream stream(seed);
-  WINNOW_CHECK(rows >= 0 && count >= 0, "rows, count: expected no negative numbers, got ", rows,
-               " and ", count);
+  check_uniforms(rows, count);
   Tensor result = empty({rows, count}, ScalarType::Double, seed);
   launch("uniforms", draw_uniforms, {ceil_div<int64_t>(rows * count, kThreads)}, kThreads, stream,
          seed_of(seed), count, rows * count, global<double>(result));

@@ -86,6 +86,10 @@ class Genealogy:
     def append(self, ancestors: Tensor, tree: Any = None) -> None:
         """Records a resample, and what the particles of the new generation hold after their move.
 
+        Args:
+            ancestors: ``(..., K)`` int64, as :func:`resample` returns them.
+            tree: of the new generation; None where :meth:`paths` is not asked for.
+
         Raises:
             ValueError: ``ancestors`` that is no int64 tensor of the shape of the earlier ones.
         """
@@ -114,7 +118,11 @@ class Genealogy:
         return trace_ancestors(torch.stack(self.ancestors), indices)
 
     def paths(self, indices: Tensor | None = None) -> list[Any]:
-        """What the ancestors of the surviving particles held: one gathered tree a generation."""
+        """What the ancestors of the surviving particles held: one gathered tree a generation.
+
+        Raises:
+            ValueError: as :meth:`trace`, or for a leaf whose shape does not fit.
+        """
         lines = self.trace(indices)
         return [gather_particles(tree, line) for tree, line in zip(self.trees, lines, strict=True)]
 

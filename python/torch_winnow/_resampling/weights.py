@@ -82,12 +82,14 @@ def weight_entropy(log_weights: Tensor) -> Tensor:
     """Entropy of each population's normalised weights, ``-sum W log W``, in nats.
 
     Its exponential is another effective size, between 1 (one particle holds all mass) and K (equal
-    weights). Arguments and errors as in :func:`effective_sample_size`, and so are NaN and infinite
-    weights.
+    weights). Arguments as in :func:`effective_sample_size`, and so are NaN and infinite weights.
 
     Returns:
         ``(...)`` float32 (float64 for float64 weights), differentiable where the weights are; 0
         where no particle has any weight.
+
+    Raises:
+        ValueError: as :func:`effective_sample_size`.
 
     Example:
         >>> import torch
@@ -104,12 +106,15 @@ def weight_entropy(log_weights: Tensor) -> Tensor:
 def log_mean_exp(log_weights: Tensor) -> Tensor:
     """Logarithm of each population's mean weight: an estimate of a normalising constant.
 
-    The same number as ``resample(log_weights).log_z``. A NaN counts as weight 0. Arguments and
-    errors as in :func:`effective_sample_size`.
+    The same number as ``resample(log_weights).log_z``. A NaN counts as weight 0. Arguments as in
+    :func:`effective_sample_size`.
 
     Returns:
         ``(...)`` float32 (float64 for float64 weights), differentiable where the weights are; -inf
         where no particle has any weight, or there are no particles, inf where one is infinite.
+
+    Raises:
+        ValueError: as :func:`effective_sample_size`.
 
     Example:
         >>> import torch
@@ -134,6 +139,9 @@ def normalised_weights(log_weights: Tensor) -> Tensor:
 
     Returns:
         ``(..., K)`` float32 (float64 for float64 weights), differentiable where the weights are.
+
+    Raises:
+        ValueError: as :func:`effective_sample_size`.
 
     Example:
         >>> import torch

@@ -11,7 +11,12 @@ from torch.utils._pytree import tree_map_only
 from torch_winnow._resampling.gather import Tree
 from torch_winnow._resampling.resample import Resampling
 from torch_winnow._resampling.steering import PotentialState, _step_key
-from torch_winnow.reference.resampling import gather_particles, resample, statistics
+from torch_winnow.reference.resampling import (
+    gather_particles,
+    resample,
+    statistics,
+    without_nan,
+)
 
 
 def fk_potential(
@@ -23,7 +28,7 @@ def fk_potential(
     terminal: bool = False,
 ) -> tuple[Tensor, PotentialState]:
     """Particle by particle in Python numbers: the paper's potentials, in logarithms."""
-    r = statistics(reward).nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    r = without_nan(statistics(reward))
     past = torch.zeros_like(r) if state is None else state.log_product
     log_potential, statistic = torch.empty_like(r), torch.empty_like(r)
     for at in range(r.numel()):
@@ -44,9 +49,8 @@ def fk_potential(
         if now == -torch.inf:  # a broken constraint ends the particle, whatever came before
             potential = now
         log_potential.view(-1)[at], statistic.view(-1)[at] = potential, value
-    bounds = {"nan": -torch.inf, "posinf": torch.inf, "neginf": -torch.inf}
-    product_ = (past + log_potential).nan_to_num(**bounds)
-    return log_potential, PotentialState(statistic.nan_to_num(**bounds), product_)
+    log_product = without_nan(past + log_potential)
+    return log_potential, PotentialState(without_nan(statistic), log_product)
 
 
 class FKSteering:
