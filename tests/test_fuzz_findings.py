@@ -49,6 +49,13 @@ def test_linear_logit_stats_refuses_ids_of_another_dtype():
             )
 
 
+def test_fakes_refuse_what_has_no_shape():
+    with pytest.raises(ValueError, match="^outs: expected at least one"):
+        torch.ops.winnow.merge_attention([], [torch.zeros(1, 1, 1, device="meta")])
+    with pytest.raises(ValueError, match="^rows, count: expected at least 0"):
+        torch.ops.winnow.uniforms(torch.tensor(0, device="meta"), -1, 2)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
 def test_keys_of_no_dimensions_have_no_memory(dtype):
     """Undefined behaviour that only a sanitizer sees."""
