@@ -259,6 +259,32 @@ def test_the_clean_prediction_is_the_models(name):
         torch.testing.assert_close(prediction, clean, rtol=2e-3, atol=2e-3)
 
 
+def test_a_prediction_is_thresholded_as_the_scheduler_does():
+    scheduler = diffusers.DPMSolverMultistepScheduler(thresholding=True, sample_max_value=1.5)
+    scheduler.set_timesteps(3)
+    clean, x = noise(3, *SHAPE, seed=8), noise(3, *SHAPE, seed=9)
+    seen = []
+    with watched(scheduler, seen.append):
+        scheduler.step(perfect_model(scheduler, x, 0, 0, clean), scheduler.timesteps[0], x)
+    expected = scheduler._threshold_sample(clean)
+    assert not torch.equal(expected, clean)
+    torch.testing.assert_close(seen[0], expected, rtol=2e-3, atol=2e-3)
+
+
+def test_two_may_watch_one_scheduler():
+    scheduler = diffusers.DPMSolverMultistepScheduler()
+    scheduler.set_timesteps(3)
+    x = noise(3, *SHAPE, seed=9)
+    outer, inner = [], []
+    with watched(scheduler, outer.append):
+        with watched(scheduler, inner.append):
+            scheduler.step(x, scheduler.timesteps[0], x)
+        scheduler.step(x, scheduler.timesteps[1], x)
+    scheduler.step(x, scheduler.timesteps[2], x)
+    assert (len(outer), len(inner)) == (2, 1)
+    assert torch.equal(outer[0], inner[0])
+
+
 def perfect_model(scheduler, x, t, index, clean):
     kind = getattr(scheduler.config, "prediction_type", "flow_prediction")
     sigma = scheduler.sigmas[index] if hasattr(scheduler, "sigmas") else None
@@ -367,3 +393,10 @@ def test_refusals(pipeline):
         assert "step" not in vars(pipeline.scheduler)
     with pytest.raises(ValueError, match="block_x"):
         run(pipeline, scheduler(), FKSteeringCallback(steering, brightness, 4, sample="block_x"))
+    callback = FKSteeringCallback(
+        steering, brightness, 4, reward_on="sample", carry=("prompt_embeds",)
+    )
+    states = {"latents": noise(8, *SHAPE), "prompt_embeds": torch.zeros(3, 2)}
+    message = r"carry: expected prompt_embeds to have a multiple of 8 rows, got \(3, 2\)"
+    with pytest.raises(ValueError, match=message):
+        callback.callback_fn(pipeline, 0, 0, states)

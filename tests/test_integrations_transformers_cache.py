@@ -220,6 +220,22 @@ def test_refusals():
     pool = BlockPool(4, num_layers=1, num_kv_heads=2, head_dim=8, dtype=torch.float32)
     with pytest.raises(ValueError, match="pool: expected num_layers=2 as in config"):
         WinnowCache(CONFIG, pool=pool)
+    with pytest.raises(ValueError, match="pool: expected a BlockPool or None, got 64"):
+        WinnowCache(CONFIG, pool=64)
+    with pytest.raises(ValueError, match="summary: expected 'minmax' or 'mean', got 'max'"):
+        BlockSparse(k=4, summary="max")
+
+
+def test_before_the_first_pass():
+    """There is nothing to read, and nothing to rearrange."""
+    cache = WinnowCache(CONFIG)
+    with pytest.raises(RuntimeError, match="no pages before the first forward pass"):
+        cache.pages  # noqa: B018
+    cache.reorder_cache(torch.tensor([0]))
+    twin = copy.deepcopy(cache)
+    twin.update(*states(2, 3), 0)
+    assert (cache.get_seq_length(), twin.get_seq_length()) == (0, 3)
+    assert repr(twin) == "WinnowCache(2 layers, 2 rows, 3 columns)"
 
 
 def test_steps_that_cannot_be_right(llama):
@@ -247,6 +263,8 @@ def test_steps_that_cannot_be_right(llama):
         keys.sum()
     with pytest.raises(RuntimeError, match="call reorder_cache of the cache"):
         cache.layers[0].reorder_cache(torch.tensor([0]))
+    with pytest.raises(RuntimeError, match="call reset of the cache"):
+        cache.layers[0].reset()
     now = cache.layers[0].keys, cache.layers[0].values
     with pytest.raises(ValueError, match="block_indices: the size of their blocks is not known"):
         attention.winnow_attention(

@@ -140,6 +140,14 @@ def test_an_old_prefix_gives_way_to_a_new_prompt():
             model(prompt[:, 8:], past_key_values=other)
 
 
+def test_an_unknown_prompt_covers_nothing():
+    pool = BlockPool(8, num_layers=2, num_kv_heads=2, head_dim=8, dtype=torch.float32)
+    cache = WinnowCache(LlamaConfig(**SIZES), pool=pool)
+    assert cache.match_prefix(torch.ones(2, 6, dtype=torch.long)) == 0
+    assert cache.get_seq_length() == 0
+    assert pool.num_free_blocks == 8
+
+
 def test_refusals():
     cache = WinnowCache(LlamaConfig(**SIZES), block_size=BLOCK)
     tokens = torch.ones(2, 6, dtype=torch.long)

@@ -165,6 +165,49 @@ def test_a_model_that_brings_its_blocks(monkeypatch, block_size):
     assert cache.layers[1].idx_keys.shape[2] == 28
 
 
+def test_a_model_with_an_indexer_shares_no_prefix():
+    cache = WinnowCache(minimax().config)
+    with pytest.raises(ValueError, match="keeps the keys of its indexer too"):
+        cache.match_prefix(torch.ones(1, 6, dtype=torch.long))
+
+
+# Keys and values in tensors.
+
+
+def attend(query, key, value, mask, **options):
+    module = torch.nn.Module()
+    module.num_key_value_groups = query.shape[1] // key.shape[1]
+    return attention.winnow_attention(module, query, key, value, mask, **options)[0]
+
+
+def additive(mask):
+    return torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+
+
+def test_masks_of_either_kind_cut_blocks():
+    query, (key, value) = torch.randn(2, 4, 3, 8), states(2, 22)
+    blocks = torch.tensor([0, 2, 5]).expand(2, 2, 3, 3)
+    mask = torch.rand(2, 1, 3, 22) < 0.7
+    mask[..., 0] = True
+    options = {"block_indices": blocks, "block_size": 4}
+    out = attend(query, key, value, mask, **options)
+    near(attend(query, key, value, additive(mask), **options), out)
+    value[:, :, 4:8] = 1e30  # in a block that is not chosen
+    near(attend(query, key, value, mask, **options), out)
+    with pytest.raises(ValueError, match=r"block_indices: expected .* H dividing 4 and T=3, got"):
+        attend(query, key, value, mask, block_indices=blocks[:, :, :2], block_size=4)
+
+
+def test_a_softcap_without_a_mask_is_causal():
+    query, (key, value) = torch.randn(2, 4, 6, 8), states(2, 6)
+    causal = torch.ones(6, 6, dtype=torch.bool).tril().expand(2, 1, 6, 6)
+    out = attend(query, key, value, None, softcap=2.0)
+    near(attend(query, key, value, causal, softcap=2.0), out)
+    near(out[:, 0], value.repeat_interleave(2, 1)[:, :, 0])  # the first sees itself
+    with pytest.raises(ValueError, match="position_bias: not supported together with a softcap"):
+        attend(query, key, value, None, softcap=2.0, position_bias=torch.zeros(1))
+
+
 def test_blocks_against_the_definition():
     """Any selection, for several queries at once."""
     torch.manual_seed(0)

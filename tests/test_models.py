@@ -281,11 +281,25 @@ def test_errors_name_the_argument(cat, tokens, call, message):
         (lambda: CATConfig(chunk_sizes=()), "chunk_sizes: expected distinct positive"),
         (lambda: CATConfig(chunk_sizes=(4, 4)), "chunk_sizes: expected distinct positive"),
         (lambda: CATConfig(positions="rows"), "positions: expected .* got 'rows'"),
+        (lambda: CATConfig(projection="first"), "projection: expected .* got 'first'"),
     ],
 )
 def test_bad_configurations_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("name", ["dense", "diffusion"])
+def test_a_text_beyond_the_last_position_is_refused(request, name, tokens):
+    model = request.getfixturevalue(name)
+    with pytest.raises(ValueError, match="tokens: expected at most max_tokens=64, got 90"):
+        model(tokens.repeat(1, 2))
+
+
+@pytest.mark.parametrize("most", [0.0, 1.5, math.nan])
+def test_a_share_to_hide_is_a_share(diffusion, tokens, most):
+    with pytest.raises(ValueError, match=rf"most: expected a share in \(0, 1\], got {most}"):
+        diffusion.loss(tokens, most=most)
 
 
 def test_sample_continues_where_it_stopped(dense, tokens):

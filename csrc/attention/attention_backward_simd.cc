@@ -261,12 +261,12 @@ class Backward {
     ahead_.fetch(kLanesWide / 2);
     if (!queries) return;
     const Operand* pairs = Math::weights(grad_scores_, grad_pairs_);
-    for (int place = lane; place < lane + kLanesWide; place += kTogether) {
-      const KeyRange sees = mask.inside(ranges.together[place / kTogether]);
+    for (int place = lane; place < lane + kLanesWide; place += kTogether<kSize>) {
+      const KeyRange sees = mask.inside(ranges.together[place / kTogether<kSize>]);
       const int64_t begin = sees.begin / kDepth;
       const int64_t depth = (sees.end + kDepth - 1) / kDepth - begin;
       if (sees.begin >= sees.end) continue;
-      product_columns<Math, Into::kAdded, kTogether>(
+      product_columns<Math, Into::kAdded, kTogether<kSize>>(
           {pairs + (begin - group.begin / kDepth) * kLanesWide + place - lane, 1, kLanesWide},
           tile.columns.data + begin * tile.columns.ld, tile.columns.ld, depth, ld_,
           grad_query_ + place * ld_, ld_, nullptr);

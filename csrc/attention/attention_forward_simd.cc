@@ -188,16 +188,16 @@ class Forward {
                                     kTile, depth_, scores_, kLanesWide, &scale_);
     Operand* weights = Math::weights(scores_, weights_);
     softmax<W>(mask, group, weights);
-    for (int lane = 0; lane < kLanesWide; lane += kTogether) {
+    for (int lane = 0; lane < kLanesWide; lane += kTogether<kSize>) {
       const int place = first_lane + lane;
-      const KeyRange sees = mask.inside(ranges.together[place / kTogether]);
+      const KeyRange sees = mask.inside(ranges.together[place / kTogether<kSize>]);
       const int64_t begin = sees.begin / kDepth;
       const int64_t pairs = (sees.end + kDepth - 1) / kDepth - begin;
       if (pairs <= 0) continue;
-      add_values<kTogether>(
+      add_values<kTogether<kSize>>(
           place, {weights + (begin - group.begin / kDepth) * kLanesWide + lane, 1, kLanesWide},
           v.data + begin * v.ld, v.ld, pairs);
-      ahead_.fetch(kTogether / 2);  // half for the slots and half for the local rows
+      ahead_.fetch(kTogether<kSize> / 2);  // half for the slots and half for the local rows
     }
   }
 

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "attention/merge_arguments.h"
+#include "common/parallel.h"
 
 namespace winnow {
 namespace {
@@ -34,8 +35,7 @@ Operand operand_of(const Tensor& out, const Tensor& lse) {
 template <typename Loop>
 void over_rows(const MergeProblem& problem, int64_t rows, Loop loop) {
   const int64_t grain = 1 + 32768 / (problem.parts * problem.dim + 1);
-  torch::stable::parallel_for(0, rows, grain,
-                              [&](int64_t begin, int64_t end) { loop(problem, begin, end); });
+  parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) { loop(problem, begin, end); });
 }
 
 std::tuple<Tensor, Tensor> merge_attention(const std::vector<Tensor>& outs,

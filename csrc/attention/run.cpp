@@ -6,6 +6,7 @@
 #include "attention/arguments.h"
 #include "attention/attention_backward_simd.h"
 #include "attention/attention_forward_simd.h"
+#include "common/parallel.h"
 
 namespace winnow {
 namespace {
@@ -45,12 +46,11 @@ std::tuple<Tensor, Tensor> run_forward(const AttentionProblem& problem, const Op
   void* out_data = out.data_ptr();
   void* lse_data = lse.data_ptr();
   const auto loop = WINNOW_SIMD(attention_forward);
-  torch::stable::parallel_for(
-      0, forward_units(problem), grain_of(problem, task_rows(problem.pattern)),
-      [&](int64_t begin, int64_t end) {
-        const auto memory = scratch_memory(forward_scratch_bytes(problem.dim));
-        loop(problem, begin, end, memory.get(), out_data, lse_data);
-      });
+  parallel_for(0, forward_units(problem), grain_of(problem, task_rows(problem.pattern)),
+               [&](int64_t begin, int64_t end) {
+                 const auto memory = scratch_memory(forward_scratch_bytes(problem.dim));
+                 loop(problem, begin, end, memory.get(), out_data, lse_data);
+               });
   return {out, lse};
 }
 
@@ -81,17 +81,16 @@ InputGradients run_backward(const AttentionProblem& problem, const Operands& ope
 
   const auto loop = WINNOW_SIMD(attention_backward);
   const int64_t rows_per_unit = problem.pattern.rows / backward.splits + 1;
-  torch::stable::parallel_for(0, backward_units(backward), grain_of(problem, rows_per_unit),
-                              [&](int64_t begin, int64_t end) {
-                                const auto memory = scratch_memory(backward_scratch_bytes(problem));
-                                loop(backward, begin, end, memory.get());
-                              });
+  parallel_for(0, backward_units(backward), grain_of(problem, rows_per_unit),
+               [&](int64_t begin, int64_t end) {
+                 const auto memory = scratch_memory(backward_scratch_bytes(problem));
+                 loop(backward, begin, end, memory.get());
+               });
   if (problem.pattern.slots > 0) {
     const auto slots_loop = WINNOW_SIMD(slot_gradients);
     const int64_t per_head = backward.splits * problem.pattern.slots * problem.dim;
-    torch::stable::parallel_for(
-        0, heads, 1 + 100'000 / (per_head + 1),
-        [&](int64_t begin, int64_t end) { slots_loop(backward, begin, end); });
+    parallel_for(0, heads, 1 + 100'000 / (per_head + 1),
+                 [&](int64_t begin, int64_t end) { slots_loop(backward, begin, end); });
   }
   return results;
 }

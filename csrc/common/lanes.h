@@ -56,11 +56,11 @@ struct i32x16 {
   i32x16(const i32x16& x) {
     for (int p = 0; p < kParts; ++p) part[p] = x.part[p];
   }
-  i32x16& operator=(const i32x16& x) {
+  i32x16& operator=(const i32x16& x) {  // NOLINT(bugprone-unhandled-self-assignment): no harm
     for (int p = 0; p < kParts; ++p) part[p] = x.part[p];
     return *this;
   }
-  i32x16(int32_t x) {  // NOLINT: a number is a vector of it
+  i32x16(int32_t x) {  // NOLINT(misc-explicit-constructor): a number is a vector of it
     for (int p = 0; p < kParts; ++p) part[p] = IntPart{} + x;
   }
 };
@@ -71,11 +71,11 @@ struct f32x16 {
   f32x16(const f32x16& x) {
     for (int p = 0; p < kParts; ++p) part[p] = x.part[p];
   }
-  f32x16& operator=(const f32x16& x) {
+  f32x16& operator=(const f32x16& x) {  // NOLINT(bugprone-unhandled-self-assignment): no harm
     for (int p = 0; p < kParts; ++p) part[p] = x.part[p];
     return *this;
   }
-  f32x16(float x) {  // NOLINT: a number is a vector of it
+  f32x16(float x) {  // NOLINT(misc-explicit-constructor): a number is a vector of it
     for (int p = 0; p < kParts; ++p) part[p] = FloatPart{} + x;
   }
 };

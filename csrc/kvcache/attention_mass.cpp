@@ -1,13 +1,13 @@
 // winnow::attention_mass on the CPU. A task is all rows of a key head against a fixed number of its
 // keys, so the order of the sums, and with it the result, does not depend on the number of threads.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <optional>
 #include <vector>
 
 #include "common/checks.h"
+#include "common/parallel.h"
 #include "common/tensors.h"
 #include "kvcache/attention_mass_simd.h"
 #include "kvcache/paged_attention_call.h"
@@ -50,15 +50,15 @@ Tensor attention_mass(const Tensor& query, const Tensor& key_pages, const Tensor
   const int64_t splits = (width + split - 1) / split;
   const auto run = WINNOW_SIMD(attention_mass_task);
   const int64_t work = 1 + split * block_size * queries * call.attention.group * dim;
-  torch::stable::parallel_for(0, batch * key_heads * splits, 1 + kThreadWork / work,
-                              [&](int64_t begin, int64_t end) {
-                                std::vector<float> scratch(static_cast<size_t>(scratch_floats));
-                                for (int64_t n = begin; n < end; ++n) {
-                                  const int64_t first = n % splits * split;
-                                  run(call, n / splits / key_heads, n / splits % key_heads, first,
-                                      std::min(first + split, width), scratch.data());
-                                }
-                              });
+  parallel_for(0, batch * key_heads * splits, 1 + kThreadWork / work,
+               [&](int64_t begin, int64_t end) {
+                 std::vector<float> scratch(static_cast<size_t>(scratch_floats));
+                 for (int64_t n = begin; n < end; ++n) {
+                   const int64_t first = n % splits * split;
+                   run(call, n / splits / key_heads, n / splits % key_heads, first,
+                       std::min(first + split, width), scratch.data());
+                 }
+               });
   return mass;
 }
 

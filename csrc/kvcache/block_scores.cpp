@@ -1,7 +1,6 @@
 // winnow::score_blocks, select_blocks and score_select_blocks on the CPU: which blocks a step
 // attends.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <cstring>
@@ -10,6 +9,7 @@
 #include <vector>
 
 #include "common/checks.h"
+#include "common/parallel.h"
 #include "common/tensors.h"
 #include "kvcache/block_scores_arguments.h"
 #include "kvcache/block_scores_simd.h"
@@ -114,7 +114,7 @@ Scoring::Scoring(const Tensor& q, const Tensor& s, const std::optional<Tensor>& 
 }
 
 Tensor score_blocks(const Tensor& query, const Tensor& summaries,
-                    std::optional<Tensor> block_table) {
+                    const std::optional<Tensor>& block_table) {
   const Scoring call(query, summaries, block_table);
   Tensor scores = empty({call.batch, call.heads, call.blocks}, call.dtype, query);
   auto* out = static_cast<char*>(scores.data_ptr());
@@ -127,7 +127,7 @@ Tensor score_blocks(const Tensor& query, const Tensor& summaries,
       n += count;
     }
   };
-  torch::stable::parallel_for(0, scores.numel(), call.grain, work);
+  parallel_for(0, scores.numel(), call.grain, work);
   return scores;
 }
 
@@ -191,7 +191,7 @@ Tensor select(const void* scores, bool wide, int64_t batch_stride, int64_t head_
       }
     }
   };
-  torch::stable::parallel_for(0, batch * heads, 1 + 4096 / (width + 1), work);
+  parallel_for(0, batch * heads, 1 + 4096 / (width + 1), work);
   return result;
 }
 
@@ -208,7 +208,7 @@ Tensor select_blocks(const Tensor& scores, int64_t k, const Tensor& seq_lens, in
 // Scores only what competes: sinks, recent blocks and rows that keep everything are not read.
 Tensor score_select_blocks(const Tensor& query, const Tensor& summaries, int64_t k,
                            const Tensor& seq_lens, int64_t block_size,
-                           std::optional<Tensor> block_table, int64_t sink_blocks,
+                           const std::optional<Tensor>& block_table, int64_t sink_blocks,
                            int64_t recent_blocks) {
   const Scoring call(query, summaries, block_table);
   const Competition rule = competition_of(k, block_size, sink_blocks, recent_blocks);
@@ -233,7 +233,7 @@ Tensor score_select_blocks(const Tensor& query, const Tensor& summaries, int64_t
       n += count;
     }
   };
-  torch::stable::parallel_for(0, items, call.grain, work);
+  parallel_for(0, items, call.grain, work);
   return select(scores.get(), call.dtype == ScalarType::Double, call.heads * call.blocks,
                 call.blocks, call.batch, call.heads, call.blocks, seq_lens, rule);
 }

@@ -1,13 +1,13 @@
 // winnow::block_summaries and update_block_summaries_ on the CPU: the keys of a block in short, for
 // all blocks of a table or for those that were written to.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <optional>
 #include <vector>
 
 #include "common/checks.h"
+#include "common/parallel.h"
 #include "common/tensors.h"
 #include "kvcache/block_scores_simd.h"
 #include "kvcache/block_summaries_arguments.h"
@@ -49,6 +49,7 @@ struct Keys {
   }
 
   void summarise(int64_t block, int64_t head, int64_t count, bool minmax, void* summary) const {
+    if (dim == 0) return;  // and perhaps no memory either
     const char* keys = pages + (block * block_stride + head * head_stride) * size;
     if (scales) {
       WINNOW_SIMD(code_block_summary)
@@ -61,7 +62,7 @@ struct Keys {
 };
 
 Tensor block_summaries(const Tensor& key_pages, const Tensor& block_table, const Tensor& seq_lens,
-                       bool minmax, std::optional<Tensor> key_scales) {
+                       bool minmax, const std::optional<Tensor>& key_scales) {
   check_summarised(key_pages, block_table, seq_lens, key_scales, check_cpu);
   const int64_t batch = block_table.size(0);
   const int64_t width = block_table.size(1);
@@ -81,23 +82,22 @@ Tensor block_summaries(const Tensor& key_pages, const Tensor& block_table, const
   auto* out = static_cast<char*>(result.data_ptr());
   const int64_t summary_bytes =
       (minmax ? 2 : 1) * dim * static_cast<int64_t>(result.element_size());
-  torch::stable::parallel_for(
-      0, batch * heads * width, keys.grain, [&](int64_t begin, int64_t end) {
-        for (int64_t n = begin; n < end; ++n) {
-          const int64_t i = n % width;
-          const int64_t h = n / width % heads;
-          const int64_t b = n / width / heads;
-          const int64_t count = std::clamp<int64_t>(lengths[b] - i * block_size, 0, block_size);
-          const int64_t block = count > 0 ? table[b * table_stride + i] : 0;
-          keys.summarise(block, h, count, minmax, out + n * summary_bytes);
-        }
-      });
+  parallel_for(0, batch * heads * width, keys.grain, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) {
+      const int64_t i = n % width;
+      const int64_t h = n / width % heads;
+      const int64_t b = n / width / heads;
+      const int64_t count = std::clamp<int64_t>(lengths[b] - i * block_size, 0, block_size);
+      const int64_t block = count > 0 ? table[b * table_stride + i] : 0;
+      keys.summarise(block, h, count, minmax, out + n * summary_bytes);
+    }
+  });
   return result;
 }
 
 void update_block_summaries_(Tensor summaries, const Tensor& key_pages, const Tensor& block_table,
                              const Tensor& seq_lens, const Tensor& positions,
-                             std::optional<Tensor> key_scales) {
+                             const std::optional<Tensor>& key_scales) {
   check_summarised(key_pages, block_table, seq_lens, key_scales, check_cpu);
   const bool minmax = check_kept(summaries, key_pages, block_table, positions, check_cpu);
   const int64_t num_blocks = key_pages.size(0);
@@ -137,15 +137,15 @@ void update_block_summaries_(Tensor summaries, const Tensor& key_pages, const Te
   const int64_t size = static_cast<int64_t>(summaries.element_size());
   const int64_t block_stride = summaries.stride(0);
   const int64_t head_stride = summaries.stride(1);
-  torch::stable::parallel_for(
-      0, static_cast<int64_t>(touched.size()) * heads, keys.grain, [&](int64_t begin, int64_t end) {
-        for (int64_t n = begin; n < end; ++n) {
-          const Touched& now = touched[static_cast<size_t>(n / heads)];
-          const int64_t h = n % heads;
-          keys.summarise(now.block, h, now.count, minmax,
-                         out + (now.block * block_stride + h * head_stride) * size);
-        }
-      });
+  parallel_for(0, static_cast<int64_t>(touched.size()) * heads, keys.grain,
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t n = begin; n < end; ++n) {
+                   const Touched& now = touched[static_cast<size_t>(n / heads)];
+                   const int64_t h = n % heads;
+                   keys.summarise(now.block, h, now.count, minmax,
+                                  out + (now.block * block_stride + h * head_stride) * size);
+                 }
+               });
 }
 
 }  // namespace

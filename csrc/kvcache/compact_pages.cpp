@@ -1,12 +1,12 @@
 // winnow::compact_pages_ on the CPU: the tokens that are kept move to the front of their row, in
 // order. No token moves backwards, so each head's go one after another, in place.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <cstring>
 
 #include "common/checks.h"
+#include "common/parallel.h"
 #include "common/tensors.h"
 #include "kvcache/paged_write_arguments.h"
 
@@ -74,7 +74,7 @@ void compact_pages_(Tensor pages, const Tensor& block_table, const Tensor& keep)
     }
   };
   const int64_t grain = 1 + kGrainBytes / (1 + kept * static_cast<int64_t>(bytes));
-  torch::stable::parallel_for(0, layers * rows * heads, grain, move);
+  parallel_for(0, layers * rows * heads, grain, move);
 }
 
 }  // namespace

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "common/checks.h"
+#include "common/parallel.h"
 #include "common/tensors.h"
 #include "kvcache/paged_attention_call.h"
 
@@ -172,7 +173,8 @@ void attend(const PagedAttention& call, int64_t batch, int64_t list_length) {
   }
   const int64_t work = keys * std::min(rows, kAttentionRows) * (call.head_dim + call.value_dim);
   const auto count = static_cast<int64_t>(plan.cascades.size()) - 1;
-  const int64_t threads = std::max<int64_t>(1, std::min({available, count, work / kThreadWork}));
+  const int64_t worth = kSpreadAnyWork ? available : work / kThreadWork;
+  const int64_t threads = std::max<int64_t>(1, std::min({available, count, worth}));
   int64_t scratch_floats = 0;
   WINNOW_SIMD(paged_attention_scratch)(call, plan.longest, std::min(rows, kAttentionRows),
                                        &scratch_floats);
@@ -184,7 +186,7 @@ void attend(const PagedAttention& call, int64_t batch, int64_t list_length) {
   const auto for_each = [&](int64_t total, const auto& work_on) {
     std::atomic<int64_t> next{0};
     const int64_t chunk = std::max<int64_t>(1, total / (8 * threads));
-    torch::stable::parallel_for(0, std::min(threads, total), 1, [&](int64_t begin, int64_t end) {
+    parallel_for(0, std::min(threads, total), 1, [&](int64_t begin, int64_t end) {
       for (int64_t thread = begin; thread < end; ++thread) {
         float* memory = scratch.get() + thread * stride;
         for (int64_t i = next.fetch_add(chunk); i < total; i = next.fetch_add(chunk)) {

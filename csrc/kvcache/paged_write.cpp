@@ -1,12 +1,12 @@
 // winnow::paged_write_ stores new tokens in their pages; winnow::copy_blocks_ copies whole blocks,
 // of all layers, before one of their owners writes. Both move bytes and nothing else.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <cstring>
 
 #include "common/checks.h"
+#include "common/parallel.h"
 #include "common/tensors.h"
 #include "kvcache/paged_write_arguments.h"
 
@@ -92,8 +92,7 @@ void paged_write_(Tensor key_pages, Tensor value_pages, const Tensor& key, const
       }
     }
   };
-  torch::stable::parallel_for(0, rows * heads, grain_for(tokens * (keys.bytes + values.bytes)),
-                              store);
+  parallel_for(0, rows * heads, grain_for(tokens * (keys.bytes + values.bytes)), store);
 }
 
 // Copies blocks of (num_layers, num_blocks, Hkv, block_size, D) pages, one (layer, copy) at a time.
@@ -120,7 +119,7 @@ void copy_pages(const Tensor& pages, const int64_t* source, const int64_t* targe
       }
     }
   };
-  torch::stable::parallel_for(0, pages.size(0) * copies, grain_for(heads * slots * bytes), copy);
+  parallel_for(0, pages.size(0) * copies, grain_for(heads * slots * bytes), copy);
 }
 
 void check_inside(const char* name, const Tensor& blocks, int64_t num_blocks) {

@@ -237,7 +237,7 @@ inline void dot_keys(const RowElement<T>* q, int64_t q_stride,
   if constexpr (ElementsOf<T>::kCodePairs) {
     return dot_code_rows<NR>(q, q_stride, words, keys, key_stride, count, dim, scores, ahead,
                              again);
-  } else  // NOLINT
+  } else
 #endif
     dot_rows<NR, PageElement<T>>(q, q_stride, keys, key_stride, count, dim, scores, ahead, again);
 }
@@ -250,7 +250,7 @@ inline void add_weighted(const float* weights, const PageElement<T>* values, int
   if constexpr (ElementsOf<T>::kCodePairs) {
     return add_code_values<NR>(weights, values, stride, count, dim, sums, sums_stride, shrink,
                                ahead);
-  } else  // NOLINT
+  } else
 #endif
     add_values<NR, PageElement<T>>(weights, values, stride, count, dim, sums, sums_stride, shrink,
                                    ahead);

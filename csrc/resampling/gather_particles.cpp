@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "common/checks.h"
+#include "common/parallel.h"
 #include "common/tensors.h"
 #include "resampling/particle_layout.h"
 
@@ -62,7 +63,7 @@ void each_chunk(const Layout& layout, int64_t rows, const Work& make_work) {
   if (layout.bytes == 0 || rows == 0) return;
   const int64_t item_bytes = rows * (layout.bytes < kChunk ? layout.bytes : kChunk);
   const int64_t grain = 1 + 131072 / (item_bytes + 64);
-  torch::stable::parallel_for(0, items, grain, [&](int64_t begin, int64_t end) {
+  parallel_for(0, items, grain, [&](int64_t begin, int64_t end) {
     auto work = make_work();
     for (int64_t item = begin; item < end; ++item) {
       const int64_t chunk = item % chunks;

@@ -7,6 +7,7 @@
 #include <optional>
 
 #include "common/checks.h"
+#include "common/parallel.h"
 #include "common/tensors.h"
 #include "resampling/next_temperature_simd.h"
 #include "resampling/tempering_arguments.h"
@@ -17,7 +18,7 @@ namespace {
 template <typename Loop>
 void over_rows(const TemperingCall& call, int64_t rows, int64_t passes, const Loop& loop) {
   const int64_t grain = 1 + 32768 / passes / (call.particles + 1);  // about 20 µs for a thread
-  torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
+  parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
     const auto bytes = static_cast<size_t>(tempering_scratch(call)) + 63;
     const std::unique_ptr<char[]> memory(new char[bytes]);
     const auto start = (reinterpret_cast<uintptr_t>(memory.get()) + 63) & ~uintptr_t{63};

@@ -2,9 +2,8 @@
 // operators that make one number of each share on the CPU.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-
 #include "common/checks.h"
+#include "common/parallel.h"
 #include "common/tensors.h"
 
 namespace winnow {
@@ -28,7 +27,7 @@ Tensor statistic_of_rows(const Tensor& log_weights, const Loop& loop) {
   const auto result_size = static_cast<int64_t>(result.element_size());
   const ElementType type = element_type(log_weights);
   const int64_t grain = 1 + 32768 / (rows.length + 1);  // about 20 µs of work for a thread
-  torch::stable::parallel_for(0, rows.count, grain, [&](int64_t begin, int64_t end) {
+  parallel_for(0, rows.count, grain, [&](int64_t begin, int64_t end) {
     loop(weights + begin * row_bytes, type, rows.stride, end - begin, rows.length,
          out + begin * result_size);
   });

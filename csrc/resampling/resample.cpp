@@ -11,6 +11,7 @@
 #include <optional>
 #include <string>
 
+#include "common/parallel.h"
 #include "resampling/resample_arguments.h"
 #include "resampling/resample_simd.h"
 
@@ -60,7 +61,7 @@ void resample_whole_rows(const ResampleCall& call) {
   const int64_t bytes = resample_scratch(call).bytes;
   const int64_t grain =
       1 + 8192 / (call.particles + call.samples + 16);  // about 20 µs for a thread
-  torch::stable::parallel_for(0, call.rows, grain, [&](int64_t begin, int64_t end) {
+  parallel_for(0, call.rows, grain, [&](int64_t begin, int64_t end) {
     ScratchMemory scratch(bytes);
     loop(call, begin, end, scratch.data());
   });
@@ -77,18 +78,18 @@ void resample_in_blocks(ResampleCall call) {
   for (int64_t row = 0; row < call.rows; ++row) {
     start(call, row, memory);
     for (int which = 0; which < kSteps; ++which) {
-      torch::stable::parallel_for(0, population.items, 1, [&](int64_t begin, int64_t end) {
-        step(call, which, begin, end, memory);
-      });
+      parallel_for(0, population.items, 1,
+                   [&](int64_t begin, int64_t end) { step(call, which, begin, end, memory); });
       settle(call, which, memory);
     }
   }
 }
 
-Resampled resample(const Tensor& log_weights, std::string scheme,
+Resampled resample(const Tensor& log_weights, const std::string& scheme,
                    std::optional<int64_t> num_samples, std::optional<double> ess_threshold,
                    bool keep_slots, std::optional<Tensor> mask, std::optional<Tensor> uniforms,
-                   std::optional<Tensor> pinned, int64_t seed, std::optional<Tensor> seed_tensor) {
+                   std::optional<Tensor> pinned, int64_t seed,
+                   const std::optional<Tensor>& seed_tensor) {
   ResampleArguments arguments = {log_weights, scheme, num_samples, ess_threshold,
                                  keep_slots,  mask,   uniforms,    pinned};
   check_resample(&arguments, check_cpu);

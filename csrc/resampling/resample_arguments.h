@@ -52,7 +52,8 @@ inline void check_uniforms(const ResampleArguments& a) {
   WINNOW_CHECK(one || a.scheme == Scheme::kStratified || a.scheme == Scheme::kMultinomial,
                "uniforms: accepted for systematic, stratified and multinomial, got scheme='",
                a.scheme_name, "'");
-  WINNOW_CHECK(!a.pinned.has_value(), "uniforms: not accepted with pinned, which decides some");
+  WINNOW_CHECK(!a.pinned.has_value(),
+               "uniforms: expected None with pinned, which decides some, got a tensor");
   const ScalarType dtype = uniforms.scalar_type();
   WINNOW_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double,
                "uniforms: expected float32 or float64, got ", name_of(dtype));

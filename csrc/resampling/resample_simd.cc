@@ -66,7 +66,7 @@ void step(const Work<T>& work, const Arrays<T>& arrays, int which, int64_t begin
         }
         break;
       }
-      case kFinish: {
+      default: {  // kFinish
         const int64_t last = p.samples - first < kBlock ? p.samples : first + kBlock;
         if (!p.resampled) {
           keep(arrays, p, first, last);
@@ -149,7 +149,7 @@ void settle(const Work<T>& work, const Arrays<T>& arrays, int which) {
       if (p.resampled) arrange(work, arrays);
       p.items = sample_blocks;
       break;
-    case kFinish:
+    default:  // kFinish
       for (int64_t k = 0; k < p.particles && !p.resampled; ++k) {
         arrays.offspring[k] = p.samples == p.particles
                                   ? 1

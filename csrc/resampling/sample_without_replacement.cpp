@@ -1,12 +1,12 @@
 // winnow::sample_without_replacement and winnow::inclusion_probabilities on the CPU: one population
 // per row, rows spread over threads.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <memory>
 #include <optional>
 #include <string>
 
+#include "common/parallel.h"
 #include "resampling/sample_arguments.h"
 #include "resampling/sample_without_replacement_simd.h"
 
@@ -30,15 +30,15 @@ void run(SampleCall call, const Tensor& log_weights) {
   const int64_t work = call.design == Design::kConditionalPoisson ? call.k + 16 : 16;
   const int64_t grain = 1 + 32768 / (work * (call.particles + 1));
   const auto loop = WINNOW_SIMD(sample_rows);
-  torch::stable::parallel_for(0, rows.count, grain, [&](int64_t begin, int64_t end) {
+  parallel_for(0, rows.count, grain, [&](int64_t begin, int64_t end) {
     const std::unique_ptr<double[]> memory(
         new double[static_cast<size_t>(sample_scratch(call)) / sizeof(double)]);
     loop(call, begin, end, memory.get());
   });
 }
 
-Sample sample_without_replacement(const Tensor& log_weights, int64_t k, std::string design,
-                                  int64_t seed, std::optional<Tensor> seed_tensor) {
+Sample sample_without_replacement(const Tensor& log_weights, int64_t k, const std::string& design,
+                                  int64_t seed, const std::optional<Tensor>& seed_tensor) {
   SampleCall call = call_of(log_weights, k, design_of(design));
   call.seed = static_cast<uint64_t>(seed);
   if (seed_tensor.has_value()) call.seed = host_seed(*seed_tensor);

@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include "common/parallel.h"
 #include "resampling/trace_arguments.h"
 
 namespace winnow {
@@ -32,7 +33,7 @@ Tensor trace_ancestors(const Tensor& ancestors, const Tensor& indices) {
   const auto* end = static_cast<const int64_t*>(last.data_ptr());
   auto* path = static_cast<int64_t*>(result.data_ptr());
   const int64_t grain = 1 + 16384 / ((steps + 1) * (paths + 1));
-  torch::stable::parallel_for(0, rows, grain, [&](int64_t first, int64_t stop) {
+  parallel_for(0, rows, grain, [&](int64_t first, int64_t stop) {
     for (int64_t r = first; r < stop; ++r) {
       for (int64_t j = 0; j < paths; ++j) path[(steps * rows + r) * paths + j] = end[r * paths + j];
       for (int64_t t = steps; t-- > 0;) {

@@ -7,6 +7,7 @@
 #include <tuple>
 #include <vector>
 
+#include "common/parallel.h"
 #include "unmasking/logit_outputs.h"
 #include "unmasking/logit_stats.h"
 #include "unmasking/logit_stats_simd.h"
@@ -244,7 +245,7 @@ merge_logit_stats(const std::vector<Tensor>& parts, const std::vector<int64_t>& 
 
   const Shape leading = leading_shape(like);
   const Outputs out(leading, like, has_target, has_previous);
-  torch::stable::parallel_for(0, product(leading), 4, [&](int64_t begin, int64_t end) {
+  parallel_for(0, product(leading), 4, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       out.put(row, is_double ? double_stats(merge, row) : WholeRow(merge, row).stats());
     }

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "common/checks.h"
+#include "common/parallel.h"
 #include "common/philox.h"
 #include "common/tensors.h"
 #include "unmasking/logit_draw.h"
@@ -173,13 +174,13 @@ class Verifier {
     const int64_t blocks = logit_blocks(view.start, view.vocab);
     const auto count = static_cast<int64_t>(pending_.size());
     std::vector<double> masses(static_cast<size_t>(count * blocks));
-    torch::stable::parallel_for(0, count * blocks, 32, [&](int64_t begin, int64_t end) {
+    parallel_for(0, count * blocks, 32, [&](int64_t begin, int64_t end) {
       for (int64_t u = begin; u < end; ++u) {
         masses[static_cast<size_t>(u)] =
             rows_.block_mass(pending_[static_cast<size_t>(u / blocks)].place, u % blocks);
       }
     });
-    torch::stable::parallel_for(0, count, 4, [&](int64_t begin, int64_t end) {
+    parallel_for(0, count, 4, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         draw_token(pending_[static_cast<size_t>(i)], masses.data() + i * blocks, blocks);
       }

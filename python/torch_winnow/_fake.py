@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from torch_winnow import _library
+
 Fake = TypeVar("Fake", bound=Callable[..., object])
+
+
+def _refuse_cuda(name: str, *args: object, **kwargs: object) -> None:
+    """What is said of tensors on a GPU, in place of the dispatcher's list of backends."""
+    raise RuntimeError(
+        f"{name}: expected tensors on the CPU, got some on a GPU, and the CUDA operators of "
+        f"torch-winnow are not loaded ({_library.cuda_reason}); install a wheel for this CUDA, or "
+        "build from source where nvcc is (`python -m torch_winnow` tells what is installed)"
+    )
 
 
 def register_fake(name: str) -> Callable[[Fake], Fake]:
@@ -20,6 +32,8 @@ def register_fake(name: str) -> Callable[[Fake], Fake]:
 
     def register(fake: Fake) -> Fake:
         torch.library.register_fake(f"winnow::{name}", fake)
+        if torch.version.cuda is not None and _library.cuda_reason:
+            torch.library.impl(f"winnow::{name}", "cuda", functools.partial(_refuse_cuda, name))
         return fake
 
     return register

@@ -263,7 +263,7 @@ class FKSteering:
 
     def _require(self, value: Tensor | None) -> Tensor:
         if value is None:
-            raise ValueError("no step has been taken since the run began")
+            raise ValueError("step: no step has been taken since the run began, so call it first")
         return value
 
     @property
@@ -294,8 +294,10 @@ class FKSteering:
         """``(...)`` int64: the slot with the highest last reward, the paper's final selection.
 
         Raises:
-            ValueError: before the first step.
+            ValueError: before the first step, or where there is no particle.
         """
+        if self.reward.shape[-1] == 0:
+            raise ValueError("reward: expected at least one particle to choose from, got none")
         return self.reward.nan_to_num(nan=-torch.inf).argmax(-1)
 
     def select(self, tree: Tree) -> Tree:

@@ -116,8 +116,12 @@ def unmask_step_(
     check_rule(rule)
     mask = logit_stats_options.pop("mask", None)
     shift = logit_stats_options.pop("shift", False)
-    if logit_stats_options.pop("vocab_start", None) is not None:
-        raise ValueError("vocab_start: a step needs the whole vocabulary; merge the parts first")
+    vocab_start = logit_stats_options.pop("vocab_start", None)
+    if vocab_start is not None:
+        raise ValueError(
+            f"vocab_start: expected None, as a step needs the whole vocabulary, got {vocab_start}; "
+            "merge its parts first"
+        )
     for name, value in (("mask", mask), ("window", window)):
         if value is not None:
             check_tensor(name, value)
