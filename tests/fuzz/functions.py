@@ -36,7 +36,7 @@ def of_operator(function: Callable[..., Any], make: Maker) -> Maker:
             arguments["tree"] = [arguments.pop("state")]
         if "kind" in accepted:
             arguments["kind"] = "minmax" if arguments.pop("minmax") else "mean"
-        if "options" in str(accepted):
+        if "logit_stats_options" in accepted:
             return arguments
         return {name: value for name, value in arguments.items() if name in accepted}
 
