@@ -36,7 +36,7 @@ def of_operator(function: Callable[..., Any], make: Maker) -> Maker:
             arguments["tree"] = [arguments.pop("state")]
         if "kind" in accepted:
             arguments["kind"] = "minmax" if arguments.pop("minmax") else "mean"
-        if "options" in str(accepted):
+        if "logit_stats_options" in accepted:
             return arguments
         return {name: value for name, value in arguments.items() if name in accepted}
 
@@ -49,13 +49,14 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], Maker]] = {
     for name in family.__all__
     if name in ARGUMENTS and name != "merge_logit_stats"
 }
+UNSPOILED = {"self", "max_tries"}  # 2**62 tries take as long as they take
 FUNCTIONS |= steering.FUNCTIONS | decoding.FUNCTIONS | cache_methods.FUNCTIONS
 
 
 def spoiled_arguments(name: str, call: Call) -> dict[str, Any]:
     arguments = FUNCTIONS[name][1](call)
     for _ in range(call.pick((0, 1, 1, 2))):
-        which = call.pick([key for key in sorted(arguments) if key != "self"])
+        which = call.pick(sorted(arguments.keys() - UNSPOILED))
         arguments[which] = estranged(call, arguments[which])
     return arguments
 
