@@ -185,7 +185,7 @@ def test_templates_of_a_public_model():
         ({"shift": True}, "shift: follows from the model"),
         ({"mask_id": 3}, "mask_id: follows from the model"),
         ({"input_ids": [[1]]}, r"input_ids: expected a tensor, got \[\[1\]\]"),
-        ({"attention_mask": [[1]]}, r"attention_mask: expected a tensor, got \[\[1\]\]"),
+        ({"attention_mask": [[1]]}, r"attention_mask: expected a tensor or None, got \[\[1\]\]"),
         (presets.wino(), "context: expected False, as these models take tokens alone"),
         ({"model": len}, "model: expected one with a config, got builtin"),
         (

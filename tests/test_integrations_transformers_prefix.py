@@ -58,6 +58,27 @@ def test_a_system_prompt_runs_once(name):
     assert other.pages.block_table[0, :3].tolist() == holding
 
 
+@pytest.mark.parametrize("implementation", ["winnow", "sdpa"])
+@pytest.mark.parametrize("cache_dtype", [None, torch.int8])
+def test_another_cache_shows_what_it_found_in_the_dtype_that_was_stored(
+    implementation, cache_dtype
+):
+    model = make("llama").to(torch.bfloat16)
+    model.set_attn_implementation(implementation)
+    prompt = torch.randint(1, 64, (1, 17))
+    cache = WinnowCache(model.config, block_size=BLOCK, cache_dtype=cache_dtype)
+    expected = model.generate(prompt, past_key_values=cache, **OPTIONS)
+    assert cache.register_prefix(prompt) == 16
+    cache.reset()
+    other = WinnowCache(model.config, pool=cache.storage.pool)
+    assert other.match_prefix(prompt) == 16
+    if cache_dtype is None:
+        assert other.layers[0].keys.dtype == torch.bfloat16
+    tokens = model.generate(prompt, past_key_values=other, **OPTIONS)
+    assert torch.equal(tokens, expected)
+    assert other.layers[0].keys.dtype == other.layers[0].keys.dense().dtype == torch.bfloat16
+
+
 def test_left_padded_rows_go_on_together():
     model = make("llama")
     model.set_attn_implementation("winnow")

@@ -219,12 +219,30 @@ def test_the_self_check_passes_and_can_fail(capsys, monkeypatch):
     assert "Python: 3." in out
     for name in _library.available_cpu_capabilities():
         assert f"self-check, {name}: attention, resampling, unmasking, kvcache right" in out
-    wrong = (torch.tensor(1.0), torch.tensor(2.0))
-    monkeypatch.setitem(self_check.CHECKS, "resampling", lambda device: wrong)
+    one = (torch.tensor(1.0),)
+    wrong = (one, torch.clone, torch.zeros_like)
+    monkeypatch.setitem(self_check.CHECKS, "resampling", lambda draw: wrong)
     assert self_check.main() == 1
     out = capsys.readouterr().out
     assert "resampling WRONG" in out
     assert "attention, unmasking, kvcache right" in out
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_self_check_of_another_device_asks_the_definitions_on_the_cpu(family, monkeypatch):
+    """They make masks and indices there: on a GPU a right operator would be called wrong."""
+    inputs, _, definition = self_check.CHECKS[family](torch.Generator().manual_seed(0))
+    moved = []
+
+    def operator(*arguments: torch.Tensor) -> torch.Tensor:
+        moved.extend(argument.device.type for argument in arguments)
+        return definition(*inputs)
+
+    def check(draw: torch.Generator) -> self_check.Check:
+        return inputs, operator, definition
+
+    assert self_check._outcome(check, torch.device("meta")) == ""
+    assert set(moved) == {"meta"}
 
 
 def test_importing_costs_little_beyond_torch():

@@ -212,7 +212,7 @@ def test_a_block_or_schedule_longer_than_the_row_is_all_of_it(length):
         (lambda: select(mask=[[True]]), r"mask: expected a tensor, got \[\[True\]\]"),
         (lambda: shadowed(None), r"model: expected logits \(B, L, V\) or an object"),
         (lambda: shadowed(torch.zeros(1, 3, 5)), r"model: expected logits \(B, L \+ D, V\) with"),
-        (lambda: select(window=[[0, 1]]), r"window: expected a tensor, got \[\[0, 1\]\]"),
+        (lambda: select(window=[[0, 1]]), r"window: expected a tensor or None, got \[\[0, 1\]\]"),
     ],
 )
 def test_errors_name_the_argument(run, message):

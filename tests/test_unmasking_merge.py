@@ -251,3 +251,13 @@ def test_parts_that_do_not_belong_together_are_refused():
             merge_logit_stats(wrong)
     with pytest.raises(ValueError, match=r"vocab_start: expected ids below 2\^63"):
         logit_stats(low, vocab_start=2**63 - 1)
+
+
+def test_a_seed_that_the_parts_did_not_have_draws_nothing(device):
+    """A part may be anybody's numbers: without a drawn token its rows are as if left out."""
+    blocks = logit_stats(torch.randn(2, 2048).to(device), vocab_start=0).parts[0].blocks
+    token, *statistics = torch.ops.winnow.merge_logit_stats(
+        [blocks], [0], [2048], 1.0, torch.tensor(5, device=device), False, False, False
+    )
+    assert token.tolist() == [-1, -1]
+    assert all(not statistic.any() for statistic in statistics)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torch_winnow import reference
-from torch_winnow.reference.unmasking import truncated
+from torch_winnow.reference.logit_stats import truncated
 from torch_winnow.unmasking import LogitStats, logit_stats
 
 INF = float("inf")

@@ -175,12 +175,12 @@ def test_integers_of_any_kind(mask_id):
         ({"mask_id": 31.5}, "mask_id: expected an integer, got 31.5"),
         ({"mask_id": True}, "mask_id: expected an integer, got True"),
         ({"step": -1}, "step: expected at least 0, got -1"),
-        ({"mask": [[True]]}, r"mask: expected a tensor, got \[\[True\]\]"),
-        ({"window": [[0, 2]]}, "window: expected a tensor"),
+        ({"mask": [[True]]}, r"mask: expected a tensor or None, got \[\[True\]\]"),
+        ({"window": [[0, 2]]}, "window: expected a tensor or None"),
         ({"window": torch.zeros(3, 2)}, "window: expected int64, got float32"),
         ({"logits": None}, "logits: expected a tensor, got None"),
         ({"tokens": [1]}, r"tokens: expected a tensor, got \[1\]"),
-        ({"target_ids": 3}, "target_ids: expected a tensor, got 3"),
+        ({"target_ids": 3}, "target_ids: expected a tensor or None, got 3"),
         ({"seed": 1.5}, "seed: expected an integer, got 1.5"),
         (
             {"vocab_start": 0},
@@ -214,3 +214,14 @@ def test_opcheck_and_compile():
     count = torch.compile(step, fullgraph=True)(ours, logits)
     assert torch.equal(count, step(theirs, logits))
     assert torch.equal(ours, theirs)
+
+
+def test_the_operator_refuses_a_score_that_it_has_not(device):
+    tokens = torch.full((1, 2), 9, device=device)
+    logits = torch.zeros(1, 2, 9, device=device)
+    options = [1.0, None, None, None, None, 0.0, None, None, None, None, False, False]
+    with pytest.raises(ValueError, match="score: expected 0 to 2, got 3"):
+        torch.ops.winnow.unmask_step_(
+            tokens, logits, 9, None, None, *options, 3, 0, 0, 0.2, -1, None
+        )
+    assert tokens.tolist() == [[9, 9]]

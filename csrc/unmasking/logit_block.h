@@ -9,8 +9,6 @@ namespace winnow {
 namespace {
 
 constexpr float kNoLogit = -std::numeric_limits<float>::infinity();
-constexpr double kLn2 = 0.6931471805599453;
-constexpr double kUnit = 0x1p-23;  // exponents are held in units of 2^-23
 
 // log2(e) / temperature * 2^23, what exp_scaled multiplies with. Finite and not 0, so that 0 stays
 // 0 and infinity infinite.
@@ -132,6 +130,27 @@ inline bool any_nan(LogitBlock block) {
   }
   return any(found);
 }
+
+// Of the lanes of a block's vector.
+WINNOW_LANES i32x16 vocabulary_index(int64_t begin, int64_t vector) {
+  return lane_index() + static_cast<int32_t>(begin + vector * kLanes);
+}
+
+typedef double Quad64 __attribute__((vector_size(32)));
+
+// Sums in double: a tail that single precision would round away must keep its share.
+struct WideSum {
+  Quad64 part[4] = {};
+
+  // Sixteen weights.
+  __attribute__((always_inline)) void add(const float* w) {
+    for (int q = 0; q < 4; ++q) part[q] += __builtin_convertvector(quad(w, q), Quad64);
+  }
+  double total() const {
+    const Quad64 all = (part[0] + part[1]) + (part[2] + part[3]);
+    return (all[0] + all[2]) + (all[1] + all[3]);
+  }
+};
 
 struct KeptWeights {
   f32x16 exponent;  // clamped, in units of 2^-23

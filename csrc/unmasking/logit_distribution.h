@@ -24,8 +24,6 @@ struct LogitDistribution {
   double logsumexp() const { return reference / temperature + std::log(mass); }
 };
 
-constexpr double kOctaveUnit = 0x1p-23 * 0.6931471805599453;  // of LogitBlockSums::moment, in nats
-
 // The same for any division of the blocks: a sum over all of them in order, at the common
 // reference.
 inline LogitDistribution merge_blocks(const LogitRows& rows, const LogitBlockSums* sums,
@@ -50,7 +48,7 @@ inline LogitDistribution merge_blocks(const LogitRows& rows, const LogitBlockSum
     const double weight = std::exp(shift);
     if (!(weight > 0.0)) continue;  // also where nothing has any mass: NaN
     row.mass += weight * sums[b].mass;
-    row.moment += weight * (sums[b].moment * kOctaveUnit + shift * sums[b].mass);
+    row.moment += weight * (sums[b].moment * kMomentUnit + shift * sums[b].mass);
   }
   return row;
 }

@@ -1,7 +1,6 @@
-// The noise of draws on the CPU: exact towards the tail.
+// The noise of draws: exact towards the tail.
 #pragma once
 
-#include <algorithm>
 #include <cmath>
 
 #include "common/philox.h"
@@ -10,14 +9,15 @@
 namespace winnow {
 namespace {
 
-// (0, 1), 64 bits, exact towards 0.
-inline double open_uniform(uint32_t low, uint32_t high) {
+// (0, 1), 64 bits, exact towards 0. constexpr, so that kernels may call it.
+constexpr double open_uniform(uint32_t low, uint32_t high) {
   const uint64_t bits = (static_cast<uint64_t>(high) << 32) | low;
-  return std::min((static_cast<double>(bits) + 0.5) * 0x1p-64, 1.0 - 0x1p-53);
+  const double u = (static_cast<double>(bits) + 0.5) * 0x1p-64;
+  return u < 1.0 - 0x1p-53 ? u : 1.0 - 0x1p-53;
 }
 
 // The earliest of exponential clocks, one per block of the vocabulary and keyed by it: each block
-// wins in proportion to its weight.
+// wins in proportion to its weight. On the CPU; the GPU's race is in logit_rows_kernel.cuh.
 class BlockRace {
  public:
   BlockRace(uint64_t seed, int64_t key) : seed_(seed), key_(static_cast<uint64_t>(key)) {}

@@ -10,8 +10,6 @@
 namespace winnow {
 namespace {
 
-constexpr double kMomentUnit = kLn2 / 8388608.0;  // of LogitBlockSums::moment, in nats
-
 // Everything is null where there are no previous logits.
 struct PreviousSums {
   Global<const SliceSums> blocks;
@@ -257,6 +255,10 @@ finish_merged(WholeRows<Real> whole, RowOptions options, RowOutputs<Real> out) {
     if (whole.keys) key = whole.keys[row];
     const Clock clock = race_blocks(options.seed, key, whole.first_place(), 0, whole.blocks,
                                     log_mass, Shared<Clock>(clock_scratch));
+    if (clock.block < 0) {  // the parts drew nothing
+      if (writes) out.fill(row, -1, 0, Real(0));
+      return;
+    }
     const BlockOrigin origin = origins[clock.block];
     token = origin.token;
     logit = origin.logit;

@@ -52,6 +52,8 @@ struct LogitBlockSums {
   float drawn;      // sum of exp(t) at the temperature of the draw
 };
 
+constexpr double kMomentUnit = 0x1p-23 * 0.6931471805599453;  // of LogitBlockSums::moment, in nats
+
 // The part of a distribution that top-k and top-p keep: logits above `threshold`, and of those
 // equal to it the first `ties`, the last one at vocabulary index `last_tie`.
 struct Truncation {

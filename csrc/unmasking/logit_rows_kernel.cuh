@@ -2,6 +2,7 @@
 // per row.
 #pragma once
 
+#include "unmasking/logit_draw.h"
 #include "unmasking/logit_truncation_kernel.cuh"
 
 namespace winnow {
@@ -44,19 +45,19 @@ struct RowOptions {
   Global<const int64_t> target;  // or null
 };
 
-// (0, 1), 64 bits, exact towards 0.
-WINNOW_DEVICE double open_uniform(uint32_t low, uint32_t high) {
-  const uint64_t bits = (static_cast<uint64_t>(high) << 32) | low;
-  const double u = (static_cast<double>(bits) + 0.5) * 5.421010862427522e-20;
-  return u < 0.99999999999999988898 ? u : 0.99999999999999988898;
-}
-
 // A block's first arrival: blocks compete in proportion to their mass.
 struct Clock {
   double log_time;
   int64_t block;
   double uniform;  // for the draw inside the block
 };
+
+WINNOW_DEVICE Clock clock_of(const Seed& seed, int64_t key, uint64_t element, int64_t block,
+                             double log_mass) {
+  const Philox4 words = philox(seed.get(), static_cast<uint64_t>(key), element);
+  const double arrival = -log1p(-open_uniform(words.x[0], words.x[1]));
+  return {log(arrival) - log_mass, block, open_uniform(words.x[2], words.x[3])};
+}
 
 WINNOW_DEVICE Clock earlier(const Clock& a, const Clock& b) {
   if (a.block < 0 || b.block < 0) return a.block < 0 ? b : a;
@@ -74,65 +75,69 @@ WINNOW_DEVICE Clock race_blocks(const Seed& seed, int64_t key, int64_t place, in
   for (int64_t b = first + thread_index(); b < end; b += kThreads) {
     const double mass = log_mass(b);
     if (!(mass > -std::numeric_limits<double>::infinity())) continue;
-    const Philox4 words = philox(seed.get(), static_cast<uint64_t>(key),
-                                 static_cast<uint64_t>((place + b) * kLogitBlock));
-    const double arrival = -log1p(-open_uniform(words.x[0], words.x[1]));
-    clock = earlier(clock, {log(arrival) - mass, b, open_uniform(words.x[2], words.x[3])});
+    const auto element = static_cast<uint64_t>((place + b) * kLogitBlock);
+    clock = earlier(clock, clock_of(seed, key, element, b, mass));
   }
   return block_reduce<kThreads>(clock, scratch, earlier);
 }
 
-// The token of a block, by its index in the row, at which the cumulated weight exceeds uniform
-// times the whole.
-template <typename Real>
-WINNOW_DEVICE int64_t draw_in_block(const LogitView<Real>& view, int64_t row, int64_t block,
-                                    double reference, double temperature, double uniform,
-                                    const Truncation& kept, Shared<uint32_t> bits,
-                                    Shared<double> scratch, Shared<int64_t> index_scratch) {
-  constexpr int kShare = kLogitBlock / kThreads;
-  const Real top = static_cast<Real>(reference);
-  const Real scale = exponent_scale<Real>(temperature);
-  const int64_t slice = block / kSliceBlocks;
-  mark_suppressed(view, slice, bits);
-  const int64_t first = block * kLogitBlock - view.offset() + thread_index() * kShare;
-  const auto weight = [&](int64_t i) {
-    if (i < 0 || i >= view.vocab) return 0.0;
-    if (is_suppressed(view, bits, i + view.offset() - slice * kSlice)) return 0.0;
-    const Real x = plain_logit(view, row, i);
-    if (!keeps(kept, x, i)) return 0.0;
-    return static_cast<double>(exp2_of(x == top ? Real(0) : (x - top) * scale));
-  };
+// Of the kThreads * kShare indices from `first` on, the one at which the cumulated weight exceeds
+// uniform times the whole; -1 where nothing has any weight.
+template <int kShare, typename Weight>
+WINNOW_DEVICE int64_t draw_index(int64_t first, double uniform, const Weight& weight,
+                                 Shared<double> scratch, Shared<int64_t> index_scratch) {
+  const auto larger = [](int64_t a, int64_t b) { return a > b ? a : b; };
+  const int64_t own = first + thread_index() * kShare;
   double mine = 0.0;
-  for (int e = 0; e < kShare; ++e) mine += weight(first + e);
+  for (int e = 0; e < kShare; ++e) mine += weight(own + e);
   double all = 0.0;
   const double before = block_scan<kThreads>(mine, scratch, &all);
   const double target = uniform * all;
   // The last share that begins at or before the target: rounding never leaves it empty-handed.
   const int64_t owner = block_reduce<kThreads>(
       static_cast<int64_t>(mine > 0.0 && before <= target ? thread_index() : -1), index_scratch,
-      [](int64_t a, int64_t b) { return a > b ? a : b; });
-  int64_t token = -1;
+      larger);
+  int64_t index = -1;
   if (thread_index() == owner) {
     double left = target - before;
     for (int e = 0; e < kShare; ++e) {
-      const double w = weight(first + e);
+      const double w = weight(own + e);
       if (!(w > 0.0)) continue;
-      token = first + e;
+      index = own + e;
       if (left < w) break;
       left -= w;
     }
   }
-  return block_reduce<kThreads>(token, index_scratch,
-                                [](int64_t a, int64_t b) { return a > b ? a : b; });
+  return block_reduce<kThreads>(index, index_scratch, larger);
+}
+
+// A token of a block, by its index in the row.
+template <typename Real>
+WINNOW_DEVICE int64_t draw_in_block(const LogitView<Real>& view, int64_t row, int64_t block,
+                                    double reference, double temperature, double uniform,
+                                    const KeptRange& kept, Shared<uint32_t> bits,
+                                    Shared<double> scratch, Shared<int64_t> index_scratch) {
+  const Real top = static_cast<Real>(reference);
+  const Real scale = exponent_scale<Real>(temperature);
+  const int64_t slice = block / kSliceBlocks;
+  mark_suppressed(view, slice, bits);
+  const auto weight = [&](int64_t i) {
+    if (i < 0 || i >= view.vocab) return 0.0;
+    if (is_suppressed(view, bits, i + view.offset() - slice * kSlice)) return 0.0;
+    const Real x = plain_logit(view, row, i);
+    if (!keeps(kept, x, i)) return 0.0;
+    return static_cast<double>(exp2_of((x - top) * scale));
+  };
+  return draw_index<kLogitBlock / kThreads>(block * kLogitBlock - view.offset(), uniform, weight,
+                                            scratch, index_scratch);
 }
 
 // Whether a row has a distribution; if not, what it gets instead is written.
 template <typename Real>
 WINNOW_DEVICE bool is_described(const TopTwo& top, const RowOutputs<Real>& out, int64_t row) {
-  const double infinity = std::numeric_limits<double>::infinity();
-  if (top.nan == 0 && top.first < infinity && top.first > -infinity) return true;
+  if (is_proper(top)) return true;
   if (thread_index() == 0) {
-    const int64_t id = top.nan == 0 && top.first == infinity ? top.argmax : -1;
+    const int64_t id = top.nan == 0 && top.first > 0.0 ? top.argmax : -1;
     out.fill(row, id, id, std::numeric_limits<Real>::quiet_NaN());
     if (top.nan == 0) out.logsumexp[row] = static_cast<Real>(top.first);
   }
@@ -160,7 +165,7 @@ WINNOW_DEVICE double log_drawn(const SliceSums& block, double top, double temper
 template <typename Real>
 WINNOW_KERNEL(kThreads)
 finish_rows(LogitView<Real> view, RowOptions options, Global<const SliceSums> blocks,
-            Global<const Truncation> truncations, Global<const Sums> kept_sums,
+            Global<const KeptRange> truncations, Global<const Sums> kept_sums,
             RowOutputs<Real> out) {
   WINNOW_SHARED(uint32_t, bits, kThreads);
   WINNOW_SHARED(TopTwo, top_scratch, kThreads / kWarp);
@@ -181,18 +186,13 @@ finish_rows(LogitView<Real> view, RowOptions options, Global<const SliceSums> bl
   if (!is_described(measured.top, out, row)) return;
   const double top = measured.top.first;
   const double infinity = std::numeric_limits<double>::infinity();
-  Truncation drawn_from = keep_all();
-  Truncation described = keep_all();
+  KeptRange drawn_from = keep_all();
+  KeptRange described = keep_all();
   if (options.truncates) {
     drawn_from = truncations[row];
     if (!options.raw) {
       described = drawn_from;
-      Sums sums = {0.0, 0.0, 0.0};
-      for (int64_t b = thread_index(); b < count; b += kThreads) {
-        const Sums kept = kept_sums[row * count + b];
-        sums = add_sums(sums, kept);
-      }
-      sums = block_reduce<kThreads>(sums, Shared<Sums>(sum_scratch), add_sums);
+      const Sums sums = sum_kept(kept_sums + row * count, count, Shared<Sums>(sum_scratch));
       measured.mass = sums.mass;
       measured.moment = sums.moment;
     }
@@ -256,12 +256,12 @@ template <typename Real>
 WINNOW_KERNEL(kThreads)
 cross_blocks(LogitView<Real> view, LogitView<Real> previous, double temperature,
              Global<const SliceSums> blocks, Global<const SliceSums> previous_blocks,
-             Global<const Truncation> truncations, Global<double> cross, int64_t stride) {
+             Global<const KeptRange> truncations, Global<double> cross, int64_t stride) {
   WINNOW_SHARED(uint32_t, bits, kThreads);
   const int64_t row = block_index();
   const int64_t slice = block_index_y();
   if (skips(view, row)) return;
-  Truncation kept = keep_all();
+  KeptRange kept = keep_all();
   if (truncations) kept = truncations[row];
 
   mark_suppressed(view, slice, Shared<uint32_t>(bits));
@@ -332,9 +332,9 @@ diverge_rows(LogitView<Real> view, double temperature, Global<const SliceSums> b
   }
   sums = block_reduce<kThreads>(sums, Shared<Sums>(sum_scratch), add_sums);
   const double infinity = std::numeric_limits<double>::infinity();
-  const bool proper = current.top.nan == 0 && current.top.first < infinity &&
-                      current.top.first > -infinity && previous.top.nan == 0 &&
-                      previous.top.first < infinity;
+  // Without any mass the previous row is infinitely far.
+  const bool proper =
+      is_proper(current.top) && previous.top.nan == 0 && previous.top.first < infinity;
   if (thread_index() != 0) return;
   const double divergence = sums.moment / sums.mass - log(sums.mass) + log(previous.mass);
   const Real nan = std::numeric_limits<Real>::quiet_NaN();

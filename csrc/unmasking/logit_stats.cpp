@@ -3,7 +3,6 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include <algorithm>
 #include <tuple>
 
 #include "unmasking/logit_outputs.h"

@@ -49,7 +49,7 @@ void launch_sums(const LogitView<Real>& view, const LogitArguments& call, const 
   if (!options.truncates()) return;
   launch("logit_stats", truncate_rows<Real>, {rows}, kThreads, stream, view, options.temperature,
          options.draw_temperature, options.top_k, options.top_p, options.reach(),
-         global<SliceSums>(sums.blocks), global<Truncation>(sums.truncations),
+         global<SliceSums>(sums.blocks), global<KeptRange>(sums.truncations),
          global<Sums>(sums.kept));
 }
 
@@ -61,7 +61,7 @@ RowSums empty_sums(const LogitArguments& call, const Tensor& like) {
   const int64_t blocks = rows * logit_blocks(call.start, call.rows.length);
   const bool truncates = call.options.truncates();
   return {workspace(blocks, sizeof(SliceSums), like),
-          workspace(truncates ? rows : 0, sizeof(Truncation), like),
+          workspace(truncates ? rows : 0, sizeof(KeptRange), like),
           workspace(truncates ? blocks : 0, sizeof(Sums), like)};
 }
 
@@ -85,7 +85,7 @@ void launch_rows(const LogitArguments& call, const RowOptions& options, const Ma
   const RowSums sums = empty_sums(call, like);
   launch_sums(view, call, sums, stream);
   const auto block_sums = global<SliceSums>(sums.blocks);
-  const auto truncations = global<Truncation>(sums.truncations);
+  const auto truncations = global<KeptRange>(sums.truncations);
   const auto kept_sums = global<Sums>(sums.kept);
   launch("logit_stats", finish_rows<Real>, every_row, kThreads, stream, view, options, block_sums,
          truncations, kept_sums, out);
@@ -100,7 +100,7 @@ void launch_rows(const LogitArguments& call, const RowOptions& options, const Ma
            options.temperature, options.temperature, previous_sums, blocks);
     launch("logit_stats", cross_blocks<Real>, every_slice, kThreads, stream, view, previous,
            options.temperature, block_sums, previous_sums,
-           described ? truncations : Global<Truncation>(nullptr), global<double>(cross), blocks);
+           described ? truncations : Global<KeptRange>(nullptr), global<double>(cross), blocks);
     launch("logit_stats", diverge_rows<Real>, every_row, kThreads, stream, view,
            options.temperature, block_sums, previous_sums,
            described ? kept_sums : Global<Sums>(nullptr), global<double>(cross), out.kl);

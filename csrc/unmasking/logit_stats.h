@@ -1,16 +1,15 @@
-// What the operators that measure logits on the CPU share: the checked problem and its answers.
+// What the operators that measure logits on the CPU share: answers to a problem, whole and row by
+// row.
 #pragma once
 
 #include <cstdint>
 #include <limits>
-#include <optional>
+#include <memory>
 #include <vector>
 
-#include "unmasking/logit_arguments.h"
 #include "unmasking/logit_distribution.h"
 #include "unmasking/logit_draw.h"
-#include "unmasking/logit_part.h"
-#include "unmasking/logit_rows.h"
+#include "unmasking/logit_problem.h"
 
 namespace winnow {
 
@@ -33,35 +32,14 @@ struct RowStats {
 
 constexpr RowStats kSkipped = {-1, 0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0};
 
-// Everything that the loops are told.
-struct LogitProblem {
-  LogitArguments arguments;
-  uint64_t seed;
-  LogitRows view;
-  LogitRows previous_view;
-  std::vector<int64_t> suppressed;  // what the views point to
-  std::vector<int64_t> active;      // the rows to measure, ascending
-  std::vector<int64_t> sources;     // where the logits of each are
-
-  const LogitRows* previous() const { return arguments.previous ? &previous_view : nullptr; }
-  const int64_t* target_of(int64_t row) const {
-    const auto& target = arguments.target;
-    return target ? static_cast<const int64_t*>(target->data_ptr()) + row : nullptr;
-  }
-  int64_t key_of(int64_t row) const {
-    const auto& keys = arguments.keys;
-    return keys ? static_cast<const int64_t*>(keys->data_ptr())[row] : row;
-  }
-};
-
-// All rows are active, or those of the mask. Views point into the problem: it must not be moved.
-// `also_suppressed`: one more id, ignored outside of the vocabulary.
-void prepare(const LogitRequest& call, LogitProblem& problem, int64_t also_suppressed = -1);
-
 // Of the active rows, in order. `parts` (or null) gets every row's part of the vocabulary, float or
 // double as the logits are, part_words() for each row.
 std::vector<RowStats> measure_rows(const LogitProblem& problem, void* parts = nullptr);
 int64_t part_words(const LogitProblem& problem);
+
+// The sums of every block of the rows, row after row, spread over threads.
+std::unique_ptr<LogitBlockSums[]> scan_rows(const LogitRows& view, const std::vector<int64_t>& rows,
+                                            double temperature, double draw_temperature);
 
 // ---- one row ----
 
@@ -80,8 +58,6 @@ double divergence(const LogitRows& rows, const LogitDistribution& measured,
 float block_cross(const LogitRows& rows, const LogitRows& previous, int64_t row, int64_t block,
                   const LogitBlockSums& sums, const LogitBlockSums& previous_sums,
                   double temperature, const Truncation& kept);
-
-uint64_t seed_on_cpu(const Tensor& seed);
 
 std::vector<double> load_double_row(const LogitRows& rows, int64_t row);
 // A float64 row whose logits are at `source`; `previous` and `target` may be null.

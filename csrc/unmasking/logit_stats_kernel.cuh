@@ -44,6 +44,12 @@ WINNOW_DEVICE TopTwo merge_tops(const TopTwo& a, const TopTwo& b) {
           a.nan | b.nan};
 }
 
+// Whether a row with these has a distribution: no NaN, and its largest logit is finite.
+WINNOW_DEVICE bool is_proper(const TopTwo& top) {
+  const double infinity = std::numeric_limits<double>::infinity();
+  return top.nan == 0 && top.first < infinity && top.first > -infinity;
+}
+
 // Sums over t = (x - reference) / temperature, in nats.
 struct Sums {
   double mass;    // of exp(t)
@@ -61,13 +67,13 @@ struct SliceSums {
   Sums sums;
 };
 
-constexpr double kLog2e = 1.4426950408889634;
+constexpr double kLog2E = 1.4426950408889634;
 constexpr double kLn2 = 0.6931471805599453;
 
 // Finite and not 0, so that 0 stays 0 and infinity infinite.
 template <typename Real>
 WINNOW_DEVICE Real exponent_scale(double temperature) {
-  const double scale = kLog2e / temperature;
+  const double scale = kLog2E / temperature;
   const double largest = std::numeric_limits<Real>::max();
   const double smallest = std::numeric_limits<Real>::min();
   return static_cast<Real>(scale < smallest ? smallest : scale < largest ? scale : largest);
@@ -116,12 +122,12 @@ scan_blocks(LogitView<Real> view, double temperature, double draw_temperature,
     const Real draw_scale = exponent_scale<Real>(draw_temperature);
 #pragma unroll
     for (int e = 0; e < kPerThread; ++e) {
-      const Real t = x[e] == reference ? Real(0) : (x[e] - reference) * scale;
+      const Real t = (x[e] - reference) * scale;
       const Real weight = exp2_of(t);
       mass += weight;
       if (weight > Real(0)) moment = fma(t, weight, moment);
       if (draw_temperature != temperature) {
-        drawn += exp2_of(x[e] == reference ? Real(0) : (x[e] - reference) * draw_scale);
+        drawn += exp2_of((x[e] - reference) * draw_scale);
       }
     }
     if (draw_temperature == temperature) drawn = mass;
@@ -134,6 +140,16 @@ scan_blocks(LogitView<Real> view, double temperature, double draw_temperature,
   if (lane_index() == 0 && block < view.blocks()) {
     blocks[row * stride + block] = SliceSums{top, sums};
   }
+}
+
+// The whole of what is kept of a row, which every thread of the block gets.
+WINNOW_DEVICE Sums sum_kept(Global<const Sums> kept, int64_t count, Shared<Sums> scratch) {
+  Sums sums = {0.0, 0.0, 0.0};
+  for (int64_t b = thread_index(); b < count; b += kThreads) {
+    const Sums own = kept[b];
+    sums = add_sums(sums, own);
+  }
+  return block_reduce<kThreads>(sums, scratch, add_sums);
 }
 
 // One row's distribution; the sums are relative to top.first.

@@ -5,9 +5,6 @@
 // integer operations; no copy of a float row.
 #include "unmasking/logit_stats_simd.h"
 
-#include <cmath>
-
-#include "common/dispatch_simd.h"
 #include "unmasking/logit_block.h"
 
 namespace winnow::CPU_CAPABILITY {
@@ -157,9 +154,6 @@ class BlockScan {
   TopTwo row_top_;  // of the row's blocks in this run
 };
 
-typedef double Quad64 __attribute__((vector_size(32)));
-
-// Doubles: a tail that single precision would round away must keep its share.
 inline double sum_wide(f32x16 weights) {
   alignas(64) float w[kLanes];
   store_lanes(w, weights);
@@ -176,19 +170,19 @@ int64_t draw(const LogitRows& rows, int64_t row, int64_t index, float reference,
   const int64_t begin = block_begin(rows, index);
   const LogitBlock block = load_block<T>(rows, row, index, buffer);
   const auto weights = [&](int64_t v) __attribute__((always_inline)) {
-    const i32x16 at = lane_index() + static_cast<int32_t>(begin + v * kLanes);
-    return kept_weights(load_lanes(block.data + v * kLanes), at, reference, scale, kept).mass;
+    return kept_weights(load_lanes(block.data + v * kLanes), vocabulary_index(begin, v), reference,
+                        scale, kept)
+        .mass;
   };
-  Quad64 sum[4] = {};
+  WideSum sum;
   for (int64_t v = 0; v < block.vectors; ++v) {
     alignas(64) float w[kLanes];
     store_lanes(w, weights(v));
-    for (int q = 0; q < 4; ++q) sum[q] += __builtin_convertvector(quad(w, q), Quad64);
+    sum.add(w);
   }
-  const Quad64 all = (sum[0] + sum[1]) + (sum[2] + sum[3]);
   // The vectors, then the lanes until the cumulated weight exceeds the target. Rounding may leave
   // it just short: the last token that has any weight is then the one.
-  double left = uniform * ((all[0] + all[2]) + (all[1] + all[3]));
+  double left = uniform * sum.total();
   int64_t token = -1;
   for (int64_t v = 0; v < block.vectors; ++v) {
     const f32x16 weight = weights(v);

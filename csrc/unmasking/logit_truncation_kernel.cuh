@@ -10,16 +10,16 @@ namespace winnow {
 namespace {
 
 // Logits above `threshold` are kept, and those equal to it up to vocabulary index `last_tie`.
-struct Truncation {
+struct KeptRange {
   double threshold;
   int64_t last_tie;
 };
 
-WINNOW_DEVICE Truncation keep_all() {
+WINNOW_DEVICE KeptRange keep_all() {
   return {-std::numeric_limits<double>::infinity(), -1};
 }
 
-WINNOW_DEVICE bool keeps(const Truncation& kept, double x, int64_t index) {
+WINNOW_DEVICE bool keeps(const KeptRange& kept, double x, int64_t index) {
   return x > kept.threshold || (x == kept.threshold && index <= kept.last_tie);
 }
 
@@ -81,7 +81,7 @@ class Truncator {
         histogram_(histogram) {}
 
   WINNOW_DEVICE uint64_t weight(Real x) const {
-    const Real t = x == reference_ ? Real(0) : (x - reference_) * scale_;
+    const Real t = (x - reference_) * scale_;
     return static_cast<uint64_t>(static_cast<double>(exp2_of(t)) * kMassUnit);
   }
 
@@ -192,7 +192,7 @@ template <typename Real>
 WINNOW_KERNEL(kThreads)
 truncate_rows(LogitView<Real> view, double temperature, double draw_temperature, int64_t top_k,
               double top_p, double reach, Global<const SliceSums> blocks,
-              Global<Truncation> truncations, Global<Sums> kept_sums) {
+              Global<KeptRange> truncations, Global<Sums> kept_sums) {
   WINNOW_SHARED(uint32_t, bits, kThreads);
   WINNOW_SHARED(uint64_t, measure, kDigits);
   WINNOW_SHARED(uint32_t, equals, kDigits);
@@ -206,9 +206,7 @@ truncate_rows(LogitView<Real> view, double temperature, double draw_temperature,
   const int64_t count = view.blocks();
   const Distribution full = merge_row(blocks + row * count, count, temperature,
                                       Shared<TopTwo>(top_scratch), Shared<Sums>(sum_scratch));
-  const double infinity = std::numeric_limits<double>::infinity();
-  // The same for all threads: such a row has no distribution.
-  if (full.top.nan != 0 || full.top.first == infinity || full.top.first == -infinity) return;
+  if (!is_proper(full.top)) return;  // the same for all threads
 
   const Real reference = static_cast<Real>(full.top.first);
   const Real scale = exponent_scale<Real>(draw_temperature);
@@ -216,7 +214,7 @@ truncate_rows(LogitView<Real> view, double temperature, double draw_temperature,
                                Shared<uint64_t>(found)};
   const Truncator<Real> truncator(view, row, reference, scale, Shared<uint32_t>(bits), histogram);
   const auto plus = [](uint64_t a, uint64_t b) { return a + b; };
-  const auto total = [&](const Truncation& kept, bool weighs) {
+  const auto total = [&](const KeptRange& kept, bool weighs) {
     uint64_t sum = 0;
     truncator.each([&](Real x, int64_t i) {
       if (keeps(kept, x, i)) sum += truncator.measure(x, weighs);
@@ -224,7 +222,7 @@ truncate_rows(LogitView<Real> view, double temperature, double draw_temperature,
     return block_reduce<kThreads>(sum, Shared<uint64_t>(mass_scratch), plus);
   };
 
-  Truncation kept = keep_all();
+  KeptRange kept = keep_all();
 #pragma unroll 1
   for (int step = 0; step < 2; ++step) {  // top-k counts what is kept, then top-p weighs it
     const bool weighs = step == 1;
@@ -261,7 +259,7 @@ truncate_rows(LogitView<Real> view, double temperature, double draw_temperature,
 #pragma unroll
     for (int e = 0; e < kPerThread; ++e) {
       if (!keeps(kept, x[e], slice * kSlice + within_slice<Real>(e))) continue;
-      const Real t = x[e] == reference ? Real(0) : (x[e] - reference) * scale;
+      const Real t = (x[e] - reference) * scale;
       const Real weight = exp2_of(t);
       mass += weight;
       if (weight > Real(0)) moment = fma(t, weight, moment);

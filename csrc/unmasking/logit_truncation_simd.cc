@@ -269,10 +269,6 @@ class Truncator {
   Bin bins_[kBins + kLanes];
 };
 
-inline i32x16 vocabulary_index(int64_t begin, int64_t vector) {
-  return lane_index() + static_cast<int32_t>(begin + vector * kLanes);
-}
-
 }  // namespace
 
 void find_truncation(const LogitRows& rows, int64_t row, float reference, double temperature,

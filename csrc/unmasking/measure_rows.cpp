@@ -14,38 +14,6 @@ namespace {
 
 constexpr int64_t kGrain = 32;  // blocks per task
 
-// Sums need no zeros first.
-template <typename T>
-std::unique_ptr<T[]> uninitialised(int64_t count) {
-  return std::unique_ptr<T[]>(new T[static_cast<size_t>(count)]);
-}
-
-std::vector<int64_t> sorted_ids(const LogitArguments& arguments, int64_t also) {
-  std::vector<int64_t> ids;
-  if (arguments.suppressed) {
-    const auto* begin = static_cast<const int64_t*>(arguments.suppressed->data_ptr());
-    ids.assign(begin, begin + arguments.suppressed->numel());
-  }
-  const int64_t vocab = arguments.rows.length;
-  if (also >= 0 && also < vocab) ids.push_back(also);
-  std::sort(ids.begin(), ids.end());
-  if (!arguments.is_part) {
-    WINNOW_CHECK(ids.empty() || (ids.front() >= 0 && ids.back() < vocab),
-                 "suppress_ids: expected ids in [0, ", vocab, "), got ",
-                 ids.empty()       ? 0
-                 : ids.front() < 0 ? ids.front()
-                                   : ids.back());
-    return ids;
-  }
-  std::vector<int64_t> own;  // the others are in other parts
-  for (const int64_t id : ids) {
-    WINNOW_CHECK(id >= 0, "suppress_ids: expected ids of at least 0, got ", id);
-    const int64_t at = id - arguments.start;
-    if (at >= 0 && at < vocab) own.push_back(at);
-  }
-  return own;
-}
-
 float logit_at(const LogitRows& rows, int64_t row, int64_t index) {
   float logit;
   WINNOW_SIMD(copy_logits)(rows, row, index, 1, &logit);
@@ -224,17 +192,12 @@ std::vector<RowStats> measure_floats(const LogitProblem& problem, float* parts) 
   const auto count = static_cast<int64_t>(problem.active.size());
   const int64_t blocks = logit_blocks(view.start, view.vocab);
   const bool diverges = problem.previous() != nullptr;
-  const auto sums = uninitialised<LogitBlockSums>(count * blocks);
-  const auto previous_sums = uninitialised<LogitBlockSums>(diverges ? count * blocks : 0);
-  const auto cross = uninitialised<float>(diverges ? count * blocks : 0);
-  const auto scan = WINNOW_SIMD(scan_logit_blocks);
-  parallel_for(0, count * blocks, kGrain, [&](int64_t begin, int64_t end) {
-    scan(view, problem.sources.data(), begin, end - begin, options.temperature,
-         options.draw_temperature, sums.get() + begin);
-    if (!diverges) return;
-    scan(problem.previous_view, problem.sources.data(), begin, end - begin, options.temperature,
-         options.temperature, previous_sums.get() + begin);
-  });
+  const auto sums = scan_rows(view, problem.sources, options.temperature, options.draw_temperature);
+  const auto previous_sums = diverges ? scan_rows(problem.previous_view, problem.sources,
+                                                  options.temperature, options.temperature)
+                                      : nullptr;
+  const std::unique_ptr<float[]> cross(diverges ? new float[static_cast<size_t>(count * blocks)]
+                                                : nullptr);
   std::vector<RowStats> results(problem.active.size());
   const int64_t words = parts == nullptr ? 0 : part_words(problem);
   const int64_t grain = options.truncates() || diverges ? 1 : 4;
@@ -305,64 +268,22 @@ std::vector<RowStats> measure_doubles(const LogitProblem& problem, double* parts
 
 }  // namespace
 
-void prepare(const LogitRequest& call, LogitProblem& problem, int64_t also_suppressed) {
-  problem.arguments = check_logit_arguments(call, check_cpu);
-  const LogitArguments& arguments = problem.arguments;
-  const Rows& rows = arguments.rows;
-  LogitRows& view = problem.view;
-  view = {};
-  view.logits = rows.tensor.data_ptr();
-  view.stride = rows.stride;
-  view.type = element_type(call.logits);
-  view.vocab = rows.length;
-  view.start = arguments.start;
-  problem.suppressed = sorted_ids(arguments, also_suppressed);
-  view.suppressed = problem.suppressed.data();
-  view.suppressed_count = static_cast<int64_t>(problem.suppressed.size());
-  problem.previous_view = view;
-  if (arguments.previous) {
-    problem.previous_view.logits = arguments.previous->tensor.data_ptr();
-    problem.previous_view.stride = arguments.previous->stride;
-  }
-  if (arguments.unconditional) {
-    view.unconditional = arguments.unconditional->tensor.data_ptr();
-    view.unconditional_stride = arguments.unconditional->stride;
-    view.guidance = arguments.guidance;
-  }
-  problem.seed = call.seed ? seed_on_cpu(*call.seed) : 0;
-  const bool* counts =
-      arguments.mask ? static_cast<const bool*>(arguments.mask->data_ptr()) : nullptr;
-  problem.active.clear();
-  problem.sources.clear();
-  for (int64_t r = 0; r < rows.count; ++r) {
-    if (counts != nullptr && !counts[r]) continue;
-    problem.active.push_back(r);
-    problem.sources.push_back(arguments.source(r));
-  }
-  for (const int64_t r : problem.active) {
-    const int64_t* target = problem.target_of(r);
-    if (target == nullptr) break;
-    if (arguments.is_part) {
-      WINNOW_CHECK(*target >= 0, "target_ids: expected ids of at least 0 where mask is true, got ",
-                   *target);
-    } else {
-      WINNOW_CHECK(*target >= 0 && *target < rows.length, "target_ids: expected ids in [0, ",
-                   rows.length, ") where mask is true, got ", *target);
-    }
-  }
-}
-
-uint64_t seed_on_cpu(const Tensor& seed) {
-  check_cpu("seed", seed);
-  check_dtype("seed", seed, ScalarType::Long);
-  check_dim("seed", seed, 0, "one number");
-  return static_cast<uint64_t>(*static_cast<const int64_t*>(seed.data_ptr()));
-}
-
 int64_t part_words(const LogitProblem& problem) {
   return part_layout(problem.view.start, problem.view.vocab, problem.previous() != nullptr,
                      problem.view.type == ElementType::kDouble)
       .words();
+}
+
+std::unique_ptr<LogitBlockSums[]> scan_rows(const LogitRows& view, const std::vector<int64_t>& rows,
+                                            double temperature, double draw_temperature) {
+  const int64_t units = static_cast<int64_t>(rows.size()) * logit_blocks(view.start, view.vocab);
+  // Not initialised: sums need no zeros first.
+  std::unique_ptr<LogitBlockSums[]> sums(new LogitBlockSums[static_cast<size_t>(units)]);
+  const auto scan = WINNOW_SIMD(scan_logit_blocks);
+  parallel_for(0, units, kGrain, [&](int64_t begin, int64_t end) {
+    scan(view, rows.data(), begin, end - begin, temperature, draw_temperature, sums.get() + begin);
+  });
+  return sums;
 }
 
 std::vector<RowStats> measure_rows(const LogitProblem& problem, void* parts) {
@@ -421,7 +342,7 @@ double divergence(const LogitRows& rows, const LogitDistribution& measured,
     if (!(weight * sums[b].mass > 0.0)) continue;
     if (std::isinf(previous_sums[b].reference)) return kInfinity;
     const double apart = shift - (previous_sums[b].reference - previous.reference);
-    sum += weight * (cross[b] * kOctaveUnit + apart / measured.temperature * sums[b].mass);
+    sum += weight * (cross[b] * kMomentUnit + apart / measured.temperature * sums[b].mass);
   }
   const double kl = sum / measured.mass - std::log(measured.mass) + std::log(previous.mass);
   return kl < 0.0 ? 0.0 : kl;

@@ -135,7 +135,7 @@ void merge_rows(const std::vector<Tensor>& parts, const std::vector<int64_t>& st
            options.temperature, options.temperature, whole.previous + block, whole.blocks);
     launch("merge_logit_stats", cross_blocks<Real>, every_slice, kThreads, stream, view, before,
            options.temperature, whole.sums + block, whole.previous + block,
-           Global<Truncation>(nullptr), whole.cross + block, whole.blocks);
+           Global<KeptRange>(nullptr), whole.cross + block, whole.blocks);
   }
   if (has_previous) {
     LogitView<Real> view = {};

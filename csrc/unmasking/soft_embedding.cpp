@@ -16,8 +16,7 @@
 #include <vector>
 
 #include "common/parallel.h"
-#include "unmasking/logit_distribution.h"
-#include "unmasking/logit_stats_simd.h"
+#include "unmasking/logit_stats.h"
 #include "unmasking/logit_truncation_simd.h"
 #include "unmasking/soft_embedding_simd.h"
 
@@ -47,7 +46,7 @@ struct Problem {
 void fill_nan(const Problem& problem, int64_t row) {
   void* out = problem.out_row(row);
   if (problem.type == ElementType::kDouble) {
-    std::fill_n(static_cast<double*>(out), problem.width, std::numeric_limits<double>::quiet_NaN());
+    std::fill_n(static_cast<double*>(out), problem.width, kNan);
   } else if (problem.type == ElementType::kFloat) {
     std::fill_n(static_cast<float*>(out), problem.width, std::numeric_limits<float>::quiet_NaN());
   } else {
@@ -75,7 +74,7 @@ void embed_row(const Problem& problem, int64_t row, const LogitBlockSums* sums, 
   const LogitDistribution full = merge_blocks(logits, sums, problem.temperature);
   if (full.nan || !std::isfinite(full.reference)) return fill_nan(problem, row);
   const auto reference = static_cast<float>(full.reference);
-  Truncation kept = {-std::numeric_limits<float>::infinity(), 0, -1};
+  Truncation kept = kKeepAll;
   if (problem.top_k > 0 || problem.top_p < 1.0) {
     WINNOW_SIMD(find_truncation)
     (logits, row, reference, problem.temperature, problem.top_k, problem.top_p, full.mass,
@@ -97,16 +96,12 @@ void embed_row(const Problem& problem, int64_t row, const LogitBlockSums* sums, 
 void run(const Problem& problem) {
   const auto count = static_cast<int64_t>(problem.active.size());
   const int64_t blocks = logit_blocks(problem.logits.start, problem.logits.vocab);
-  std::vector<LogitBlockSums> sums(static_cast<size_t>(count * blocks));
-  const auto scan = WINNOW_SIMD(scan_logit_blocks);
-  parallel_for(0, count * blocks, 32, [&](int64_t begin, int64_t end) {
-    scan(problem.logits, problem.active.data(), begin, end - begin, problem.temperature,
-         problem.temperature, sums.data() + begin);
-  });
+  const auto sums =
+      scan_rows(problem.logits, problem.active, problem.temperature, problem.temperature);
   parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
     Scratch scratch(problem);
     for (int64_t a = begin; a < end; ++a) {
-      embed_row(problem, problem.active[static_cast<size_t>(a)], sums.data() + a * blocks, scratch);
+      embed_row(problem, problem.active[static_cast<size_t>(a)], sums.get() + a * blocks, scratch);
     }
   });
 }
@@ -116,8 +111,7 @@ void embed_double_row(const Problem& problem, int64_t row) {
   const double* x = static_cast<const double*>(problem.logits.logits) + row * problem.logits.stride;
   const auto vocab = static_cast<size_t>(problem.logits.vocab);
   const bool nan = std::any_of(x, x + vocab, [](double logit) { return std::isnan(logit); });
-  const double top = nan || vocab == 0 ? std::numeric_limits<double>::quiet_NaN()
-                                       : *std::max_element(x, x + vocab);
+  const double top = nan || vocab == 0 ? kNan : *std::max_element(x, x + vocab);
   if (!std::isfinite(top)) return fill_nan(problem, row);
   std::vector<double> weight(vocab);
   double mass = 0.0;
@@ -171,8 +165,7 @@ Tensor soft_embedding(const Tensor& logits, const Tensor& embedding, const Tenso
   const Tensor out = empty(out_shape, embedding.scalar_type(), embedding);
 
   Problem problem = {};
-  problem.logits = {rows.tensor.data_ptr(), rows.stride, nullptr, 0,           1.0,
-                    element_type(logits),   nullptr,     0,       rows.length, 0};
+  problem.logits = plain_rows(rows);
   problem.embedding = static_cast<const char*>(embedding.data_ptr());
   problem.stride = embedding.stride(0);
   problem.width = embedding.size(1);

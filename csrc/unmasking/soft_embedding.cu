@@ -55,7 +55,7 @@ struct KeptToken {
 template <typename Real>
 WINNOW_KERNEL(kThreads)
 mix_rows(LogitView<Real> view, Mixture<Real> mixture, Global<const SliceSums> blocks,
-         Global<const Truncation> truncations, Global<const Sums> kept_sums) {
+         Global<const KeptRange> truncations, Global<const Sums> kept_sums) {
   WINNOW_SHARED(TopTwo, top_scratch, kThreads / kWarp);
   WINNOW_SHARED(Sums, sum_scratch, kThreads / kWarp);
   WINNOW_SHARED(int, count_scratch, kThreads / kWarp);
@@ -73,21 +73,15 @@ mix_rows(LogitView<Real> view, Mixture<Real> mixture, Global<const SliceSums> bl
   const int64_t count = view.blocks();
   const Distribution full = merge_row(blocks + row * count, count, mixture.temperature,
                                       Shared<TopTwo>(top_scratch), Shared<Sums>(sum_scratch));
-  const double infinity = std::numeric_limits<double>::infinity();
-  if (full.top.nan != 0 || full.top.first == infinity || full.top.first == -infinity) {
+  if (!is_proper(full.top)) {
     for (int c = 0; c < kColumns; ++c) put(c, std::numeric_limits<Real>::quiet_NaN());
     return;
   }
-  Truncation kept = keep_all();
+  KeptRange kept = keep_all();
   double mass = full.mass;
   if (truncations) {
     kept = truncations[row];
-    Sums sums = {0.0, 0.0, 0.0};
-    for (int64_t s = thread_index(); s < count; s += kThreads) {
-      const Sums slice = kept_sums[row * count + s];
-      sums = add_sums(sums, slice);
-    }
-    mass = block_reduce<kThreads>(sums, Shared<Sums>(sum_scratch), add_sums).mass;
+    mass = sum_kept(kept_sums + row * count, count, Shared<Sums>(sum_scratch)).mass;
   }
   const double share =
       mixing_share(mixture.mix, log(full.mass) - full.moment / full.mass, mixture.most_entropy);
@@ -103,7 +97,7 @@ mix_rows(LogitView<Real> view, Mixture<Real> mixture, Global<const SliceSums> bl
     for (int e = 0; e < kPerThread; ++e) {
       const int64_t index = slice * kSlice + within_slice<Real>(e);
       // What is not kept, or too small, becomes -infinity.
-      const Real t = x[e] == reference ? Real(0) : (x[e] - reference) * scale;
+      const Real t = (x[e] - reference) * scale;
       if (!keeps(kept, x[e], index) || !(exp2_of(t) > Real(0))) {
         x[e] = -std::numeric_limits<Real>::infinity();
       } else {
@@ -204,7 +198,7 @@ Tensor soft_embedding_cuda(const Tensor& logits, const Tensor& embedding,
     launch("soft_embedding", mix_rows<Real>,
            {rows.count, ceil_div<int64_t>(embedding.size(1), kThreads * kColumns)}, kThreads,
            stream, view, mixture, global<SliceSums>(sums.blocks),
-           truncates ? global<Truncation>(sums.truncations) : Global<Truncation>(nullptr),
+           truncates ? global<KeptRange>(sums.truncations) : Global<KeptRange>(nullptr),
            global<Sums>(sums.kept));
   });
   return out;

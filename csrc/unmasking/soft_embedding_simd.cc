@@ -2,7 +2,9 @@
 // them at a time, so that the sum passes through the cache a quarter as often.
 #include "unmasking/soft_embedding_simd.h"
 
-#include "common/dispatch_simd.h"
+#include <type_traits>
+
+#include "common/narrow_lanes.h"
 #include "unmasking/logit_block.h"
 
 namespace winnow::CPU_CAPABILITY {
@@ -15,40 +17,12 @@ WINNOW_LANES f32x16 load_part(const T* p, int64_t n) {
   return n >= kLanes ? load_lanes(p) : load_lanes(p, n, 0.0f);
 }
 
-WINNOW_LANES void store_part(float* out, f32x16 v, int64_t n) {
-  if (n >= kLanes) return store_lanes(out, v);
-  alignas(64) float x[kLanes];
-  store_lanes(x, v);
-  std::memcpy(out, x, static_cast<size_t>(n) * sizeof(float));
-}
-
-WINNOW_LANES void store_shorts(uint16_t* out, i32x16 v, int64_t n) {
-  alignas(64) int32_t x[kLanes];
-  for (int i = 0; i < kParts; ++i) {
-    *reinterpret_cast<LooseInts*>(x + i * kLanes / kParts) = (LooseInts)v.part[i];
+template <typename T>
+WINNOW_LANES void store_part(T* out, f32x16 v, int64_t n) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (n >= kLanes) return store_lanes(out, v);
   }
-  for (int64_t i = 0; i < n && i < kLanes; ++i) out[i] = static_cast<uint16_t>(x[i]);
-}
-
-// Round to nearest even; NaN becomes a quiet NaN.
-WINNOW_LANES void store_part(c10::BFloat16* out, f32x16 v, int64_t n) {
-  const i32x16 bits = as_bits(v);
-  const i32x16 rounded = bits + 0x7fff + ((bits >> 16) & 1);
-  store_shorts(reinterpret_cast<uint16_t*>(out), select(v != v, i32x16(0x7fc0), rounded >> 16), n);
-}
-
-// Round to nearest even. Adding and subtracting a power of two cuts the bits that a half has no
-// room for; below its normal range, those below 2^-24.
-WINNOW_LANES void store_part(c10::Half* out, f32x16 v, int64_t n) {
-  const i32x16 sign = as_bits(v) & static_cast<int32_t>(0x80000000);
-  const f32x16 magnitude = as_float(as_bits(v) & 0x7fffffff);
-  const i32x16 bits = as_bits(magnitude);
-  const i32x16 normal = ((bits + 0xfff + ((bits >> 13) & 1)) >> 13) - (112 << 10);
-  const i32x16 subnormal = as_bits(magnitude + f32x16(0.5f)) - as_bits(f32x16(0.5f));
-  i32x16 half = select(magnitude < f32x16(0x1p-14f), subnormal, normal);
-  half = select(magnitude >= f32x16(65520.0f), i32x16(0x7c00), half);
-  half = select(v != v, i32x16(0x7e00), half);
-  store_shorts(reinterpret_cast<uint16_t*>(out), half | ((sign >> 16) & 0x8000), n);
+  store_first(out, v, n < kLanes ? n : kLanes);
 }
 
 template <typename T>
@@ -95,8 +69,8 @@ void collect_kept(const LogitRows& rows, int64_t row, float reference, double te
       for (int64_t v = 0; v < block.vectors; ++v) {
         const f32x16 x = load_lanes(block.data + v * kLanes);
         if (!any(x >= f32x16(kept.threshold))) continue;
-        const i32x16 index = lane_index() + static_cast<int32_t>(begin + v * kLanes);
-        const f32x16 mass = kept_weights(x, index, reference, scale, kept).mass;
+        const f32x16 mass =
+            kept_weights(x, vocabulary_index(begin, v), reference, scale, kept).mass;
         alignas(64) float w[kLanes];
         store_lanes(w, mass);
         for (int i = 0; i < kLanes; ++i) {

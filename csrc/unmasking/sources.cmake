@@ -1,4 +1,5 @@
 list(APPEND WINNOW_CPU_SOURCES
+  csrc/unmasking/logit_problem.cpp
   csrc/unmasking/logit_stats.cpp
   csrc/unmasking/logit_stats_double.cpp
   csrc/unmasking/measure_rows.cpp

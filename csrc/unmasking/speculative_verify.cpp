@@ -53,11 +53,6 @@ struct Problem {
   }
 };
 
-LogitRows view_of(const Rows& rows) {
-  return {rows.tensor.data_ptr(),    rows.stride, nullptr, 0,           1.0,
-          element_type(rows.tensor), nullptr,     0,       rows.length, 0};
-}
-
 struct Outcome {
   int64_t accepted = 0;
   int64_t token = -1;
@@ -170,7 +165,7 @@ class Verifier {
 
   // Blocks of the vocabulary compete in proportion to their mass, then one of them is inverted.
   void draw() {
-    const LogitRows view = view_of(problem_.target_rows);
+    const LogitRows view = plain_rows(problem_.target_rows);
     const int64_t blocks = logit_blocks(view.start, view.vocab);
     const auto count = static_cast<int64_t>(pending_.size());
     std::vector<double> masses(static_cast<size_t>(count * blocks));
@@ -261,11 +256,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> speculative_verify(
   problem.drafts = sizes.drafts;
   problem.drafted = sizes.drafted;
   problem.temperature = temperature;
-  if (seed) problem.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(seed->data_ptr()));
+  if (seed) problem.seed = seed_on_cpu(*seed);
   check_indices(problem);
 
-  const LogitRows target = view_of(problem.target_rows);
-  const LogitRows draft = problem.draft_rows ? view_of(*problem.draft_rows) : target;
+  const LogitRows target = plain_rows(problem.target_rows);
+  const LogitRows draft = problem.draft_rows ? plain_rows(*problem.draft_rows) : target;
   const double divisor = temperature == 0.0 ? 1.0 : temperature;
   const std::vector<Outcome> outcomes =
       target.type == ElementType::kDouble

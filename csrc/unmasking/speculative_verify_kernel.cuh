@@ -86,7 +86,7 @@ measure_steps(Models<Real> models, Steps steps, Global<SliceSums> sums) {
     const Real scale = exponent_scale<Real>(steps.temperature);
 #pragma unroll
     for (int e = 0; e < kPerThread; ++e) {
-      mass += exp2_of(x[e] == reference ? Real(0) : (x[e] - reference) * scale);
+      mass += exp2_of((x[e] - reference) * scale);
     }
   }
   const Sums all =
@@ -107,11 +107,6 @@ struct Verdict {
   Distribution draft_distribution;
   bool lost;  // the step has no distribution
 };
-
-WINNOW_DEVICE bool is_proper(const Distribution& row) {
-  const double infinity = std::numeric_limits<double>::infinity();
-  return row.top.nan == 0 && row.top.first < infinity && row.top.first > -infinity;
-}
 
 WINNOW_DEVICE double log_prob_of(const Distribution& row, double logit, double temperature) {
   return (logit - row.top.first) / temperature - log(row.mass);
@@ -141,8 +136,8 @@ WINNOW_DEVICE Verdict walk(const Models<Real>& models, const Steps& steps, int64
       verdict.draft = b * steps.drafts + place;
       verdict.draft_distribution = measured((steps.batch + b) * steps.steps + j);
     }
-    if (!is_proper(verdict.target_distribution) ||
-        (reads_draft && !is_proper(verdict.draft_distribution))) {
+    if (!is_proper(verdict.target_distribution.top) ||
+        (reads_draft && !is_proper(verdict.draft_distribution.top))) {
       verdict.lost = true;
       verdict.step = j;
       return verdict;
@@ -202,11 +197,9 @@ struct Residual {
 
   WINNOW_DEVICE double weight(int64_t index, Real x, Real y) const {
     if (index == excluded) return 0.0;
-    const Real p =
-        exp2_of(x == target_reference ? Real(0) : (x - target_reference) * scale) * target_share;
+    const Real p = exp2_of((x - target_reference) * scale) * target_share;
     if (draft < 0) return static_cast<double>(p);
-    const Real q =
-        exp2_of(y == draft_reference ? Real(0) : (y - draft_reference) * scale) * draft_share;
+    const Real q = exp2_of((y - draft_reference) * scale) * draft_share;
     return p > q ? static_cast<double>(p - q) : 0.0;
   }
 
@@ -242,29 +235,8 @@ struct Residual {
   // The token of a slice at which the cumulated weight exceeds uniform times the whole.
   WINNOW_DEVICE int64_t draw(int64_t slice, double uniform, Shared<double> scratch,
                              Shared<int64_t> index_scratch) const {
-    const auto larger = [](int64_t a, int64_t b) { return a > b ? a : b; };
-    const int64_t first = slice * kSlice + thread_index() * kPerThread;
-    double mine = 0.0;
-    for (int e = 0; e < kPerThread; ++e) mine += weight_at(first + e);
-    double all = 0.0;
-    const double before = block_scan<kThreads>(mine, scratch, &all);
-    const double wanted = uniform * all;
-    // The last share that begins at or before it: rounding never leaves it empty-handed.
-    const int64_t owner = block_reduce<kThreads>(
-        static_cast<int64_t>(mine > 0.0 && before <= wanted ? thread_index() : -1), index_scratch,
-        larger);
-    int64_t token = -1;
-    if (thread_index() == owner) {
-      double left = wanted - before;
-      for (int e = 0; e < kPerThread; ++e) {
-        const double w = weight_at(first + e);
-        if (!(w > 0.0)) continue;
-        token = first + e;
-        if (left < w) break;
-        left -= w;
-      }
-    }
-    return block_reduce<kThreads>(token, index_scratch, larger);
+    return draw_index<kPerThread>(
+        slice * kSlice, uniform, [&](int64_t i) { return weight_at(i); }, scratch, index_scratch);
   }
 };
 
@@ -324,11 +296,9 @@ finish_verification(Models<Real> models, Steps steps, Global<const SliceSums> su
       Clock clock = {0.0, -1, 0.0};
       const auto enter = [&](int64_t s, double mass) {
         if (!(mass > 0.0)) return;
-        const Philox4 words = philox(
-            steps.seed.get(), static_cast<uint64_t>(b),
-            static_cast<uint64_t>(verdict.step) * kStepKey + static_cast<uint64_t>(s * kSlice));
-        const double arrival = -log1p(-open_uniform(words.x[0], words.x[1]));
-        clock = earlier(clock, {log(arrival) - log(mass), s, open_uniform(words.x[2], words.x[3])});
+        const uint64_t element =
+            static_cast<uint64_t>(verdict.step) * kStepKey + static_cast<uint64_t>(s * kSlice);
+        clock = earlier(clock, clock_of(steps.seed, b, element, s, log(mass)));
       };
       for (int64_t s = thread_index(); s < slices; s += kThreads) enter(s, masses[b * slices + s]);
       clock = block_reduce<kThreads>(clock, Shared<Clock>(clock_scratch), earlier);

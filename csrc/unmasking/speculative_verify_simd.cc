@@ -2,13 +2,10 @@
 // one block of floats, which never leaves the first-level cache, and summed in double.
 #include "unmasking/speculative_verify_simd.h"
 
-#include "common/dispatch_simd.h"
 #include "unmasking/logit_block.h"
 
 namespace winnow::CPU_CAPABILITY {
 namespace {
-
-typedef double Quad64 __attribute__((vector_size(32)));
 
 WINNOW_LANES f32x16 probability(f32x16 x, float reference, float scale, float share) {
   return exp_scaled(scaled_exponent(x, reference, scale)) * f32x16(share);
@@ -41,7 +38,7 @@ class Residual {
     LogitBlock q = {nullptr, 0};
     if (row_.draft >= 0) q = load_block<T>(draft_, row_.draft, block, draft_buffer_);
     const i32x16 excluded = static_cast<int32_t>(row_.excluded - block_begin(target_, block));
-    Quad64 sum[4] = {};
+    WideSum sum;
     for (int64_t v = 0; v < p.vectors; ++v) {
       f32x16 w = probability(load_lanes(p.data + v * kLanes), row_.target_reference, scale_,
                              row_.target_share);
@@ -50,15 +47,11 @@ class Residual {
                             row_.draft_share);
         w = max_lanes(w, 0.0f);
       }
-      const i32x16 index = lane_index() + static_cast<int32_t>(v * kLanes);
-      w = select(index == excluded, f32x16(0.0f), w);
+      w = select(vocabulary_index(0, v) == excluded, f32x16(0.0f), w);
       store_lanes(weights_ + v * kLanes, w);
-      for (int i = 0; i < 4; ++i) {
-        sum[i] += __builtin_convertvector(quad(weights_ + v * kLanes, i), Quad64);
-      }
+      sum.add(weights_ + v * kLanes);
     }
-    const Quad64 all = (sum[0] + sum[1]) + (sum[2] + sum[3]);
-    return (all[0] + all[2]) + (all[1] + all[3]);
+    return sum.total();
   }
 
  private:

@@ -5,13 +5,17 @@
 #include <optional>
 #include <utility>
 
-#include "unmasking/logit_arguments.h"
 #include "unmasking/selection_arguments.h"
 
 namespace winnow {
 
 // Numbered as in torch_winnow/_unmasking/step.py.
 enum StepScore : int64_t { kEntropy, kConfidence, kMargin };
+
+inline StepScore make_score(int64_t score) {
+  WINNOW_CHECK(score >= kEntropy && score <= kMargin, "score: expected 0 to 2, got ", score);
+  return static_cast<StepScore>(score);
+}
 
 struct StepArguments {
   Tensor tokens;

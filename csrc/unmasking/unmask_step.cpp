@@ -102,8 +102,7 @@ unmask_step(Tensor tokens, const Tensor& logits, int64_t mask_id, const std::opt
   out.put(problem, stats);
   const auto run = [&](auto zero) {
     choose<decltype(zero)>(call, static_cast<const bool*>(masked.data_ptr()), problem, stats,
-                           static_cast<StepScore>(score),
-                           make_rule(order, criterion, threshold, limit),
+                           make_score(score), make_rule(order, criterion, threshold, limit),
                            order_seed ? &lots : nullptr, static_cast<bool*>(transfer.data_ptr()),
                            static_cast<int64_t*>(count.data_ptr()));
   };

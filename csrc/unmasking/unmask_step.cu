@@ -104,7 +104,7 @@ unmask_step_cuda(Tensor tokens, const Tensor& logits, int64_t mask_id,
     source.tokens = masked;
     if (call.mask) source.mask = global<const bool>(*call.mask);
     source.stats = out.pointers<Real>();
-    source.kind = static_cast<StepScore>(score);
+    source.kind = make_score(score);
     launch("unmask_step_", select_rows<MeasuredScores<Real>>, {call.batch}, kChoosers, stream,
            source, selection);
   });

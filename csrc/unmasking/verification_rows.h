@@ -3,11 +3,10 @@
 #pragma once
 
 #include <cmath>
-#include <limits>
 #include <vector>
 
 #include "common/parallel.h"
-#include "unmasking/logit_distribution.h"
+#include "unmasking/logit_stats.h"
 #include "unmasking/logit_stats_simd.h"
 #include "unmasking/speculative_verify_simd.h"
 
@@ -42,16 +41,11 @@ class FloatVerification {
   std::vector<MeasuredRow> measure(bool of_target, const std::vector<int64_t>& rows) const {
     const LogitRows& view = of_target ? target_ : draft_;
     const int64_t blocks = logit_blocks(view.start, view.vocab);
-    const auto count = static_cast<int64_t>(rows.size());
-    std::vector<LogitBlockSums> sums(static_cast<size_t>(count * blocks));
-    const auto scan = WINNOW_SIMD(scan_logit_blocks);
-    parallel_for(0, count * blocks, 32, [&](int64_t begin, int64_t end) {
-      scan(view, rows.data(), begin, end - begin, temperature_, temperature_, sums.data() + begin);
-    });
+    const auto sums = scan_rows(view, rows, temperature_, temperature_);
     std::vector<MeasuredRow> measured(rows.size());
     for (size_t i = 0; i < rows.size(); ++i) {
       const LogitDistribution row =
-          merge_blocks(view, sums.data() + static_cast<int64_t>(i) * blocks, temperature_);
+          merge_blocks(view, sums.get() + static_cast<int64_t>(i) * blocks, temperature_);
       measured[i] = {row.reference, std::log(row.mass), row.argmax,
                      !row.nan && std::isfinite(row.reference)};
     }
@@ -105,7 +99,7 @@ class DoubleVerification {
     const auto count = static_cast<int64_t>(rows.size());
     parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
       for (auto i = static_cast<size_t>(begin); i < static_cast<size_t>(end); ++i) {
-        MeasuredRow row = {-std::numeric_limits<double>::infinity(), 0.0, -1, true};
+        MeasuredRow row = {-kInfinity, 0.0, -1, true};
         const double* x = data(of_target, rows[i]);
         for (int64_t v = 0; v < vocab; ++v) {
           row.proper = row.proper && !std::isnan(x[v]);

@@ -11,58 +11,69 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from torch_winnow import _library, attention, build_info, kvcache, reference, resampling, unmasking
 
-# An operator's result and its definition's, on inputs of a device.
-Check = Callable[[torch.device], tuple[object, object]]
+# The CPU's inputs of an operator, and operator and definition as functions of them.
+Inputs = tuple[Tensor, ...]
+Check = tuple[Inputs, Callable[..., Tensor], Callable[..., Tensor]]
 
 
-def _generator() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
+def _attention(draw: torch.Generator) -> Check:
+    def call(family: Any, *inputs: Tensor) -> Tensor:
+        return family.cat_attention(*inputs, block_size=9)  # type: ignore[no-any-return]
+
+    inputs = torch.randn(3, 1, 2, 50, 16, generator=draw).unbind()
+    return inputs, partial(call, attention), partial(call, reference)
 
 
-def _attention(device: torch.device) -> tuple[object, object]:
-    query, key, value = torch.randn(3, 1, 2, 50, 16, generator=_generator()).to(device)
-    return (
-        attention.cat_attention(query, key, value, block_size=9),
-        reference.cat_attention(query, key, value, block_size=9),
-    )
+def _resampling(draw: torch.Generator) -> Check:
+    def call(family: Any, log_weights: Tensor, uniforms: Tensor) -> Tensor:
+        return family.resample(log_weights, uniforms=uniforms).offspring.float()  # type: ignore[no-any-return]
+
+    inputs = (torch.randn(64, 33, generator=draw), torch.rand(64, generator=draw))
+    return inputs, partial(call, resampling), partial(call, reference)
 
 
-def _resampling(device: torch.device) -> tuple[object, object]:
-    log_weights = torch.randn(64, 33, generator=_generator()).to(device)
-    uniforms = torch.rand(64, generator=_generator()).to(device)
-    offspring = resampling.resample(log_weights, uniforms=uniforms).offspring
-    expected = reference.resample(log_weights, uniforms=uniforms).offspring
-    return offspring.float(), expected.float()
+def _unmasking(draw: torch.Generator) -> Check:
+    def call(family: Any, logits: Tensor) -> Tensor:
+        return family.logit_stats(logits).entropy  # type: ignore[no-any-return]
+
+    inputs = (torch.randn(2, 5, 9999, generator=draw),)
+    return inputs, partial(call, unmasking), partial(call, reference)
 
 
-def _unmasking(device: torch.device) -> tuple[object, object]:
-    logits = torch.randn(2, 5, 9999, generator=_generator()).to(device)
-    return unmasking.logit_stats(logits).entropy, reference.logit_stats(logits).entropy
+def _kvcache(draw: torch.Generator) -> Check:
+    def paged(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        pool = kvcache.BlockPool(
+            4,
+            num_layers=1,
+            num_kv_heads=2,
+            head_dim=16,
+            block_size=16,
+            dtype=torch.float32,
+            device=query.device,
+        )
+        cache = kvcache.PagedKVCache(pool, 1)
+        cache.append(0, key, value)
+        pages = (pool.key_pages[0], pool.value_pages[0])
+        return kvcache.paged_attention(query, *pages, cache.block_table, cache.seq_lens)
+
+    def dense(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        # One block of all rows.
+        out = reference.block_diagonal_attention(query, key, value, block_size=50, causal=True)
+        assert isinstance(out, Tensor)
+        return out
+
+    return torch.randn(3, 1, 2, 50, 16, generator=draw).unbind(), paged, dense
 
 
-def _kvcache(device: torch.device) -> tuple[object, object]:
-    query, key, value = torch.randn(3, 1, 2, 50, 16, generator=_generator()).to(device)
-    pool = kvcache.BlockPool(
-        4,
-        num_layers=1,
-        num_kv_heads=2,
-        head_dim=16,
-        block_size=16,
-        dtype=torch.float32,
-        device=device,
-    )
-    cache = kvcache.PagedKVCache(pool, 1)
-    cache.append(0, key, value)
-    pages = (pool.key_pages[0], pool.value_pages[0], cache.block_table, cache.seq_lens)
-    return kvcache.paged_attention(query, *pages), reference.paged_attention(query, *pages)
-
-
-CHECKS: dict[str, Check] = {
+CHECKS: dict[str, Callable[[torch.Generator], Check]] = {
     "attention": _attention,
     "resampling": _resampling,
     "unmasking": _unmasking,
@@ -81,10 +92,13 @@ def _places() -> Iterator[tuple[str, torch.device]]:
         yield torch.cuda.get_device_name(), torch.device("cuda")
 
 
-def _outcome(check: Check, device: torch.device) -> str:
+def _outcome(check: Callable[[torch.Generator], Check], device: torch.device) -> str:
     """An empty string where the operator agrees with its definition, else what went wrong."""
+    inputs, operator, definition = check(torch.Generator().manual_seed(0))
     try:
-        torch.testing.assert_close(*check(device), rtol=1e-4, atol=1e-4)
+        result = operator(*(tensor.to(device) for tensor in inputs)).cpu()
+        # Definitions make masks and indices on the CPU, so they are evaluated there.
+        torch.testing.assert_close(result, definition(*inputs), rtol=1e-4, atol=1e-4)
     except (AssertionError, RuntimeError, ValueError) as error:
         return str(error)
     return ""

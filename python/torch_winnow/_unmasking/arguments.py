@@ -1,4 +1,4 @@
-"""Checks of plain numbers, for all of unmasking: what came is named, and what is accepted."""
+"""Checks of arguments, for all of unmasking: what came is named, and what is accepted."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import operator
 from collections.abc import Sequence
 from numbers import Real
 from typing import Any
+
+import torch
+from torch import Tensor
 
 
 def integer(name: str, value: Any, lowest: int | None = None) -> int:
@@ -44,6 +47,30 @@ def number(name: str, value: Any, lowest: float = -math.inf, highest: float = ma
             wanted = f"a number >= {lowest:g}"
         raise ValueError(f"{name}: expected {wanted}, got {value!r}")
     return float(value)
+
+
+def check_tensors(**values: object) -> None:
+    for name, value in values.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{name}: expected a tensor, got {value!r}")
+
+
+def check_optional(**values: object) -> None:
+    """Tensors or None."""
+    for name, value in values.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise ValueError(f"{name}: expected a tensor or None, got {value!r}")
+
+
+def check_positions(name: str, positions: Tensor, tokens: Tensor) -> Tensor:
+    """``(B, L)`` or ``(L,)`` bool, as ``(B, L)`` where the tokens are."""
+    shapes = (tuple(tokens.shape), tuple(tokens.shape[1:]))
+    if positions.dtype != torch.bool or tuple(positions.shape) not in shapes:
+        raise ValueError(
+            f"{name}: expected {shapes[0]} or {shapes[1]} bool, got {tuple(positions.shape)} "
+            f"{positions.dtype}"
+        )
+    return positions.to(tokens.device).expand(tokens.shape)
 
 
 def choice(name: str, value: Any, choices: Sequence[str]) -> None:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from torch_winnow._unmasking.arguments import count_or_none, integer
+from torch_winnow._unmasking.arguments import check_positions, count_or_none, integer
 from torch_winnow._unmasking.choosers import View, chooser_of
 from torch_winnow._unmasking.history_rules import (
     DecodingRule,
@@ -174,6 +174,9 @@ class Decoding:
             logits: ``(B, L, V)``, the model's of :attr:`tokens`.
             unconditional_logits: likewise, to guide with where ``cfg_scale`` was given.
             fresh: False where these are the logits of the step before, nothing having changed.
+
+        Raises:
+            ValueError: for logits of another shape, or an option that :func:`logit_stats` refuses.
         """
         check_logits(logits, self.tokens)
         view = self._view
@@ -269,13 +272,4 @@ def _answer_positions(stop: AnswerEntropy | None, tokens: Tensor) -> Tensor | No
         return None
     if not isinstance(stop, AnswerEntropy):
         raise ValueError(f"stop: expected None or AnswerEntropy, got {stop!r}")
-    positions = stop.positions
-    if positions.dtype != torch.bool or tuple(positions.shape) not in (
-        tuple(tokens.shape),
-        tuple(tokens.shape[1:]),
-    ):
-        raise ValueError(
-            f"stop.positions: expected {tuple(tokens.shape)} or {tuple(tokens.shape[1:])} bool, "
-            f"got {tuple(positions.shape)} {positions.dtype}"
-        )
-    return positions.to(tokens.device).expand(tokens.shape)
+    return check_positions("stop.positions", stop.positions, tokens)

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from torch_winnow import _library  # noqa: F401  (registers the operators)
 from torch_winnow._fake import check_same_device, register_fake
+from torch_winnow._unmasking.arguments import check_optional, check_tensors
 from torch_winnow._unmasking.logit_stats import (
     BLOCK,
     LogitStats,
     as_stats,
-    check_tensor,
     empty_statistics,
     id_tensor,
     is_raw,
@@ -51,8 +51,8 @@ def linear_logit_stats(
     :func:`merge_logit_stats`. What comes out is what :func:`logit_stats` makes of the same logits;
     those of a matrix product of another shape may differ in their last bits. A draw is the same
     draw. On the CPU only the rows where ``mask`` is true are multiplied; on a GPU, which is never
-    waited for, all of them. Memory beyond the arguments stays
-    under 5% of the logits for vocabularies of more than 60000 tokens and 40 times the hidden size.
+    waited for, all of them. Memory beyond the arguments stays under 5% of the logits for
+    vocabularies of more than 60000 tokens and 40 times the hidden size.
 
     Args:
         hidden: ``(..., E)`` float32, bfloat16 or float16.
@@ -89,15 +89,8 @@ def linear_logit_stats(
                 continue
             raise ValueError(f"{name}: needs the logits themselves; use logit_stats")
         raise TypeError(f"linear_logit_stats() got an unexpected keyword argument {name!r}")
-    for name, value in (
-        ("hidden", hidden),
-        ("weight", weight),
-        ("bias", bias),
-        ("mask", mask),
-        ("target_ids", target_ids),
-    ):
-        if value is not None or name in ("hidden", "weight"):
-            check_tensor(name, value)
+    check_tensors(hidden=hidden, weight=weight)
+    check_optional(bias=bias, mask=mask, target_ids=target_ids)
     _check(hidden, weight, bias, shift)
     statistic = _linear_logit_stats(
         hidden.detach(),
@@ -141,8 +134,7 @@ def _checked_rows(
     target_ids: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Hidden states, mask and targets, one row after the other."""
-    check_tensor("hidden", hidden)
-    check_tensor("weight", weight)
+    check_tensors(hidden=hidden, weight=weight)
     check_same_device(hidden=hidden, weight=weight, bias=bias, mask=mask)
     _check(hidden, weight, bias, False)
     shape = hidden.shape[:-1]

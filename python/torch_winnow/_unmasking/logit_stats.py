@@ -11,7 +11,7 @@ from torch import Tensor
 from torch_winnow import _library  # noqa: F401  (registers the operators)
 from torch_winnow._fake import check_same_device, register_fake
 from torch_winnow._slow_path import warn_slow
-from torch_winnow._unmasking.arguments import integer
+from torch_winnow._unmasking.arguments import check_optional, check_tensors, integer
 
 _logit_stats = torch.ops.winnow.logit_stats
 
@@ -72,11 +72,6 @@ class LogitStats(NamedTuple):
     target_log_prob: Tensor | None
     kl: Tensor | None
     parts: tuple[VocabularyPart, ...] | None = None
-
-
-def check_tensor(name: str, value: object) -> None:
-    if not isinstance(value, Tensor):
-        raise ValueError(f"{name}: expected a tensor, got {value!r}")
 
 
 def _warn_of_a_copy(logits: Tensor) -> None:
@@ -211,7 +206,8 @@ def logit_stats(
         >>> stats.token, stats.entropy
         (tensor([1, 0]), tensor([0.5243, 1.0986]))
     """
-    check_tensor("logits", logits)
+    check_tensors(logits=logits)
+    check_optional(mask=mask)
     if vocab_start is not None and not torch.compiler.is_compiling():
         vocab_start = integer("vocab_start", vocab_start)
         if vocab_start > 2**63 - 1 - logits.shape[-1]:
@@ -219,8 +215,6 @@ def logit_stats(
                 f"vocab_start: expected ids below 2^63, got {vocab_start} and {logits.shape[-1]} "
                 "logits from there on"
             )
-    if mask is not None:
-        check_tensor("mask", mask)
     operands = logit_operands(
         logits,
         temperature=temperature,
@@ -286,14 +280,11 @@ def logit_operands(
     seed: int | Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> LogitOperands:
-    check_tensor("logits", logits)
-    for name, value in (
-        ("target_ids", target_ids),
-        ("previous_logits", previous_logits),
-        ("unconditional_logits", unconditional_logits),
-    ):
-        if value is not None:
-            check_tensor(name, value)
+    check_optional(
+        target_ids=target_ids,
+        previous_logits=previous_logits,
+        unconditional_logits=unconditional_logits,
+    )
     if not torch.compiler.is_compiling() and not logits.is_contiguous():
         _warn_of_a_copy(logits)
     if unconditional_logits is None and cfg_scale != 0.0:

@@ -60,7 +60,21 @@ def llada(
     Args:
         gen_length: masks in all, a multiple of ``block_length``.
         steps: calls in all, a multiple of the number of blocks.
+        block_length: positions per block.
+        temperature: of the draws; 0 takes the argmax.
+        cfg_scale: strength of the guidance by the masked prompt; 0 for none.
         remasking: ``"low_confidence"`` or ``"random"``.
+
+    Returns:
+        Keyword arguments of :func:`generate`.
+
+    Raises:
+        ValueError: for numbers that do not divide, or another ``remasking``.
+
+    Example:
+        >>> from torch_winnow.unmasking import presets
+        >>> presets.llada(gen_length=64, steps=32, block_length=16)["steps"]  # of a block
+        8
     """
     choice("remasking", remasking, ("low_confidence", "random"))
     gen_length = integer("gen_length", gen_length, 1)
@@ -101,10 +115,25 @@ def dream(
 
     Args:
         gen_length: masks per row, as many in every row.
+        steps: calls at most.
+        temperature, top_p, top_k: of the distribution that is ranked and drawn from, as in
+            :func:`logit_stats`.
         alg: ``"maskgit_plus"`` (confidence), ``"topk_margin"``, ``"entropy"``, or ``"origin"``:
             each mask by itself with probability 1 - s/t, in the limit of ``eps`` = 0.
         alg_temp: above 0 positions are drawn by their score, see ``position_temperature`` of
             :class:`TopK`; not with ``"origin"``.
+        eps: where the time ends.
+
+    Returns:
+        Keyword arguments of :func:`generate`.
+
+    Raises:
+        ValueError: for an option that is not as above.
+
+    Example:
+        >>> from torch_winnow.unmasking import presets
+        >>> presets.dream(gen_length=6, steps=3, alg="entropy")["rule"].num_tokens
+        (1, 2, 3)
     """
     choice("alg", alg, ("origin", "maskgit_plus", "topk_margin", "entropy"))
     steps, left = integer("steps", steps, 1), integer("gen_length", gen_length, 1)
@@ -134,7 +163,24 @@ def dream(
 def fast_dllm(
     *, threshold: float = 0.9, factor: float | None = None, block_length: int | None = 32
 ) -> Options:
-    """Fast-dLLM, arXiv 2505.22618: all of confidence >= ``threshold``, or by ``factor`` (1)."""
+    """Fast-dLLM, arXiv 2505.22618: all of confidence >= ``threshold``, or by a ``factor``.
+
+    Args:
+        threshold: see :class:`ConfidenceThreshold`.
+        factor: see :class:`ConfidenceFactor`; 1 in the paper, None to go by the threshold.
+        block_length: positions per block; None for one block.
+
+    Returns:
+        Keyword arguments of :func:`generate`.
+
+    Raises:
+        ValueError: for something else than a number.
+
+    Example:
+        >>> from torch_winnow.unmasking import presets
+        >>> presets.fast_dllm(factor=1.0)["rule"]
+        ConfidenceFactor(factor=1.0)
+    """
     rule = ConfidenceThreshold(threshold) if factor is None else ConfidenceFactor(factor)
     return {
         "rule": rule,
@@ -151,7 +197,23 @@ def klass(
     history: int = 2,
     block_length: int | None = 64,
 ) -> Options:
-    """KLASS, arXiv 2511.05664: sure and stable positions, see :class:`KLStability`."""
+    """KLASS, arXiv 2511.05664: sure and stable positions.
+
+    Args:
+        threshold, kl_threshold, history: see :class:`KLStability`.
+        block_length: positions per block; None for one block.
+
+    Returns:
+        Keyword arguments of :func:`generate`.
+
+    Raises:
+        ValueError: for an option that the rule refuses.
+
+    Example:
+        >>> from torch_winnow.unmasking import presets
+        >>> presets.klass()["rule"]
+        KLStability(threshold=0.9, kl_threshold=0.01, history=2, num_tokens=1)
+    """
     return {
         "rule": KLStability(threshold, kl_threshold, history),
         "block_length": block_length,
@@ -162,7 +224,23 @@ def klass(
 def med(
     *, threshold: float = 0.2, max_tokens: int | None = None, block_length: int | None = None
 ) -> Options:
-    """Multi-token entropy decoding, arXiv 2510.19990: all of entropy < ``threshold``."""
+    """Multi-token entropy decoding, arXiv 2510.19990: all of entropy < ``threshold``.
+
+    Args:
+        threshold, max_tokens: see :class:`EntropyThreshold`; the threshold in nats.
+        block_length: positions per block; None for one block.
+
+    Returns:
+        Keyword arguments of :func:`generate`.
+
+    Raises:
+        ValueError: for an option that the rule refuses.
+
+    Example:
+        >>> from torch_winnow.unmasking import presets
+        >>> presets.med(threshold=0.5)["rule"]
+        EntropyThreshold(threshold=0.5, max_tokens=None, order='any')
+    """
     return {
         "rule": EntropyThreshold(threshold, max_tokens),
         "block_length": block_length,
@@ -173,7 +251,23 @@ def med(
 def ar_med(
     *, threshold: float = 0.2, max_tokens: int | None = None, block_length: int | None = None
 ) -> Options:
-    """MED from left to right: the longest run of entropy < ``threshold``."""
+    """MED from left to right: the longest run of entropy < ``threshold``. arXiv 2510.19990.
+
+    Args:
+        threshold, max_tokens: see :class:`EntropyThreshold`; the threshold in nats.
+        block_length: positions per block; None for one block.
+
+    Returns:
+        Keyword arguments of :func:`generate`.
+
+    Raises:
+        ValueError: for an option that the rule refuses.
+
+    Example:
+        >>> from torch_winnow.unmasking import presets
+        >>> presets.ar_med()["rule"]
+        EntropyThreshold(threshold=0.2, max_tokens=None, order='left_to_right')
+    """
     return {
         "rule": EntropyThreshold(threshold, max_tokens, order="left_to_right"),
         "block_length": block_length,
@@ -182,14 +276,45 @@ def ar_med(
 
 
 def eb(*, gamma: float = 0.1, block_length: int | None = None) -> Options:
-    """The entropy-bounded sampler, arXiv 2505.24857, see :class:`EntropyBound`."""
+    """The entropy-bounded sampler, arXiv 2505.24857.
+
+    Args:
+        gamma: see :class:`EntropyBound`; in nats.
+        block_length: positions per block; None for one block.
+
+    Returns:
+        Keyword arguments of :func:`generate`.
+
+    Raises:
+        ValueError: for a negative ``gamma``.
+
+    Example:
+        >>> from torch_winnow.unmasking import presets
+        >>> presets.eb()["rule"]
+        EntropyBound(gamma=0.1)
+    """
     return {"rule": EntropyBound(gamma), "block_length": block_length, "temperature": 0.0}
 
 
 def wino(*, draft: float = 0.6, verify: float = 0.9, block_length: int | None = 128) -> Options:
-    """WINO, arXiv 2507.18578: drafts widely and verifies, see :class:`DraftVerify`.
+    """WINO, arXiv 2507.18578: drafts widely and verifies.
 
     The model to give :func:`generate` is a :class:`ShadowBlock`.
+
+    Args:
+        draft, verify: see :class:`DraftVerify`.
+        block_length: positions per block; None for one block.
+
+    Returns:
+        Keyword arguments of :func:`generate`.
+
+    Raises:
+        ValueError: for an option that the rule refuses.
+
+    Example:
+        >>> from torch_winnow.unmasking import presets
+        >>> presets.wino()["rule"]
+        DraftVerify(draft=0.6, verify=0.9)
     """
     return {
         "rule": DraftVerify(draft, verify),
@@ -207,9 +332,24 @@ def remdm(
     eta: float | None = None,
     top_p: float | None = 0.9,
 ) -> Options:
-    """ReMDM, arXiv 2503.00307: the ancestral sampler with remasking, see :class:`Remasking`.
+    """ReMDM, arXiv 2503.00307: the ancestral sampler with remasking.
 
-    ``eta`` is 0.008 for ``"cap"`` and 0.015 for ``"rescale"``, as in the paper's experiments.
+    Args:
+        steps, schedule: see :class:`Remasking`.
+        eta: likewise; None for 0.008 with ``"cap"`` and 0.015 with ``"rescale"``, as in the
+            paper's experiments.
+        top_p: of the draws, as in :func:`logit_stats`.
+
+    Returns:
+        Keyword arguments of :func:`generate`.
+
+    Raises:
+        ValueError: for an option that the rule refuses.
+
+    Example:
+        >>> from torch_winnow.unmasking import presets
+        >>> presets.remdm(steps=64)["rule"]
+        Remasking(steps=64, eta=0.008, schedule='cap')
     """
     if eta is None:
         eta = {"cap": 0.008, "rescale": 0.015}.get(schedule, 0.0)
@@ -217,7 +357,23 @@ def remdm(
 
 
 def sdlm(*, threshold: float = 0.9, block_length: int = 4) -> Options:
-    """SDLM, arXiv 2509.24007: the longest sure prefix of the next ``block_length`` positions."""
+    """SDLM, arXiv 2509.24007: the longest sure prefix of the next ``block_length`` positions.
+
+    Args:
+        threshold: see :class:`PrefixThreshold`.
+        block_length: positions from the first mask on that may be written.
+
+    Returns:
+        Keyword arguments of :func:`generate`.
+
+    Raises:
+        ValueError: for something else than a number.
+
+    Example:
+        >>> from torch_winnow.unmasking import presets
+        >>> presets.sdlm()["rule"]
+        PrefixThreshold(threshold=0.9, score='confidence')
+    """
     return {
         "rule": PrefixThreshold(threshold),
         "block_length": block_length,

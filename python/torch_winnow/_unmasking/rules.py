@@ -11,7 +11,14 @@ from torch import Tensor
 
 from torch_winnow import _library  # noqa: F401  (registers the operators)
 from torch_winnow._fake import check_same_device, register_fake
-from torch_winnow._unmasking.arguments import choice, count_or_none, integer, number
+from torch_winnow._unmasking.arguments import (
+    check_optional,
+    check_tensors,
+    choice,
+    count_or_none,
+    integer,
+    number,
+)
 
 _select_positions = torch.ops.winnow.select_positions
 
@@ -198,7 +205,7 @@ def check_rule(rule: object) -> None:
         )
 
 
-def _plan(rule: Rule, step: int) -> tuple[int, int, float, int]:
+def plan(rule: Rule, step: int) -> tuple[int, int, float, int]:
     """Order, criterion, threshold and limit (-1: none) of the native selection."""
     match rule:
         case EntropyThreshold():
@@ -234,7 +241,7 @@ def select(
 
     With a floor, that alone is how many a :class:`TopK` takes: rows may be at different steps.
     """
-    order, criterion, threshold, limit = _plan(rule, integer("step", step, 0))
+    order, criterion, threshold, limit = plan(rule, integer("step", step, 0))
     if criterion == _ANY and at_least is not None:
         limit = 1
     if order == _RANDOM and seed is None:
@@ -280,9 +287,8 @@ def select_positions(
         (tensor([[ True, False,  True]]), tensor([2]))
     """
     check_rule(rule)
-    for name, value in (("score", score), ("mask", mask), ("window", window)):
-        if not (isinstance(value, Tensor) or (name == "window" and value is None)):
-            raise ValueError(f"{name}: expected a tensor, got {value!r}")
+    check_tensors(score=score, mask=mask)
+    check_optional(window=window)
     return select(score, mask, rule, window=window, step=step)
 
 

@@ -7,8 +7,7 @@ from torch import Tensor
 
 from torch_winnow import _library  # noqa: F401  (registers the operators)
 from torch_winnow._fake import check_same_device, register_fake
-from torch_winnow._unmasking.arguments import integer
-from torch_winnow._unmasking.logit_stats import check_tensor
+from torch_winnow._unmasking.arguments import check_optional, check_tensors, integer
 
 _soft_embedding = torch.ops.winnow.soft_embedding
 
@@ -84,11 +83,8 @@ def soft_embedding(
                 [0.0000, 0.0000],
                 [0.0000, 0.4994]])
     """
-    check_tensor("logits", logits)
-    check_tensor("embedding", embedding)
-    for name, value in (("mask_embedding", mask_embedding), ("mask", mask)):
-        if value is not None:
-            check_tensor(name, value)
+    check_tensors(logits=logits, embedding=embedding)
+    check_optional(mask_embedding=mask_embedding, mask=mask)
     return _soft_embedding(  # type: ignore[no-any-return]
         logits.detach(),
         embedding.detach(),

@@ -9,17 +9,16 @@ from torch import Tensor
 
 from torch_winnow import _library  # noqa: F401  (registers the operators)
 from torch_winnow._fake import check_same_device, register_fake
-from torch_winnow._unmasking.arguments import integer
+from torch_winnow._unmasking.arguments import check_optional, check_tensors, integer
 from torch_winnow._unmasking.logit_stats import (
     LogitStats,
     as_stats,
-    check_tensor,
     empty_statistics,
     id_tensor,
     logit_operands,
 )
 from torch_winnow._unmasking.results import StepResult
-from torch_winnow._unmasking.rules import Rule, _plan, check_rule
+from torch_winnow._unmasking.rules import Rule, check_rule, plan
 
 _unmask_step = torch.ops.winnow.unmask_step_
 
@@ -46,7 +45,7 @@ def score_of(stats: LogitStats, rule: Rule) -> Tensor:
 
 
 def check_tokens(tokens: Tensor) -> None:
-    check_tensor("tokens", tokens)
+    check_tensors(tokens=tokens)
     if tokens.dim() != 2 or tokens.dtype not in (torch.int64, torch.int32):
         raise ValueError(
             f"tokens: expected (B, L) int64 or int32, got {tuple(tokens.shape)} {tokens.dtype}"
@@ -54,7 +53,7 @@ def check_tokens(tokens: Tensor) -> None:
 
 
 def check_logits(logits: Tensor, tokens: Tensor) -> None:
-    check_tensor("logits", logits)
+    check_tensors(logits=logits)
     if logits.dim() != 3 or logits.shape[:2] != tokens.shape:
         raise ValueError(
             f"logits: expected (B, L, V) with (B, L) = {tuple(tokens.shape)} as in tokens, "
@@ -122,9 +121,7 @@ def unmask_step_(
             f"vocab_start: expected None, as a step needs the whole vocabulary, got {vocab_start}; "
             "merge its parts first"
         )
-    for name, value in (("mask", mask), ("window", window)):
-        if value is not None:
-            check_tensor(name, value)
+    check_optional(mask=mask, window=window)
     operands = logit_operands(logits, **logit_stats_options)
     transfer, count, *statistic = _unmask_step(
         tokens,
@@ -135,7 +132,7 @@ def unmask_step_(
         *operands,
         shift,
         _SCORES[rule.score],
-        *_plan(rule, integer("step", step, 0)),
+        *plan(rule, integer("step", step, 0)),
         order_seed(rule, operands.seed, tokens),
     )
     stats = as_stats(

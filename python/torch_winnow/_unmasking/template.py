@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from torch_winnow._unmasking.arguments import integer
+from torch_winnow._unmasking.arguments import check_positions, check_tensors, integer
 from torch_winnow._unmasking.decoding import STEP_KEY
 from torch_winnow._unmasking.generate import logits_of
-from torch_winnow._unmasking.logit_stats import check_tensor, logit_stats, seed_tensor
+from torch_winnow._unmasking.logit_stats import logit_stats, seed_tensor
 from torch_winnow._unmasking.rules import Rule, TopK, check_rule, select
 from torch_winnow._unmasking.step import (
     check_logits,
@@ -100,7 +100,7 @@ class Template:
     def read(self, tokens: Tensor, name: str) -> Tensor:
         """``(..., length)``, the named span of decoded ``tokens (..., L)``."""
         start, end = self._span(name)
-        check_tensor("tokens", tokens)
+        check_tensors(tokens=tokens)
         if tokens.shape[-1:] != self.tokens.shape:
             raise ValueError(
                 f"tokens: expected (..., {len(self.tokens)}), got {tuple(tokens.shape)}"
@@ -201,17 +201,11 @@ def score_span(
     for name in _NOT_OF_SCORES:
         if name in logit_stats_options:
             raise ValueError(f"{name}: score_span sets or cannot use it, so expected none")
-    check_tensor("positions", positions)
-    shapes = (tuple(tokens.shape), tuple(tokens.shape[1:]))
-    if positions.dtype != torch.bool or tuple(positions.shape) not in shapes:
-        raise ValueError(
-            f"positions: expected {shapes[0]} or {shapes[1]} bool, got "
-            f"{tuple(positions.shape)} {positions.dtype}"
-        )
+    check_tensors(positions=positions)
+    masked = check_positions("positions", positions, tokens)
     suppress_ids = logit_stats_options.pop("suppress_ids", None)
     key = seed_tensor(seed, generator)
     key = None if key is None else key.to(tokens.device)
-    masked = positions.to(tokens.device).expand(tokens.shape)
     current = tokens.masked_fill(masked, mask_id)
     log_probs = torch.zeros(tokens.shape, device=tokens.device)
     calls = 0

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from torch_winnow import _library  # noqa: F401  (registers the operators)
 from torch_winnow._fake import check_same_device, register_fake
+from torch_winnow._unmasking.arguments import check_optional, check_tensors
 from torch_winnow._unmasking.logit_stats import seed_tensor
 
 _speculative_verify = torch.ops.winnow.speculative_verify
@@ -32,11 +33,6 @@ class Verification(NamedTuple):
     token: Tensor
     tokens: Tensor
     log_prob: Tensor
-
-
-def _check(name: str, value: object, optional: bool = True) -> None:
-    if not (isinstance(value, Tensor) or (optional and value is None)):
-        raise ValueError(f"{name}: expected a tensor{' or None' * optional}, got {value!r}")
 
 
 def speculative_verify(
@@ -112,10 +108,8 @@ def speculative_verify(
         >>> speculative_verify(drafts, None, p[None], order=backwards, temperature=0.0).tokens
         tensor([[2, 0, 1]])
     """
-    _check("draft_tokens", draft_tokens, optional=False)
-    _check("target_logits", target_logits, optional=False)
-    for name, value in (("draft_logits", draft_logits), ("lengths", lengths), ("order", order)):
-        _check(name, value)
+    check_tensors(draft_tokens=draft_tokens, target_logits=target_logits)
+    check_optional(draft_logits=draft_logits, lengths=lengths, order=order)
     key = seed_tensor(seed, generator)
     if key is None and temperature != 0:
         key = torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=target_logits.device)
@@ -148,7 +142,7 @@ def _(
         draft_logits=draft_logits,
         lengths=lengths,
         order=order,
-        seed=seed if seed is not None and seed.device.type == "meta" else None,
+        seed=seed,
     )
     rows = target_logits.shape[:1]
     steps = (*rows, target_logits.shape[1] if order is None else order.shape[1])

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from torch_winnow.demo import generation
 from torch_winnow.demo import text as text_module
 from torch_winnow.demo.report import write_whole
-from torch_winnow.demo.train import CHUNK_SIZES
+from torch_winnow.demo.train import CHUNK_SIZES, growing_windows
 from torch_winnow.models import CATConfig, CompressAttendTransformer, StackConfig
 from torch_winnow.models.training import (
     Recipe,
@@ -123,9 +123,7 @@ def train_text(text: Text, steps: int = 240) -> CompressAttendTransformer:
     recipe = Recipe(steps, matrix_rate=0.04, rate=0.03)
 
     def loss(model: CompressAttendTransformer, step: int, generator: torch.Generator) -> Tensor:
-        progress = step / steps
-        length = 128 if progress < 0.4 else 512 if progress < 0.7 else 2048
-        tokens = text.windows(_STEP_BYTES // length, length, generator)
+        tokens = growing_windows(text, _STEP_BYTES, step / steps, generator)
         return next_token_loss(
             model(tokens, chunk_size=CHUNK_SIZES[step % len(CHUNK_SIZES)]), tokens
         )
@@ -199,7 +197,7 @@ def measure(
 ) -> Measured:
     outcomes = generation.measure(generation.cat_contenders(cat), text)
     by_size = dict(zip(cat.config.chunk_sizes, outcomes.values(), strict=True))
-    windows = text.held_out_windows(generation._WINDOWS, generation._WINDOW)
+    windows = text.held_out_windows(generation.WINDOWS, generation.WINDOW)
     return Measured(
         recalled=recall(memory, task),
         bits={size: o.bits_per_byte.mean().item() for size, o in by_size.items()},

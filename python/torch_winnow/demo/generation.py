@@ -27,8 +27,8 @@ _BATCH = 16
 _PROMPT = 2048
 _ROUNDS = 6
 _ROUND_TOKENS = 64  # whole chunks of every size, so that each pays for all its compressions
-_WINDOWS = 32
-_WINDOW = 2048
+WINDOWS = 32
+WINDOW = 2048
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def measure(contenders: list[Contender], text: Text) -> dict[str, Outcome]:
             if turn:  # the first round warms up
                 seconds[name].append(time.perf_counter() - start)
 
-    windows = text.held_out_windows(_WINDOWS, _WINDOW)
+    windows = text.held_out_windows(WINDOWS, WINDOW)
     outcomes = {}
     for contender in tqdm(contenders, desc="bits per byte", unit="model"):
         nats = [
@@ -138,7 +138,7 @@ def run(context: Context) -> Section:
             "depth, read the cache with the same operator and trained for about as long, in which "
             f"the dense decoder read {bytes_read('dense') / 1e6:.1f} MB of text and the CAT "
             f"{bytes_read('cat') / 1e6:.1f} MB, each chunk size in its turn. Bits per byte say how "
-            f"well held-out text is predicted, in {_WINDOWS} windows of {_WINDOW} (8 would be a "
+            f"well held-out text is predicted, in {WINDOWS} windows of {WINDOW} (8 would be a "
             "blind guess, lower is better), with the difference to the dense decoder and its "
             "standard error. Small chunks lean most on the vectors, which take longest to learn: "
             "after a training as short as this one they need not predict better than large ones. "

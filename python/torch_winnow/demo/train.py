@@ -33,7 +33,7 @@ from torch_winnow.models import (
 )
 from torch_winnow.models.training import Recipe, bits_per_token, fit, next_token_loss
 
-__all__ = ["Context", "Job", "Models", "bytes_read", "obtain", "prepare"]
+__all__ = ["Context", "Job", "Models", "bytes_read", "growing_windows", "obtain", "prepare"]
 
 CHUNK_SIZES = (4, 8, 16, 32)
 STEP_BYTES = 4096  # read by each step of each model
@@ -69,24 +69,24 @@ class Job:
     recipe: Recipe
 
 
-def _growing_windows(text: Text, progress: float, generator: torch.Generator) -> Tensor:
-    """``STEP_BYTES`` in windows that grow in the course of training.
+def growing_windows(text: Text, size: int, progress: float, generator: torch.Generator) -> Tensor:
+    """``size`` bytes in windows that grow in the course of training.
 
     What lies close is learned first, and faster where nothing far away competes; the full context
     comes at the end, when there is something to find in it.
     """
     length = 128 if progress < 0.4 else 512 if progress < 0.7 else 2048
-    return text.windows(STEP_BYTES // length, length, generator)
+    return text.windows(size // length, length, generator)
 
 
 def _cat_loss(model: nn.Module, text: Text, step: int, generator: torch.Generator) -> Tensor:
-    tokens = _growing_windows(text, step / _CAT.steps, generator)
+    tokens = growing_windows(text, STEP_BYTES, step / _CAT.steps, generator)
     # Adaptive: one chunk size per step, in turn.
     return next_token_loss(model(tokens, chunk_size=CHUNK_SIZES[step % len(CHUNK_SIZES)]), tokens)
 
 
 def _dense_loss(model: nn.Module, text: Text, step: int, generator: torch.Generator) -> Tensor:
-    tokens = _growing_windows(text, step / _DENSE.steps, generator)
+    tokens = growing_windows(text, STEP_BYTES, step / _DENSE.steps, generator)
     return next_token_loss(model(tokens), tokens)
 
 

@@ -18,8 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torch_winnow._unmasking.arguments import choice, integer
-from torch_winnow._unmasking.logit_stats import check_tensor
+from torch_winnow._unmasking.arguments import check_optional, check_tensors, choice, integer
 from torch_winnow._unmasking.rules import check_rule
 from torch_winnow._unmasking.step import score_of
 from torch_winnow.unmasking import (
@@ -125,6 +124,20 @@ def decode(
 
     Raises:
         ValueError: for a model that is neither, or a wrong shape or option.
+
+    Example:
+        ::
+
+            model = AutoModel.from_pretrained("GSAI-ML/LLaDA-8B-Instruct", trust_remote_code=True)
+            ids = tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt")
+            result = decode(
+                model,
+                ids["input_ids"],
+                attention_mask=ids["attention_mask"],
+                max_new_tokens=256,
+                **presets.med(block_length=32),
+            )
+            tokenizer.batch_decode(result.tokens)
     """
     count = integer("max_new_tokens", max_new_tokens, 0)
     for name in ("mask_id", "shift"):
@@ -132,10 +145,10 @@ def decode(
             raise ValueError(f"{name}: follows from the model, so decode does not take it")
     if generate_options.get("context"):
         raise ValueError("context: expected False, as these models take tokens alone, got True")
-    check_tensor("input_ids", input_ids)
+    check_tensors(input_ids=input_ids)
+    check_optional(attention_mask=attention_mask)
     lm = DiffusionLM(model, architecture=architecture)
     if attention_mask is not None:
-        check_tensor("attention_mask", attention_mask)
         if attention_mask.shape != input_ids.shape:
             raise ValueError(
                 f"attention_mask: expected {tuple(input_ids.shape)} as in input_ids, got "
@@ -165,6 +178,12 @@ def use_rule(model: Any, rule: Any) -> None:
 
     Raises:
         ValueError: for another model or rule.
+
+    Example:
+        ::
+
+            use_rule(model, ConfidenceThreshold(0.9))
+            model.generate(**inputs)
     """
     if not hasattr(type(model), "_prepare_sampler"):
         raise ValueError(

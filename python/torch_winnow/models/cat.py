@@ -320,13 +320,7 @@ class CompressAttendTransformer(nn.Module):
 
     def _check(self, tokens: Tensor, chunk_size: int, name: str = "tokens") -> Tensor:
         self._check_size(chunk_size)
-        tokens = check_tokens(tokens, self.config.vocab_size, name)
-        if tokens.shape[1] > self.config.max_tokens:
-            raise ValueError(
-                f"{name}: expected at most max_tokens={self.config.max_tokens}, got "
-                f"{tokens.shape[1]}"
-            )
-        return tokens
+        return check_tokens(tokens, self.config.vocab_size, self.config.max_tokens, name)
 
     def _check_size(self, chunk_size: int, name: str = "chunk_size") -> None:
         if chunk_size not in self.config.chunk_sizes:

@@ -15,11 +15,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from torch_winnow.kvcache import BlockPool, PagedKVCache, paged_attention
-from torch_winnow.models.layers import Stack, StackConfig
+from torch_winnow.models.layers import Stack, StackConfig, attend_dense
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -258,10 +257,7 @@ class Decoding(ABC):
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             # All rows are new, so they attend to one another without going through the pages.
             self.cache.append(layer, key, value, lengths=counts)
-            grouped = query.shape[1] != key.shape[1]
-            return F.scaled_dot_product_attention(
-                query, key, value, is_causal=True, enable_gqa=grouped
-            )
+            return attend_dense(query, key, value, causal=True)
 
         return last(self._stack(rows, positions, attend), counts)
 
@@ -339,12 +335,28 @@ def sample(
     temperature: float = 1.0,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Draws ``num_tokens`` more tokens for every sequence: ``(B, num_tokens)`` int64.
+    """Draws ``num_tokens`` more tokens for every sequence.
 
-    ``temperature=0`` takes the most likely token.
+    Args:
+        decoding: the sequences; they end with all these tokens but the last one of each.
+        num_tokens: how many.
+        temperature: 0 takes the most likely token.
+        generator: of the draws; None for torch's default one.
+
+    Returns:
+        ``(B, num_tokens)`` int64.
 
     Raises:
-        ValueError: if ``num_tokens`` or ``temperature`` is negative.
+        ValueError: if ``num_tokens`` or ``temperature`` is negative, or the sequences would become
+            longer than the model's ``max_tokens``.
+
+    Example:
+        >>> import torch
+        >>> from torch_winnow.models import DenseConfig, DenseDecoder, StackConfig, sample
+        >>> model = DenseDecoder(DenseConfig(StackConfig(width=32, depth=1, heads=2)))
+        >>> decoding = model.start(torch.randint(256, (2, 5)), model.block_pool(2, 15))
+        >>> sample(decoding, 10).shape, decoding.lengths
+        (torch.Size([2, 10]), tensor([14, 14]))
     """
     check_sampling(num_tokens, temperature)
     logits = decoding.logits

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torch_winnow.kvcache import BlockPool, PagedKVCache
@@ -23,7 +22,7 @@ from torch_winnow.models.decoding import (
     make_pool,
     sample,
 )
-from torch_winnow.models.layers import Stack, StackConfig, check_tokens
+from torch_winnow.models.layers import Stack, StackConfig, attend_dense, check_tokens
 
 __all__ = ["DenseConfig", "DenseDecoder", "DenseDecoding"]
 
@@ -127,13 +126,7 @@ class DenseDecoder(nn.Module):
         return torch.cat((start, self.embedding(tokens)), dim=1)
 
     def _check(self, tokens: Tensor, name: str = "tokens") -> Tensor:
-        tokens = check_tokens(tokens, self.config.vocab_size, name)
-        if tokens.shape[1] > self.config.max_tokens:
-            raise ValueError(
-                f"{name}: expected at most max_tokens={self.config.max_tokens}, got "
-                f"{tokens.shape[1]}"
-            )
-        return tokens
+        return check_tokens(tokens, self.config.vocab_size, self.config.max_tokens, name)
 
 
 class DenseDecoding(Decoding):
@@ -163,5 +156,4 @@ class DenseDecoding(Decoding):
 
 
 def _causal(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    grouped = query.shape[1] != key.shape[1]
-    return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
+    return attend_dense(query, key, value, causal=True)

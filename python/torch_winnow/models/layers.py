@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Attend", "Norm", "Rotary", "Stack", "StackConfig", "check_tokens"]
+__all__ = ["Attend", "Norm", "Rotary", "Stack", "StackConfig", "attend_dense", "check_tokens"]
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """``attend(layer, query (B, Hq, N, D), key (B, Hkv, N, D), value) -> (B, Hq, N, D)``."""
@@ -57,14 +57,17 @@ class StackConfig:
 
     @property
     def head_dim(self) -> int:
+        """Features of a head."""
         return self.width // self.heads
 
     @property
     def key_value_heads(self) -> int:
+        """``kv_heads``, or ``heads`` where that is None."""
         return self.heads if self.kv_heads is None else self.kv_heads
 
     @property
     def inner(self) -> int:
+        """Inner features of the SwiGLU, as given or by rule."""
         return self.hidden or 64 * math.ceil(8 * self.width / 3 / 64)
 
 
@@ -162,7 +165,13 @@ class Stack(nn.Module):
         return self.norm(x)  # type: ignore[no-any-return]
 
 
-def check_tokens(tokens: Tensor, vocab_size: int, name: str = "tokens") -> Tensor:
+def attend_dense(query: Tensor, key: Tensor, value: Tensor, *, causal: bool) -> Tensor:
+    """Attention to all rows, or to those so far."""
+    grouped = query.shape[1] != key.shape[1]
+    return F.scaled_dot_product_attention(query, key, value, is_causal=causal, enable_gqa=grouped)
+
+
+def check_tokens(tokens: Tensor, vocab_size: int, max_tokens: int, name: str = "tokens") -> Tensor:
     """``(B, N)`` integer ids as int64, or a ``ValueError`` that says what is wrong.
 
     The range is checked on the CPU only: elsewhere it would wait for the device.
@@ -171,6 +180,8 @@ def check_tokens(tokens: Tensor, vocab_size: int, name: str = "tokens") -> Tenso
         raise ValueError(
             f"{name}: expected (B, N) integer token ids, got {tuple(tokens.shape)} {tokens.dtype}"
         )
+    if tokens.shape[1] > max_tokens:
+        raise ValueError(f"{name}: expected at most max_tokens={max_tokens}, got {tokens.shape[1]}")
     tokens = tokens.long()
     if tokens.device.type == "cpu" and tokens.numel():
         low, high = (int(bound) for bound in tokens.aminmax())

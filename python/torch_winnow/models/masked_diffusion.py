@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torch_winnow.models.layers import Stack, StackConfig, check_tokens
+from torch_winnow.models.layers import Stack, StackConfig, attend_dense, check_tokens
 
 __all__ = ["MaskedDiffusion", "MaskedDiffusionConfig"]
 
@@ -58,6 +58,7 @@ class MaskedDiffusion(nn.Module):
 
     @property
     def mask_id(self) -> int:
+        """The id after the last token's."""
         return self.config.vocab_size
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -67,13 +68,8 @@ class MaskedDiffusion(nn.Module):
             ValueError: if ``tokens`` is not ``(B, L)`` ids up to ``mask_id``, or L is above
                 ``max_tokens``.
         """
-        tokens = check_tokens(tokens, self.config.vocab_size + 1)
-        length = tokens.shape[1]
-        if length > self.config.max_tokens:
-            raise ValueError(
-                f"tokens: expected at most max_tokens={self.config.max_tokens}, got {length}"
-            )
-        hidden = self.stack(self.embedding(tokens), slice(0, length), _bidirectional)
+        tokens = check_tokens(tokens, self.config.vocab_size + 1, self.config.max_tokens)
+        hidden = self.stack(self.embedding(tokens), slice(0, tokens.shape[1]), _bidirectional)
         return self.head(hidden)  # type: ignore[no-any-return]
 
     def loss(
@@ -92,6 +88,15 @@ class MaskedDiffusion(nn.Module):
 
         The shares t are spread evenly over the batch from one random offset (as in Sahoo et al.,
         2024): the same expectation as independent draws, at less variance.
+
+        Args:
+            tokens: ``(B, L)``, complete.
+            most: the largest share.
+            weighted: by 1/t, else the mean over masked tokens.
+            generator: of the shares and masks.
+
+        Returns:
+            One number.
 
         Raises:
             ValueError: if ``most`` is not in (0, 1].
@@ -112,5 +117,4 @@ class MaskedDiffusion(nn.Module):
 
 
 def _bidirectional(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    grouped = query.shape[1] != key.shape[1]
-    return F.scaled_dot_product_attention(query, key, value, enable_gqa=grouped)
+    return attend_dense(query, key, value, causal=False)

@@ -106,9 +106,19 @@ def load_released_cat(
         compressor_heads: query heads of the compressor.
         rotary_base: ``rope_base`` in the released configuration.
 
+    Returns:
+        A :class:`CompressAttendTransformer` in the dtype of the checkpoint, on the CPU.
+
     Raises:
         ValueError: if parameters are missing or unknown, or their shapes fit no model of so many
             heads.
+
+    Example:
+        ::
+
+            state = torch.load("cat.pt", weights_only=True)
+            model = load_released_cat(state, heads=12, compressor_heads=12)
+            tokens = model.generate(prompt, 100, chunk_size=model.config.chunk_sizes[0])
     """
     unknown = sorted(name for name in state if not _KNOWN.fullmatch(name))
     if unknown:

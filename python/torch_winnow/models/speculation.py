@@ -59,6 +59,9 @@ def speculative_sample(
         temperature: of both; 0 takes the most likely token of the target, whatever the draft.
         generator: of all draws.
 
+    Returns:
+        :class:`Speculation`.
+
     Raises:
         ValueError: if the two hold sequences of different lengths, or an option is out of range.
 

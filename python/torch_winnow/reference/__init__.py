@@ -19,6 +19,11 @@ from torch_winnow.reference.kvcache import (
     select_blocks,
     update_block_summaries_,
 )
+from torch_winnow.reference.logit_stats import (
+    linear_logit_stats,
+    logit_stats,
+    merge_logit_stats,
+)
 from torch_winnow.reference.resampling import (
     effective_sample_size,
     gather_particles,
@@ -39,14 +44,7 @@ from torch_winnow.reference.resampling_without_replacement import (
 )
 from torch_winnow.reference.soft_embedding import soft_embedding
 from torch_winnow.reference.steering import FKSteering, fk_potential
-from torch_winnow.reference.unmasking import (
-    generate,
-    linear_logit_stats,
-    logit_stats,
-    merge_logit_stats,
-    select_positions,
-    unmask_step_,
-)
+from torch_winnow.reference.unmasking import generate, select_positions, unmask_step_
 from torch_winnow.reference.verification import speculative_verify
 
 __all__ = [

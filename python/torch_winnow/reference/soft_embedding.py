@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torch_winnow._unmasking.soft_embedding import check_mask_embedding
-from torch_winnow.reference.unmasking import truncated
+from torch_winnow.reference.logit_stats import truncated
 
 __all__ = ["soft_embedding"]
 

@@ -113,6 +113,8 @@ class WinnowCache(Cache):  # type: ignore[misc]
         sparse: :class:`BlockSparse` decoding. Default: every step attends everything.
         pool: a pool to share with other caches; it does not grow. Its block size counts, and its
             ``summaries`` are those of ``sparse``.
+        cache_dtype: ``torch.int8`` or ``torch.float8_e4m3fn`` stores codes, one byte each with a
+            scale per block and head. Default: the dtype of the keys.
 
     Attributes:
         pages: the :class:`PagedKVCache`, once there is one.

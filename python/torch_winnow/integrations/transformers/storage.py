@@ -34,7 +34,6 @@ class PagedStorage:
         cache_dtype: torch.dtype | None = None,
     ) -> None:
         self.cache_dtype = cache_dtype
-        self.dtype: torch.dtype | None = None  # of the keys and values that came
         self.block_size = block_size
         self.max_cache_len = max_cache_len
         self.sparse = sparse
@@ -42,6 +41,7 @@ class PagedStorage:
         self.dropped: list[int] | None = None
         self._grows = pool is None
         self._pool = pool
+        self._came: torch.dtype | None = None
         self._pages: PagedKVCache | None = None
         self._epoch = 0  # counts changes that are no appends
         self._padding: tuple[int, int, list[int]] | None = None  # of the columns to come
@@ -57,6 +57,11 @@ class PagedStorage:
         if self._pages is None:
             raise RuntimeError("WinnowCache: there are no pages before the first forward pass")
         return self._pages
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Of the keys and values as they are read; codes give what came, None before anything."""
+        return self._came if self.pool.quantised else self.pool.dtype
 
     @property
     def rows(self) -> int:
@@ -128,6 +133,7 @@ class PagedStorage:
         start = self.columns[layer]
         if self._pages is None or (len(key) != self.rows and not any(self.columns)):
             self._create(key, value)
+        self._came = key.dtype
         padding = lengths = None
         if self._padding is not None and self._padding[:2] == (start, tokens):
             # Real tokens come first, because append stores the first ones of each row.
@@ -166,7 +172,6 @@ class PagedStorage:
                 device=key.device,
                 summaries=self.sparse.summary if self.sparse else None,
             )
-        self.dtype = key.dtype if self._pool.quantised else self._pool.dtype
         self._hold(PagedKVCache(self._pool, rows))
 
     def _limit(self, rows: int) -> int | None:
