@@ -216,7 +216,7 @@ CASES: dict[str, Callable[[], object]] = {
     "state: expected memory of its own to gather in place": lambda: OP.gather_particles_(
         floats(1, 2).expand(3, 2), integers(3, dtype=torch.int64), 0
     ),
-    "seed: expected a 0-dim tensor, got shape (1,)": resample(seed_tensor=SEED[None]),
+    "seed: expected one number, got shape (1,)": resample(seed_tensor=SEED[None]),
     "log_weights: expected fewer than 2^31 particles": resample(log_weights=absent(0, 1 << 31)),
     "pinned: expected one particle per population (...)": resample(
         pinned=integers(3, dtype=torch.int64)
