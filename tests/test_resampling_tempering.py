@@ -140,7 +140,9 @@ def test_monotone_in_the_target_and_within_bounds(values, targets, beta, carried
     )
     assert beta < near <= 1.0
     assert beta < far <= 1.0
-    assert near <= far * (1 + 1e-6)
+    # What dies at any step is counted in the share for one target and perhaps not for the other.
+    if all(value > -INF for value in values):
+        assert near <= far * (1 + 1e-6)
 
 
 def test_beta_broadcasts_and_decides_the_dtype():

@@ -27,7 +27,7 @@ def next_temperature(
     the more so the fewer particles matter. The result is where the effective sample size of these
     factors has fallen to ``target_ess * K``, or ``max_beta`` exactly where it stays above (Jasra,
     Stephens, Doucet and Tsagaris 2011; Zhou, Johansen and Aston 2016). It decreases in
-    ``target_ess``.
+    ``target_ess`` where no likelihood is zero.
 
     It is found by a bracketed search to the rounding of the result, population by population, with
     every step inside one call; the size at the result is at least the target (but for rounding).
@@ -36,9 +36,9 @@ def next_temperature(
     Args:
         log_likelihood: ``(..., K)`` natural logs, float32, bfloat16, float16 or float64; each
             leading index is an independent population. NaN counts as -inf. A particle at -inf is
-            gone at any step: where the others are too few for the target, it is taken as a share of
-            them. Those at +inf are all that is left at any step. Where all are -inf, or all equal,
-            the result is ``max_beta``.
+            gone at any step: where the others are too few for the target, the target is taken as a
+            share of them. Those at +inf are all that is left at any step. Where all are -inf, or
+            all equal, the result is ``max_beta``.
         beta: a number or float32 or float64 numbers that broadcast to ``(...)``.
         target_ess: a share in (0, 1]. With 1 every step is too far, unless all are equal.
         log_weights: ``(..., K)`` weights carried, of the likelihoods' dtype: then the size is the
