@@ -206,7 +206,7 @@ def test_opcheck_and_compile():
         (lambda x: next_temperature(x, torch.tensor(0), 0.5), "beta: .*got torch.int64"),
         (lambda x: next_temperature(x, 0.0, 0.0), r"target_ess: .*\(0, 1\], got 0"),
         (lambda x: next_temperature(x, 0.0, NAN), r"target_ess: .*\(0, 1\], got nan"),
-        (lambda x: next_temperature(x, 0.0, None), "target_ess: expected a number, got NoneType"),
+        (lambda x: next_temperature(x, 0.0, None), "target_ess: expected a number, got None"),
         (lambda x: next_temperature(x, 0.0, 0.5, max_beta=INF), "max_beta: .*finite.*got inf"),
         (
             lambda x: next_temperature(x, 0.0, 0.5, log_weights=x[:1]),

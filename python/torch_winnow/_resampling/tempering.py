@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from torch_winnow._arguments import is_number
 from torch_winnow._fake import check_same_device, register_fake
 from torch_winnow._resampling import autograd
-from torch_winnow._resampling.weights import is_number, require_tensor, statistics_dtype
+from torch_winnow._resampling.weights import require_tensor, statistics_dtype
 
 _next_temperature = torch.ops.winnow.next_temperature
 
@@ -64,9 +65,9 @@ def next_temperature(
     if log_weights is not None:
         require_tensor("log_weights", log_weights, "a floating tensor (..., K)")
         log_weights = log_weights.detach()
-    for name, number in (("target_ess", target_ess), ("max_beta", max_beta)):
-        if not is_number(number):
-            raise ValueError(f"{name}: expected a number, got {type(number).__name__}")
+    for name, value in (("target_ess", target_ess), ("max_beta", max_beta)):
+        if not is_number(value):
+            raise ValueError(f"{name}: expected a number, got {value!r}")
     population = log_likelihood.shape[:-1]
     dtype = statistics_dtype(log_likelihood.dtype)
     if isinstance(beta, Tensor):
