@@ -146,8 +146,8 @@ class BlockPool:
         self.key_scales: Tensor | None = None
         self.value_scales: Tensor | None = None
         if self.quantised:
-            self.key_scales = torch.zeros(*shape[:3], device=device)
-            self.value_scales = torch.zeros(*shape[:3], device=device)
+            self.key_scales = torch.zeros(*shape[:3], dtype=torch.float32, device=device)
+            self.value_scales = torch.zeros(*shape[:3], dtype=torch.float32, device=device)
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         self.summary_kind = summaries
         self.summaries: Tensor | None = None
