@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, NoReturn, SupportsIndex, TypeVar
 
 import torch
 from torch import Tensor
@@ -304,6 +304,13 @@ class BlockPool:
             ValueError: on a block that the pool does not have.
         """
         return self._native.owners(integer("block", block))
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        # What copy.copy, copy.deepcopy and pickle ask for.
+        raise TypeError(
+            "BlockPool: a pool whose blocks belong to caches is neither copied nor pickled; make "
+            "another of the same sizes"
+        )
 
     def __repr__(self) -> str:
         return (
