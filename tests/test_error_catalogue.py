@@ -42,6 +42,7 @@ STATES = (
     "{}: follows from the model",
     "{}: needs the logits themselves",
     "{}: score_span sets or cannot use it",
+    "BlockPool: ",
     "PagedKVCache: ",
     "WinnowCache: ",
     "attention_mask: shows columns",

@@ -131,6 +131,8 @@ def test_copies_are_refused_and_fork_is_named(duplicate):
     cache = make_cache()
     with pytest.raises(TypeError, match=r"fork\(range\(batch_size\)\)"):
         duplicate(cache)
+    with pytest.raises(TypeError, match="BlockPool: .* neither copied nor pickled"):
+        duplicate(cache.pool)
     twin = cache.fork(range(cache.batch_size))  # what the message advises
     twin.append(0, *torch.zeros(2, 2, 1, 1, 4))
     assert (cache.seq_lens.tolist(), twin.seq_lens.tolist()) == ([3, 3], [4, 4])

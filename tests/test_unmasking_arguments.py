@@ -235,3 +235,9 @@ def select(score=None, mask=None, window=None):
     score = torch.zeros(1, 1) if score is None else score
     mask = torch.ones(1, 1, dtype=torch.bool) if mask is None else mask
     select_positions(score, mask, EntropyThreshold(0.2), window=window)
+
+
+def test_a_model_is_a_function():
+    """The logits in its place, say."""
+    with pytest.raises(ValueError, match="model: expected a function of tokens, got Tensor"):
+        generate(torch.zeros(1, 4, 9), torch.full((1, 4), 9), mask_id=9, rule=TopK(1))

@@ -19,6 +19,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     assert_type(out, Tensor)
     both = attention.cat_attention(query, key, value, block_size=4, return_lse=True)
     assert_type(both, tuple[Tensor, Tensor])
+    either = attention.cat_attention(query, key, value, block_size=4, return_lse=len(query) > 1)
+    assert_type(either, Tensor | tuple[Tensor, Tensor])
     merged, lse = attention.merge_attention([out, both[0]], [both[1], both[1]])
     return merged * lse.exp().unsqueeze(-1)
 

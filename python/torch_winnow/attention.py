@@ -57,6 +57,16 @@ def cat_attention(
     scale: float | None = ...,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
+@overload
+def cat_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    block_size: int,
+    scale: float | None = ...,
+    return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def cat_attention(
     query: Tensor,
     key: Tensor,
@@ -133,6 +143,22 @@ def chunk_attention(
     cu_seqlens: Tensor | None = ...,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
+@overload
+def chunk_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    slot_key: Tensor,
+    slot_value: Tensor,
+    *,
+    chunk_size: int,
+    slots_per_chunk: int = ...,
+    initial_slots: int = ...,
+    lookback: int = ...,
+    scale: float | None = ...,
+    cu_seqlens: Tensor | None = ...,
+    return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def chunk_attention(
     query: Tensor,
     key: Tensor,
@@ -238,6 +264,17 @@ def block_diagonal_attention(
     scale: float | None = ...,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
+@overload
+def block_diagonal_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    block_size: int,
+    causal: bool = ...,
+    scale: float | None = ...,
+    return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def block_diagonal_attention(
     query: Tensor,
     key: Tensor,

@@ -51,6 +51,24 @@ def paged_attention(
     value_scales: Tensor | None = ...,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
+@overload
+def paged_attention(
+    query: Tensor,
+    key_pages: Tensor,
+    value_pages: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    *,
+    causal: bool = ...,
+    block_indices: Tensor | None = ...,
+    window: int | None = ...,
+    sinks: int = ...,
+    key_bias: Tensor | None = ...,
+    scale: float | None = ...,
+    key_scales: Tensor | None = ...,
+    value_scales: Tensor | None = ...,
+    return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def paged_attention(
     query: Tensor,
     key_pages: Tensor,

@@ -35,7 +35,7 @@ def compact(cache: PagedKVCache, keep: Tensor) -> None:
             f"{lengths.amax((0, 2)).tolist()} in the rows"
         )
     # Behind the first token that moves, in any head or layer, all others move.
-    place = torch.arange(keep.shape[3])
+    place = torch.arange(keep.shape[3], device="cpu")
     moves = (held & (keep != place)).any(0).any(1)
     targets = torch.where(moves, place, -1)
     pool = cache.pool

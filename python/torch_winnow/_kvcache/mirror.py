@@ -15,7 +15,8 @@ def is_apart(device: torch.device) -> bool:
 
 def pinned(tensor: Tensor, device: torch.device) -> Tensor:
     """A copy on the host from which the device can copy while the host goes on."""
-    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=device.type == "cuda")
+    pin = device.type == "cuda"
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=pin)
     return copy.copy_(tensor)
 
 
@@ -41,18 +42,18 @@ class TableMirror:
         self._native = native
         self._device = device
         self.is_apart = is_apart(device)
-        self._host_lengths = torch.zeros(rows, dtype=torch.int32)
+        self._host_lengths = torch.zeros(rows, dtype=torch.int32, device="cpu")
         self.lengths = self._host_lengths
         if self.is_apart:
             self.lengths = torch.zeros(rows, dtype=torch.int32, device=device)
-        self._staged = self._positions = torch.empty(0, 0, dtype=torch.int64)
+        self._staged = self._positions = torch.empty(0, 0, dtype=torch.int64, device="cpu")
         self._reserve(native.width)
         self.follow()
 
     def _reserve(self, width: int) -> None:
         """Give the native table a tensor of ``width`` columns to keep in step."""
         shape = self._host_lengths.shape[0], width
-        self._host_table = torch.empty(shape, dtype=torch.int32)
+        self._host_table = torch.empty(shape, dtype=torch.int32, device="cpu")
         self._wide = self._host_table
         if self.is_apart:
             self._wide = torch.empty(shape, dtype=torch.int32, device=self._device)

@@ -32,7 +32,7 @@ def mark_written(*pages: Tensor) -> None:
 
 def copy_blocks(pool: BlockPool, sources: list[int], targets: list[int]) -> None:
     """Copy all that blocks own, in every layer."""
-    source, target = (sent(torch.tensor(x), pool.device) for x in (sources, targets))
+    source, target = (sent(torch.tensor(x, device="cpu"), pool.device) for x in (sources, targets))
     _copy_blocks_(pool.key_pages, pool.value_pages, source, target)
     mark_written(pool.key_pages, pool.value_pages)
     for name, pages in pool._pages().items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, NoReturn, SupportsIndex, TypeVar
 
 import torch
 from torch import Tensor
@@ -139,8 +139,8 @@ class BlockPool:
         self.key_scales: Tensor | None = None
         self.value_scales: Tensor | None = None
         if self.quantised:
-            self.key_scales = torch.zeros(*shape[:3], device=device)
-            self.value_scales = torch.zeros(*shape[:3], device=device)
+            self.key_scales = torch.zeros(*shape[:3], dtype=torch.float32, device=device)
+            self.value_scales = torch.zeros(*shape[:3], dtype=torch.float32, device=device)
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         self.summary_kind = summaries
         self.summaries: Tensor | None = None
@@ -297,6 +297,13 @@ class BlockPool:
             ValueError: on a block that the pool does not have.
         """
         return self._native.owners(integer("block", block))
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        # What copy.copy, copy.deepcopy and pickle ask for.
+        raise TypeError(
+            "BlockPool: a pool whose blocks belong to caches is neither copied nor pickled; make "
+            "another of the same sizes"
+        )
 
     def __repr__(self) -> str:
         return (

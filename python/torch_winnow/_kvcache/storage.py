@@ -95,7 +95,7 @@ class PagedKVCache:
         self._mirror = TableMirror(native, batch_size, pool.device)
         # What an append has to follow: on the CPU lengths and table are the native table's own.
         self._followed = _RESHAPED | _MOVED if self._mirror.is_apart else _RESHAPED
-        self._positions = torch.empty(batch_size, 1, dtype=torch.int64)
+        self._positions = torch.empty(batch_size, 1, dtype=torch.int64, device="cpu")
         self._positions_address = self._positions.data_ptr()
 
     @property
@@ -141,7 +141,7 @@ class PagedKVCache:
         if tokens == self._positions.shape[1]:
             positions, address = self._positions, self._positions_address
         else:
-            positions = torch.empty(self.batch_size, tokens, dtype=torch.int64)
+            positions = torch.empty(self.batch_size, tokens, dtype=torch.int64, device="cpu")
             address = positions.data_ptr()
         counts = None if lengths is None else integers("lengths", lengths)
         self._check_not_waiting()
@@ -153,7 +153,7 @@ class PagedKVCache:
             if changes & _COPIES:
                 self._copy()
             if changes & _FRESH and pool.quantised:
-                fresh = sent(torch.tensor(self._native.fresh), pool.device)
+                fresh = sent(torch.tensor(self._native.fresh, device="cpu"), pool.device)
                 pages.start_anew(pool, slice(None), fresh)
             self._store(layer, key, value, positions)
 

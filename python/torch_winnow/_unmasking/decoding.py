@@ -132,7 +132,7 @@ class Decoding:
         self.tokens = tokens.clone()
         self.step = 0
         self.step_map = torch.full((batch, length), -1, dtype=torch.int64, device=device)
-        self.entropies = torch.zeros(batch, length, device=device)
+        self.entropies = torch.zeros(batch, length, dtype=torch.float32, device=device)
         self._masked = tokens == self.mask_id
         self._given = ~self._masked
         self._changed = torch.ones_like(self._masked)

@@ -92,6 +92,8 @@ def generate(
         generator=generator,
         **logit_stats_options,
     )
+    if not callable(model):
+        raise ValueError(f"model: expected a function of tokens, got {type(model).__name__}")
     guided = bool(logit_stats_options.get("cfg_scale"))
     if guided and context:
         raise ValueError(

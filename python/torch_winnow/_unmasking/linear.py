@@ -170,7 +170,7 @@ def _selected(
             raise ValueError(
                 f"suppress_ids: expected ids in [0, {vocab}), got {low if low < 0 else high}"
             )
-    keys = torch.arange(rows.shape[0])
+    keys = torch.arange(rows.shape[0], device="cpu")
     if counts is not None:
         keys = counts.nonzero()[:, 0]
         target = None if target is None else target[keys]

@@ -103,7 +103,7 @@ def seed_tensor(seed: int | Tensor | None, generator: torch.Generator | None) ->
         )
     if seed is None or isinstance(seed, Tensor):
         return seed
-    return torch.tensor(integer("seed", seed), dtype=torch.int64)
+    return torch.tensor(integer("seed", seed), dtype=torch.int64, device="cpu")
 
 
 def id_tensor(ids: Tensor | Sequence[int] | None, like: Tensor) -> Tensor | None:

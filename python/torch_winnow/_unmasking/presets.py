@@ -147,11 +147,11 @@ def dream(
             raise ValueError(f"alg_temp: expected None with alg='origin', got {alg_temp}")
         return {"rule": Remasking(steps), **options}
     # In float32, as published: the integer parts are those of float32 products.
-    time = torch.linspace(1, eps, steps + 1)
+    time = torch.linspace(1, eps, steps + 1, dtype=torch.float32, device="cpu")
     counts = []
     for i in range(steps):
         share = 1 - time[i + 1] / time[i]
-        count = int(torch.tensor(float(left)) * share) if i < steps - 1 else left
+        count = int(left * share) if i < steps - 1 else left
         if count:
             counts.append(count)
         left -= count

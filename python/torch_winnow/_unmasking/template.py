@@ -67,18 +67,18 @@ class Template:
                 if name in spans:
                     raise ValueError(f"parts: expected every name once, got {name!r} twice")
                 spans[name] = (at, at + size)
-                piece = torch.full((size,), integer("mask_id", self.mask_id))
+                piece = torch.full((size,), integer("mask_id", self.mask_id), device="cpu")
             else:
                 piece = _ids("parts", part)
             pieces.append(piece)
             at += len(piece)
-        empty = torch.zeros(0, dtype=torch.int64)
+        empty = torch.zeros(0, dtype=torch.int64, device="cpu")
         object.__setattr__(self, "tokens", torch.cat([empty, *pieces]))
         object.__setattr__(self, "spans", spans)
 
     def positions(self, *names: str) -> Tensor:
         """``(L,)`` bool, true inside the named spans."""
-        inside = torch.zeros(len(self.tokens), dtype=torch.bool)
+        inside = torch.zeros(len(self.tokens), dtype=torch.bool, device="cpu")
         for name in names:
             start, end = self._span(name)
             inside[start:end] = True
@@ -122,7 +122,7 @@ def _ids(name: str, value: Any) -> Tensor:
             )
         return value.to("cpu", torch.int64)
     try:
-        return torch.tensor([integer(name, i) for i in value], dtype=torch.int64)
+        return torch.tensor([integer(name, i) for i in value], dtype=torch.int64, device="cpu")
     except (TypeError, ValueError):
         raise ValueError(f"{name}: expected token ids, got {value!r}") from None
 
@@ -208,7 +208,7 @@ def score_span(
     key = seed_tensor(seed, generator)
     key = None if key is None else key.to(tokens.device)
     current = tokens.masked_fill(masked, mask_id)
-    log_probs = torch.zeros(tokens.shape, device=tokens.device)
+    log_probs = torch.zeros(tokens.shape, dtype=torch.float32, device=tokens.device)
     calls = 0
     while bool(masked.any()):
         logits = logits_of(model(current.clone()))

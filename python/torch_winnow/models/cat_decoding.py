@@ -9,7 +9,7 @@ from torch import Tensor
 
 from torch_winnow.kvcache import PagedKVCache
 from torch_winnow.models.cat import CompressAttendTransformer
-from torch_winnow.models.decoding import Decoding, last
+from torch_winnow.models.decoding import Decoding, host_range, last
 
 __all__ = ["CATDecoding"]
 
@@ -43,7 +43,7 @@ class CATDecoding(Decoding):
         batch, longest = prompt.shape
         most = longest // chunk_size
         full, tail = lengths // chunk_size, lengths % chunk_size
-        column = torch.arange(chunk_size)
+        column = host_range(chunk_size)
         self._forks: _Forks | None = None
         self._chunk = prompt.new_zeros((batch, chunk_size))
         if longest:
@@ -56,20 +56,20 @@ class CATDecoding(Decoding):
             parts.append(model.separator(chunk_size).expand(batch, 1, -1))
         parts.append(model.embedding(prompt))
         counts = full + self._lead + tail
-        row = torch.arange(int(counts.max()) if batch else 0)
+        row = host_range(int(counts.max()) if batch else 0)
         after = row - full[:, None]  # 0 at the last vector
         token = most + full[:, None] * chunk_size + after
         index = torch.where(after <= 0, row, torch.where(after < self._lead, most + after, token))
         index = torch.where(row < counts[:, None], index, 0)
         rows = torch.cat(parts, dim=1)
-        rows = rows[torch.arange(batch)[:, None], index]
+        rows = rows[host_range(batch)[:, None], index]
         positions = self._positions(torch.minimum(row, full[:, None]), after.clamp(min=0))
         self.logits = model.head(self._prefill(rows, positions, counts))
 
     def _step(self, tokens: Tensor) -> Tensor:
         model = self._model
         done, offset = self.lengths // self._size, self.lengths % self._size
-        self._chunk[torch.arange(len(tokens)), offset] = tokens
+        self._chunk[host_range(len(tokens)), offset] = tokens
         turns = offset + 1 == self._size
         rows = model.embedding(tokens).unsqueeze(1)
         counts = None
@@ -77,7 +77,7 @@ class CATDecoding(Decoding):
         if turns.any():
             rows, counts = self._turn_chunks(rows, turns, done + 1)
             done, first = done + turns, torch.where(turns, 0, first)
-        positions = self._positions(done[:, None], first[:, None] + torch.arange(rows.shape[1]))
+        positions = self._positions(done[:, None], first[:, None] + host_range(rows.shape[1]))
         hidden = last(self._extend(rows, positions, counts), counts)
         return model.head(hidden)  # type: ignore[no-any-return]
 
@@ -88,12 +88,12 @@ class CATDecoding(Decoding):
         total = offset + counts
         # Each chunk's tokens from its begin on, those before the extension included.
         chunks = torch.cat((self._chunk, self._chunk.new_zeros((batch, longest))), dim=1)
-        chunks[torch.arange(batch)[:, None], offset[:, None] + torch.arange(longest)] = tokens
+        chunks[host_range(batch)[:, None], offset[:, None] + host_range(longest)] = tokens
 
         number = total // size + 1
         first = number.cumsum(0) - number
-        owner = torch.arange(batch).repeat_interleave(number)
-        turn = torch.arange(len(owner)) - first[owner]  # chunk ends that the fork has passed
+        owner = host_range(batch).repeat_interleave(number)
+        turn = host_range(len(owner)) - first[owner]  # chunk ends that the fork has passed
         forks = _Forks(self.cache.fork(owner), first, chunks)
         rows, positions, own = self._fork_rows(chunks, done, offset, total, owner, turn)
 
@@ -110,7 +110,7 @@ class CATDecoding(Decoding):
         self.cache = forks.cache.fork(first + number - 1)
         self._chunk = forks.chunk(total, size)
 
-        after = offset[:, None] + torch.arange(1, longest + 1)
+        after = offset[:, None] + host_range(1, longest + 1)
         after = after.minimum(total[:, None])
         into = after // size
         # A chunk's last token has no row: what follows it is read off the next chunk's first rows.
@@ -138,11 +138,11 @@ class CATDecoding(Decoding):
         batch, width = chunks.shape
         passed = total // size
         ends = int(passed.max())
-        finished = torch.arange(ends) < passed[:, None]
+        finished = host_range(ends) < passed[:, None]
         vectors = model.embedding.weight.new_empty((0, model.embedding.weight.shape[1]))
         if finished.any():
             full = chunks[:, : ends * size].view(batch, ends, size)[finished].unsqueeze(1)
-            places = (done[:, None] + torch.arange(ends))[finished].unsqueeze(1)
+            places = (done[:, None] + host_range(ends))[finished].unsqueeze(1)
             vectors = model.compressor(full, places).flatten(0, 1)
         begin = passed.cumsum(0) - passed  # a sequence's first vector
         parts = [vectors]
@@ -153,7 +153,7 @@ class CATDecoding(Decoding):
         lead = torch.where(turn > 0, turn + self._lead - 1, 0)
         start = torch.where(turn > 0, 0, offset[owner])  # place in the chunk of the first token
         own = lead + (total[owner] - turn * size).clamp(max=size - 1) - start
-        row = torch.arange(int(own.max()))
+        row = host_range(int(own.max()))
         place = row - lead[:, None] + start[:, None]
         token = len(vectors) + self._lead - 1 + owner[:, None] * width
         token = token + turn[:, None] * size + place
@@ -231,6 +231,6 @@ class _Forks(NamedTuple):
 
     def chunk(self, total: Tensor, size: int) -> Tensor:
         """The tokens ``(B, C)`` of the chunk that ``total (B,)`` tokens reach into."""
-        column = (total // size * size)[:, None] + torch.arange(size)
+        column = (total // size * size)[:, None] + host_range(size)
         column = column.clamp(max=self.chunks.shape[1] - 1)
         return self.chunks.gather(1, column.to(self.chunks.device))

@@ -81,7 +81,7 @@ def check_lengths(
     """How many tokens of each row count, as ``(B,)`` int64 on the CPU; all of them where None."""
     batch, longest = prompt.shape
     if lengths is None:
-        return torch.full((batch,), longest)
+        return torch.full((batch,), longest, device="cpu")
     result = _one_per_sequence(name, lengths, batch)
     if batch and not 0 <= int(result.min()) <= int(result.max()) <= longest:
         raise ValueError(
@@ -169,11 +169,11 @@ class Decoding(ABC):
         before, first = self.lengths, self.logits
         self._settle(number)
         # What does not count may be anything, -1 too.
-        own = torch.arange(tokens.shape[1]) < number[:, None]
+        own = host_range(tokens.shape[1]) < number[:, None]
         after = self._append(torch.where(own.to(tokens.device), tokens, 0).long(), number)
         if counts is not None:
-            index = torch.arange(tokens.shape[1]).minimum(number[:, None] - 1).clamp(min=0)
-            after = after[torch.arange(batch)[:, None], index]
+            index = host_range(tokens.shape[1]).minimum(number[:, None] - 1).clamp(min=0)
+            after = after[host_range(batch)[:, None], index]
             after[number == 0] = first[number == 0].unsqueeze(1)
         self._extension = _Extension(before, first, after)
         self.lengths = before + number
@@ -212,13 +212,13 @@ class Decoding(ABC):
         cache = self.cache.fork(parents)
         self._settle(0)
         self.cache = cache
-        self._select(torch.as_tensor(parents, dtype=torch.int64))
+        self._select(torch.as_tensor(parents, dtype=torch.int64, device="cpu"))
 
     def permute_(self, ancestors: Sequence[int] | Tensor) -> None:
         """Sequence i goes on as a copy of ``ancestors[i]``; as many as before, sharing pages."""
         self.cache.permute_(ancestors)
         self._settle(0)
-        self._select(torch.as_tensor(ancestors, dtype=torch.int64))
+        self._select(torch.as_tensor(ancestors, dtype=torch.int64, device="cpu"))
 
     @property
     def cache_bytes(self) -> int:
@@ -270,7 +270,7 @@ class Decoding(ABC):
         cache, count = self.cache, rows.shape[1]
         # paged_attention takes the last T positions of a sequence: shorter ones move to the right.
         shift = None if counts is None else count - counts
-        column = torch.arange(count)
+        column = host_range(count)
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             cache.append(layer, key, value, lengths=counts)
@@ -294,8 +294,13 @@ class _Extension(NamedTuple):
 
     def logits_at(self, lengths: Tensor) -> Tensor:
         kept = lengths - self.before
-        logits = self.after[torch.arange(len(kept)), (kept - 1).clamp(min=0)]
+        logits = self.after[host_range(len(kept)), (kept - 1).clamp(min=0)]
         return torch.where((kept > 0).to(logits.device)[:, None], logits, self.first)
+
+
+def host_range(*bounds: int) -> Tensor:
+    """``torch.arange`` where the bookkeeping lives, whatever the default device is."""
+    return torch.arange(*bounds, device="cpu")
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:
@@ -308,7 +313,7 @@ def last(hidden: Tensor, counts: Tensor | None) -> Tensor:
     """Each sequence's last of its ``counts`` rows."""
     if counts is None:
         return hidden[:, -1]
-    return hidden[torch.arange(len(counts)), counts - 1]
+    return hidden[host_range(len(counts)), counts - 1]
 
 
 def draw(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:

@@ -19,6 +19,7 @@ from torch_winnow.models.decoding import (
     check_length,
     check_lengths,
     fork_blocks,
+    host_range,
     make_pool,
     sample,
 )
@@ -138,7 +139,7 @@ class DenseDecoding(Decoding):
         super().__init__(model.stack, cache, lengths, model.config.max_tokens)
         self._model = model
         rows = model.rows(prompt)
-        self.logits = model.head(self._prefill(rows, torch.arange(rows.shape[1]), lengths + 1))
+        self.logits = model.head(self._prefill(rows, host_range(rows.shape[1]), lengths + 1))
 
     def _step(self, tokens: Tensor) -> Tensor:
         rows = self._model.embedding(tokens).unsqueeze(1)
@@ -146,7 +147,7 @@ class DenseDecoding(Decoding):
         return self._model.head(self._extend(rows, positions)[:, -1])  # type: ignore[no-any-return]
 
     def _append(self, tokens: Tensor, counts: Tensor) -> Tensor:
-        place = torch.arange(1, tokens.shape[1] + 1).minimum(counts[:, None])
+        place = host_range(1, tokens.shape[1] + 1).minimum(counts[:, None])
         positions = self.lengths[:, None] + place
         rows = self._model.embedding(tokens)
         return self._model.head(self._extend(rows, positions, counts))  # type: ignore[no-any-return]

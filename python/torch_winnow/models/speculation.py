@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torch_winnow.models.decoding import Decoding, check_sampling, draw
+from torch_winnow.models.decoding import Decoding, check_sampling, draw, host_range
 from torch_winnow.unmasking import speculative_verify
 
 __all__ = ["Speculation", "speculative_sample"]
@@ -93,7 +93,7 @@ def speculative_sample(
     start = target.lengths
     batch = len(start)
     tokens = torch.zeros((batch, num_tokens), dtype=torch.int64, device=target.logits.device)
-    drafted, accepted = (torch.zeros(batch, dtype=torch.int64) for _ in range(2))
+    drafted, accepted = (torch.zeros(batch, dtype=torch.int64, device="cpu") for _ in range(2))
     calls = 0
     if not num_tokens or not batch:
         return Speculation(tokens, calls, drafted, accepted)
@@ -102,11 +102,11 @@ def speculative_sample(
         """Tokens up to ``end`` that were drawn and that the decoding does not hold; how many."""
         begin = decoding.lengths - start
         counts = (end - begin).clamp(min=0)
-        index = begin[:, None] + torch.arange(int(counts.max()))
-        return tokens[torch.arange(batch)[:, None], index.clamp(max=num_tokens - 1)], counts
+        index = begin[:, None] + host_range(int(counts.max()))
+        return tokens[host_range(batch)[:, None], index.clamp(max=num_tokens - 1)], counts
 
     tokens[:, 0] = draw(target.logits, temperature, generator)
-    made = torch.ones(batch, dtype=torch.int64)
+    made = torch.ones(batch, dtype=torch.int64, device="cpu")
     while (left := num_tokens - made).any():
         active = left > 0
         # The target adds a token of its own to those that it accepts.
@@ -127,7 +127,7 @@ def speculative_sample(
         found = torch.where(active, step.accepted.cpu(), 0)
         kept = found + active
         target.truncate_(before + kept)
-        column = torch.arange(step.tokens.shape[1])
+        column = host_range(step.tokens.shape[1])
         row, place = (column < kept[:, None]).nonzero(as_tuple=True)
         tokens[row, made[row] + place] = step.tokens[row, place]
         made = made + kept

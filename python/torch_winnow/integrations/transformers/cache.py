@@ -316,7 +316,7 @@ class WinnowCache(Cache):  # type: ignore[misc]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row ``repeats`` times; the copies share its blocks."""
-        rows = torch.arange(max(0, self.storage.rows))
+        rows = torch.arange(max(0, self.storage.rows), device="cpu")
         self._take("repeats", rows.repeat_interleave(integer("repeats", repeats)))
 
     def _take(self, argument: str, rows: Tensor) -> None:

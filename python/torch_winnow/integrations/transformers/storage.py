@@ -111,7 +111,8 @@ class PagedStorage:
                 self._padding = offset, tokens, [max(0, pad - offset) for pad in padding]
             return True
         if self.dropped is not None:
-            hidden = ~mask if mask is not None else torch.zeros(len(dropped), offset + tokens)
+            columns = (len(dropped), offset + tokens)
+            hidden = ~mask if mask is not None else torch.zeros(columns, device="cpu")
             self.check_hidden(hidden)
         return False
 
@@ -139,7 +140,8 @@ class PagedStorage:
             # Real tokens come first, because append stores the first ones of each row.
             padding = self._padding[2]
             lengths = [tokens - pad for pad in padding]
-            order = sent(torch.tensor(padding)[:, None] + torch.arange(tokens), key.device)
+            column = torch.arange(tokens, device="cpu")
+            order = sent(torch.tensor(padding, device="cpu")[:, None] + column, key.device)
             rows = torch.arange(len(order), device=key.device)[:, None]
             key, value = (
                 x[rows, :, order.clamp(max=tokens - 1)].transpose(1, 2) for x in (key, value)
@@ -288,7 +290,7 @@ class PagedStorage:
         columns = self.columns[layer]
         if self.dropped is None:
             return taken(table).transpose(1, 2).flatten(2, 3)[:, :, :columns]
-        dropped = sent(torch.tensor(self.dropped), pages.device)
+        dropped = sent(torch.tensor(self.dropped, device="cpu"), pages.device)
         position = torch.arange(columns, device=pages.device) - dropped[:, None]
         stored = position.clamp(min=0)
         block = table.gather(1, stored // self.block_size)
