@@ -138,6 +138,15 @@ def on_thread_counts() -> Iterator[Callable[[Callable[[], object]], list[object]
 
 
 @pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For models so small that threads would only wait for one another."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def gpu() -> Iterator[torch.device]:
     """Where the CUDA kernels run: on a GPU, or else on CPU tensors, executed thread by thread."""
     if HAS_GPU:

@@ -20,6 +20,8 @@ from torch_winnow.models import (
 )
 from torch_winnow.models.training import Muon, Recipe, fit, next_token_loss
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TINY = StackConfig(width=16, depth=1, heads=2)
 
 
@@ -29,15 +31,6 @@ def loss(model, text, step, generator):
 
 
 JOB = train.Job("tiny", lambda: DenseDecoder(DenseConfig(TINY)), loss, Recipe(steps=3))
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Models this small would only wait for one another's threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -19,27 +19,20 @@ from torch_winnow.models import (
     sample,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CHUNK_SIZES = (1, 2, 4, 7, 16)
 LENGTH = 45  # several chunks of every size but the last, and a partial one at the end
 GROUPED = StackConfig(width=32, depth=2, heads=4, kv_heads=2)
 SMALL = StackConfig(width=16, depth=2, heads=2)
 
 
-def loud(model):
+def loud(model, std=0.3):
     """Weights so large that every connection shows: at the start layers are the identity."""
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
-        parameter.data.normal_(std=0.3, generator=generator)
+        parameter.data.normal_(std=std, generator=generator)
     return model.eval()
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Models this small would only wait for one another's threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 LAYOUTS = {

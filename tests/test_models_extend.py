@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from test_models import loud
 from torch_winnow.kvcache import BlockPool, BlockPoolExhausted
 from torch_winnow.models import (
     CATConfig,
@@ -16,28 +17,14 @@ from torch_winnow.models import (
     StackConfig,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CHUNK_SIZES = (1, 2, 4, 7, 16)
 LENGTH = 60
 BATCH = 5
 GROUPED = StackConfig(width=16, depth=2, heads=4, kv_heads=2)
 SMALL = StackConfig(width=8, depth=1, heads=2)
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Models this small would only wait for one another's threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def loud(model):
-    generator = torch.Generator().manual_seed(1)
-    for parameter in model.parameters():
-        parameter.data.normal_(std=0.3, generator=generator)
-    return model.eval()
 
 
 def cat_with(**layout):

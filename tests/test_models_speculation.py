@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 
+from test_models import loud
 from torch_winnow.models import (
     CATConfig,
     CompressAttendTransformer,
@@ -17,23 +18,9 @@ from torch_winnow.models import (
     speculative_sample,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SMALL = StackConfig(width=16, depth=1, heads=2)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Models this small would only wait for one another's threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def loud(model, std=0.3):
-    generator = torch.Generator().manual_seed(1)
-    for parameter in model.parameters():
-        parameter.data.normal_(std=std, generator=generator)
-    return model.eval()
 
 
 def started(model, prompt, total, draft_tokens, *, chunk_size=None, lengths=None):

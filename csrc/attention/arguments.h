@@ -2,11 +2,8 @@
 // kernels are told.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-
 #include <cmath>
 #include <optional>
-#include <vector>
 
 #include "attention/problem.h"
 #include "attention/run.h"

@@ -2,9 +2,6 @@
 // checked: what lies outside of the pages counts as no tokens.
 #pragma once
 
-#include <algorithm>
-#include <optional>
-
 #include "common/device.h"
 
 namespace winnow {

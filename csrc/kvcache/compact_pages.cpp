@@ -2,7 +2,6 @@
 // order. No token moves backwards, so each head's go one after another, in place.
 #include <torch/csrc/stable/library.h>
 
-#include <algorithm>
 #include <cstring>
 
 #include "common/checks.h"

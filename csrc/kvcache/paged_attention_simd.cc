@@ -8,7 +8,6 @@
 // scores never leave the L1 cache.
 #include "kvcache/paged_attention_simd.h"
 
-#include <limits>
 #include <type_traits>
 
 #include "common/dispatch_simd.h"

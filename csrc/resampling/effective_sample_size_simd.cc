@@ -4,7 +4,6 @@
 #include "resampling/effective_sample_size_simd.h"
 
 #include <limits>
-#include <type_traits>
 
 #include "common/dispatch_simd.h"
 #include "resampling/resample_simd.h"

@@ -3,8 +3,6 @@
 // decision to resample depend on their last bit. (Compiled without fused multiply-adds.)
 #pragma once
 
-#include <type_traits>
-
 #include "common/device.h"
 #include "resampling/exact.h"
 

@@ -5,7 +5,6 @@
 // third.
 #include <optional>
 #include <string>
-#include <tuple>
 
 #include "resampling/conditional_poisson.cuh"
 #include "resampling/sample_arguments.h"

@@ -1,7 +1,6 @@
 // winnow::trace_ancestors on the CPU: from the last generation back to the first, population by
 // population.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include "common/parallel.h"
 #include "resampling/trace_arguments.h"

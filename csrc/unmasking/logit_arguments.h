@@ -1,8 +1,6 @@
 // The arguments of logit_stats, checked alike on every device.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-
 #include <cmath>
 #include <optional>
 #include <vector>

@@ -64,7 +64,7 @@ void prepare(const LogitRequest& call, LogitProblem& problem, int64_t also_suppr
     view.unconditional_stride = arguments.unconditional->stride;
     view.guidance = arguments.guidance;
   }
-  problem.seed = call.seed ? seed_on_cpu(*call.seed) : 0;
+  problem.seed = call.seed ? host_seed(*call.seed) : 0;
 }
 
 void list_rows(LogitProblem& problem) {
@@ -90,13 +90,6 @@ void list_rows(LogitProblem& problem) {
                    rows.length, ") where mask is true, got ", *target);
     }
   }
-}
-
-uint64_t seed_on_cpu(const Tensor& seed) {
-  check_cpu("seed", seed);
-  check_dtype("seed", seed, ScalarType::Long);
-  check_dim("seed", seed, 0, "one number");
-  return static_cast<uint64_t>(*static_cast<const int64_t*>(seed.data_ptr()));
 }
 
 }  // namespace winnow

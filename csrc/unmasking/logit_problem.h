@@ -41,7 +41,4 @@ void list_rows(LogitProblem& problem);
 // Logits that nothing is applied to.
 LogitRows plain_rows(const Rows& rows);
 
-// A number that the host reads.
-uint64_t seed_on_cpu(const Tensor& seed);
-
 }  // namespace winnow

@@ -228,7 +228,7 @@ merge_logit_stats(const std::vector<Tensor>& parts, const std::vector<int64_t>& 
   check_parts(parts, starts, counts, has_previous, check_cpu);
   Merge merge = {};
   merge.options = logit_options(temperature, seed.has_value(), raw);
-  if (seed) merge.seed = seed_on_cpu(*seed);
+  if (seed) merge.seed = host_seed(*seed);
   merge.has_target = has_target;
   merge.has_previous = has_previous;
   const Tensor& like = parts.front();

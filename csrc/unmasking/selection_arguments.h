@@ -1,8 +1,6 @@
 // The arguments of a choice of positions, checked alike on every device.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-
 #include <optional>
 
 #include "common/checks.h"

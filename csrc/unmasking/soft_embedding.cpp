@@ -4,7 +4,6 @@
 #include "unmasking/soft_embedding.h"
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <cmath>

@@ -2,7 +2,6 @@
 // read only where the drafts before it were accepted, and blocks of the vocabulary are spread over
 // threads. Then the rows that stopped draw their token from what the drafts left of the target.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <cmath>
@@ -256,7 +255,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> speculative_verify(
   problem.drafts = sizes.drafts;
   problem.drafted = sizes.drafted;
   problem.temperature = temperature;
-  if (seed) problem.seed = seed_on_cpu(*seed);
+  if (seed) problem.seed = host_seed(*seed);
   check_indices(problem);
 
   const LogitRows target = plain_rows(problem.target_rows);

@@ -93,7 +93,7 @@ unmask_step(Tensor tokens, const Tensor& logits, int64_t mask_id, const std::opt
       {logits, rows, temperature, suppress_ids, target_ids, previous_logits, unconditional_logits,
        cfg_scale, top_k, top_p, min_p, seed, raw, std::nullopt, shift, std::nullopt},
       problem, mask_id);
-  const uint64_t lots = order_seed ? seed_on_cpu(*order_seed) : 0;
+  const uint64_t lots = order_seed ? host_seed(*order_seed) : 0;
 
   const Outputs out(shape(tokens), logits, target_ids.has_value(), previous_logits.has_value());
   const Tensor transfer = empty(shape(tokens), ScalarType::Bool, tokens);
