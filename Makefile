@@ -78,10 +78,10 @@ SANITIZED := $(filter-out $(UNSANITIZED),$(wildcard tests/test_*.py)) \
 # memory of threads lies at random where ThreadSanitizer wants its own: hence setarch. What pytest
 # captured of a process that a finding ends would be lost: hence --capture=sys.
 runtimes = LD_PRELOAD="$(foreach library,$(1) stdc++,$$(g++ -print-file-name=lib$(library).so))"
-UNDER_address = env $(call runtimes,asan ubsan) ASAN_OPTIONS=detect_leaks=0 \
+UNDER_address = env $(call runtimes,asan ubsan) ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
   UBSAN_OPTIONS=print_stacktrace=1
 UNDER_thread = setarch -R env $(call runtimes,tsan) OMP_NUM_THREADS=4 \
-  TSAN_OPTIONS=suppressions=tests/native/tsan.supp
+  TSAN_OPTIONS=suppressions=tests/native/tsan.supp:allocator_may_return_null=1
 
 sanitize:
 	$(MAKE) VENV=.venv-sanitize sanitized-address

@@ -29,7 +29,7 @@ BUDGET_S = 570.0
 # Every family's kernels, small; -k of pytest.
 SANITIZED = (
     "order or every_option_at_once or draws_are_those or key_bias or writes or block_copies"
-    " or selected_blocks or traces or uniforms or compacts or never_counts"
+    " or selected_blocks or traces or uniforms or compacts or never_counts or followed"
 )
 DESCRIBE = """
 import json, torch

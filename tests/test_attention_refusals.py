@@ -89,12 +89,12 @@ def test_the_definition_serves_forward_mode():
 @pytest.mark.parametrize("name", OF_ONE)
 def test_not_a_tensor(name):
     argument, function = OF_ONE[name]
-    with pytest.raises(ValueError, match=f"^{argument}: expected a tensor, got NoneType$"):
+    with pytest.raises(ValueError, match=f"^{argument}: expected a tensor, got None$"):
         function(None)
 
 
 def test_cu_seqlens_not_a_tensor():
-    with pytest.raises(ValueError, match="^cu_seqlens: expected a tensor, got list$"):
+    with pytest.raises(ValueError, match=r"^cu_seqlens: expected a tensor, got \[0, 8\]$"):
         chunk_attention(X, X, X, X, X, chunk_size=4, cu_seqlens=[0, 8])
 
 

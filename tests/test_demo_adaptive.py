@@ -34,9 +34,16 @@ def test_every_answer_is_in_the_context_once():
 
 @pytest.fixture
 def small(monkeypatch):
-    sizes = {"BATCH": 2, "PROMPT": 64, "ROUNDS": 2, "ROUND_TOKENS": 16, "WINDOWS": 3, "WINDOW": 70}
+    sizes = {
+        "_BATCH": 2,
+        "_PROMPT": 64,
+        "_ROUNDS": 2,
+        "_ROUND_TOKENS": 16,
+        "WINDOWS": 3,
+        "WINDOW": 70,
+    }
     for name, value in sizes.items():
-        monkeypatch.setattr(generation, f"_{name}", value)
+        monkeypatch.setattr(generation, name, value)
     monkeypatch.setattr(adaptive, "_TRIALS", 6)
     monkeypatch.setattr(adaptive, "_STEP_BYTES", 512)
     content = torch.randint(256, (1000,), dtype=torch.uint8)

@@ -22,9 +22,9 @@ TINY = StackConfig(width=16, depth=1, heads=2)
 
 @pytest.fixture
 def context(monkeypatch):
-    small = {"BATCH": 2, "PROMPT": 192, "ROUNDS": 2, "ROUND_TOKENS": 16, "WINDOWS": 3}
+    small = {"_BATCH": 2, "_PROMPT": 192, "_ROUNDS": 2, "_ROUND_TOKENS": 16, "WINDOWS": 3}
     for name, value in {**small, "WINDOW": 40}.items():
-        monkeypatch.setattr(generation, f"_{name}", value)
+        monkeypatch.setattr(generation, name, value)
     content = torch.randint(256, (1000,), dtype=torch.uint8)
     models = train.Models(
         CompressAttendTransformer(CATConfig(TINY, TINY, (4, 16))),

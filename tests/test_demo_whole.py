@@ -17,11 +17,11 @@ from torch_winnow.models import StackConfig
 
 TINY = StackConfig(width=16, depth=1, heads=2)
 SIZES = {
-    generation: {"BATCH": 2, "PROMPT": 64, "ROUNDS": 2, "ROUND_TOKENS": 32, "WINDOWS": 3},
-    infilling: {"WINDOWS": 3, "LENGTH": 24},
-    steering: {"PROMPTS": 2, "PARTICLES": 3, "NEW_BYTES": 16, "SEEDS": (0, 1)},
-    block_sparse: {"ROWS": 2, "CONTEXT": 200, "SCORED": 8},
-    train: {"DECODER": TINY, "COMPRESSOR": TINY},
+    generation: {"_BATCH": 2, "_PROMPT": 64, "_ROUNDS": 2, "_ROUND_TOKENS": 32, "WINDOWS": 3},
+    infilling: {"_WINDOWS": 3, "_LENGTH": 24},
+    steering: {"_PROMPTS": 2, "_PARTICLES": 3, "_NEW_BYTES": 16, "_SEEDS": (0, 1)},
+    block_sparse: {"_ROWS": 2, "_CONTEXT": 200, "_SCORED": 8},
+    train: {"_DECODER": TINY, "_COMPRESSOR": TINY},
 }
 
 
@@ -29,8 +29,8 @@ SIZES = {
 def small(monkeypatch):
     for module, sizes in SIZES.items():
         for name, value in sizes.items():
-            monkeypatch.setattr(module, f"_{name}", value)
-    monkeypatch.setattr(generation, "_WINDOW", 40)
+            monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(generation, "WINDOW", 40)
     monkeypatch.setattr(train, "STEP_BYTES", 2048)
     recipes = [dataclasses.replace(job.recipe, steps=2) for job in train.JOBS]
     jobs = zip(train.JOBS, recipes, strict=True)
@@ -66,7 +66,7 @@ def test_windows_grow_but_not_the_bytes_of_a_step(small):
     generator = torch.Generator().manual_seed(0)
     lengths = []
     for progress in (0.0, 0.5, 0.9):
-        windows = train._growing_windows(small, progress, generator)
+        windows = train.growing_windows(small, train.STEP_BYTES, progress, generator)
         assert windows.numel() == train.STEP_BYTES
         lengths.append(windows.shape[1])
     assert lengths == sorted(set(lengths))

@@ -204,7 +204,7 @@ def test_a_softcap_without_a_mask_is_causal():
     out = attend(query, key, value, None, softcap=2.0)
     near(attend(query, key, value, causal, softcap=2.0), out)
     near(out[:, 0], value.repeat_interleave(2, 1)[:, :, 0])  # the first sees itself
-    with pytest.raises(ValueError, match="position_bias: not supported together with a softcap"):
+    with pytest.raises(ValueError, match="position_bias: expected None together with a softcap"):
         attend(query, key, value, None, softcap=2.0, position_bias=torch.zeros(1))
 
 

@@ -14,6 +14,7 @@ from torch_winnow.kvcache import BlockPool, PagedKVCache
 
 SIZES = {"num_blocks": 8, "num_layers": 2, "num_kv_heads": 1, "head_dim": 4, "block_size": 4}
 HUGE = 2**63
+INTEGER = "(an integer|a 64-bit signed integer), got "
 
 
 def make_cache(rows=2, length=3):
@@ -25,18 +26,18 @@ def make_cache(rows=2, length=3):
 @pytest.mark.parametrize("argument", [*SIZES, "value_head_dim"])
 @pytest.mark.parametrize("wrong", ["a", 4.5, [4], torch.tensor(4.0), True, HUGE], ids=str)
 def test_sizes_of_a_pool_are_integers(argument, wrong):
-    with pytest.raises(ValueError, match=rf"^{argument}: expected an integer"):
+    with pytest.raises(ValueError, match=rf"^{argument}: expected {INTEGER}"):
         BlockPool(**{**SIZES, argument: wrong}, dtype=torch.float32)
 
 
 @pytest.mark.parametrize("wrong", ["a", 1.5, None, -HUGE - 1], ids=str)
 def test_a_cache_needs_a_pool_and_a_batch_size(wrong):
     pool = BlockPool(**SIZES, dtype=torch.float32)
-    with pytest.raises(ValueError, match="^batch_size: expected an integer"):
+    with pytest.raises(ValueError, match=f"^batch_size: expected {INTEGER}"):
         PagedKVCache(pool, wrong)
     with pytest.raises(ValueError, match="^pool: expected a BlockPool, got "):
         PagedKVCache(wrong, 1)
-    with pytest.raises(ValueError, match="^block: expected an integer"):
+    with pytest.raises(ValueError, match=f"^block: expected {INTEGER}"):
         pool.num_owners(wrong)
 
 
@@ -110,7 +111,7 @@ def test_tokens_are_tensors_and_a_layer_an_integer(method):
     where = [torch.zeros(2, 1, dtype=torch.int64)] if method == "write" else []
     call = getattr(cache, method)
     for wrong in ("a", 0.5, None, [0], HUGE):
-        with pytest.raises(ValueError, match="^layer: expected an integer"):
+        with pytest.raises(ValueError, match=f"^layer: expected {INTEGER}"):
             call(wrong, key, value, *where)
     with pytest.raises(ValueError, match="^key: expected a tensor, got None"):
         call(0, None, value, *where)

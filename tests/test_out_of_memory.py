@@ -34,10 +34,16 @@ CALLS: dict[str, Callable[[], object]] = {
     "unmasking": lambda: w.unmasking.select_positions(
         expanded(VAST, 4), expanded(VAST, 4, dtype=torch.bool), w.unmasking.ConfidenceThreshold(0.5)
     ),
+    "unmasking, a list of rows": lambda: w.unmasking.logit_stats(expanded(VAST, 4)),
     "kvcache": lambda: w.kvcache.block_summaries(
         expanded(1, VAST, 1, 4),
         torch.zeros(1, 1, dtype=torch.int32),
         torch.ones(1, dtype=torch.int32),
+    ),
+    "kvcache, a table to check": lambda: w.kvcache.block_summaries(
+        torch.zeros(1, 1, 1, 4),
+        expanded(1 << 20, 1 << 20, dtype=torch.int32),
+        torch.full((1 << 20,), 1 << 20, dtype=torch.int32),
     ),
 }
 

@@ -246,5 +246,5 @@ def test_errors_in_place():
 @pytest.mark.parametrize("gather", [gather_particles, gather_particles_])
 def test_dim_is_an_int(gather):
     for tree in (torch.zeros(3), [torch.zeros(3)]):
-        with pytest.raises(ValueError, match="dim: expected an int, got float"):
+        with pytest.raises(ValueError, match="dim: expected an integer, got"):
             gather(tree, torch.arange(3), dim=0.0)

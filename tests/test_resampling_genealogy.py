@@ -168,10 +168,10 @@ def test_backward_edges():
         backward_sample(torch.zeros(0), flat, torch.zeros(2, dtype=torch.int64))
     assert backward_sample(torch.zeros(2, 0), flat).shape == (2, 0)
     for options, message in (
-        ({"log_bound": "high"}, "log_bound: expected a number or None, got 'high'"),
-        ({"log_bound": float("nan")}, "log_bound: expected a number or None, got nan"),
+        ({"log_bound": "high"}, "log_bound: expected a number, got 'high'"),
+        ({"log_bound": float("nan")}, "log_bound: expected a number, got nan"),
         ({"log_bound": 0.0, "max_tries": -1}, "max_tries: expected at least 0, got -1"),
-        ({"log_bound": 0.0, "max_tries": 1.5}, "max_tries: expected an int, got float"),
+        ({"log_bound": 0.0, "max_tries": 1.5}, "max_tries: expected an integer, got 1.5"),
     ):
         with pytest.raises(ValueError, match=message):
             backward_sample(torch.zeros(3), flat, **options)

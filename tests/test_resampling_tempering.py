@@ -140,7 +140,9 @@ def test_monotone_in_the_target_and_within_bounds(values, targets, beta, carried
     )
     assert beta < near <= 1.0
     assert beta < far <= 1.0
-    assert near <= far * (1 + 1e-6)
+    # What dies at any step is counted in the share for one target and perhaps not for the other.
+    if all(value > -INF for value in values):
+        assert near <= far * (1 + 1e-6)
 
 
 def test_beta_broadcasts_and_decides_the_dtype():
@@ -204,7 +206,7 @@ def test_opcheck_and_compile():
         (lambda x: next_temperature(x, torch.tensor(0), 0.5), "beta: .*got torch.int64"),
         (lambda x: next_temperature(x, 0.0, 0.0), r"target_ess: .*\(0, 1\], got 0"),
         (lambda x: next_temperature(x, 0.0, NAN), r"target_ess: .*\(0, 1\], got nan"),
-        (lambda x: next_temperature(x, 0.0, None), "target_ess: expected a number, got NoneType"),
+        (lambda x: next_temperature(x, 0.0, None), "target_ess: expected a number, got None"),
         (lambda x: next_temperature(x, 0.0, 0.5, max_beta=INF), "max_beta: .*finite.*got inf"),
         (
             lambda x: next_temperature(x, 0.0, 0.5, log_weights=x[:1]),

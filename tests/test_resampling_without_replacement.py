@@ -227,7 +227,7 @@ def test_opcheck_of_inclusion_probabilities():
         ((torch.tensor(0.0), 1), {}, "log_weights: .*got a scalar"),
         ((torch.zeros(3), 4), {}, "k: expected 0 to K = 3, got 4"),
         ((torch.zeros(3), -1), {}, "k: expected 0 to K = 3, got -1"),
-        ((torch.zeros(3), 1.0), {}, "k: expected an int, got float"),
+        ((torch.zeros(3), 1.0), {}, "k: expected an integer, got 1.0"),
         ((torch.zeros(3), 1), {"design": "poisson"}, "design: .*pareto, got 'poisson'"),
         ((torch.zeros(3), 1), {"design": None}, "design: expected a name, got NoneType"),
         ((torch.zeros(3), 1), {"seed": 0.5}, "seed: expected an int"),

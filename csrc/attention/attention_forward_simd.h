@@ -28,9 +28,8 @@ struct RowTask {
   int64_t row, end;
 };
 
-// Early and late rows alternate: later ones see more, and threads get neighbouring units. static:
-// units with flags of their own must not share one copy.
-[[maybe_unused]] static constexpr RowTask row_task(const AttentionProblem& problem, int64_t unit) {
+// Early and late rows alternate: later ones see more, and threads get neighbouring units.
+constexpr RowTask row_task(const AttentionProblem& problem, int64_t unit) {
   const int64_t tasks = row_tasks(problem.pattern);
   const int64_t head = unit / tasks;
   const int64_t place = unit % tasks;

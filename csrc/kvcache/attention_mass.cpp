@@ -23,7 +23,6 @@ Tensor attention_mass(const Tensor& query, const Tensor& key_pages, const Tensor
                       std::optional<int64_t> window, int64_t sinks, std::optional<Tensor> key_bias,
                       std::optional<double> scale) {
   check_mass(query, key_pages, block_table, seq_lens, lse, window, sinks, key_bias, check_cpu);
-  check_rows(key_pages, block_table, seq_lens);
   const int64_t batch = query.size(0);
   const int64_t queries = query.size(2);
   const int64_t dim = query.size(3);
@@ -39,6 +38,7 @@ Tensor attention_mass(const Tensor& query, const Tensor& key_pages, const Tensor
   }
 
   Tensor mass = empty({batch, key_heads, width * block_size}, statistics_dtype(query), query);
+  check_rows(key_pages, block_table, seq_lens);
   for (int64_t d = 0; d < 3; ++d) call.lse_stride[d] = lse.stride(d);
   call.lse = lse.data_ptr();
   call.mass = mass.data_ptr();

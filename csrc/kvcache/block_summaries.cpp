@@ -69,12 +69,12 @@ Tensor block_summaries(const Tensor& key_pages, const Tensor& block_table, const
   const int64_t heads = key_pages.size(1);
   const int64_t block_size = key_pages.size(2);
   const int64_t dim = key_pages.size(3);
-  check_lengths_fit(seq_lens, width, block_size, "block_table");
-  check_blocks(block_table, seq_lens, key_pages.size(0), block_size);
 
   Shape sizes{batch, heads, width, dim};
   if (minmax) sizes = {batch, heads, width, 2, dim};
   Tensor result = empty(sizes, statistics_dtype(key_pages), key_pages);
+  check_lengths_fit(seq_lens, width, block_size, "block_table");
+  check_blocks(block_table, seq_lens, key_pages.size(0), block_size);
   const Keys keys(key_pages, key_scales);
   const auto* table = static_cast<const int32_t*>(block_table.data_ptr());
   const auto* lengths = static_cast<const int32_t*>(seq_lens.data_ptr());

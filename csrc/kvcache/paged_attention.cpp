@@ -221,10 +221,14 @@ std::tuple<Tensor, Tensor> paged_attention(
   const bool quantised =
       check_pages_and_scales(query, key_pages, value_pages, key_scales, value_scales, check_cpu);
   check_query_and_keys(query, key_pages, block_table, seq_lens, window, sinks, check_cpu);
-  check_rows(key_pages, block_table, seq_lens);
   const int64_t batch = query.size(0);
   const int64_t heads = query.size(1);
   const int64_t key_heads = key_pages.size(1);
+  const int64_t queries = query.size(2);
+  const int64_t value_dim = value_pages.size(3);
+  Tensor out = empty({batch, heads, queries, value_dim}, query.scalar_type(), query);
+  Tensor lse = empty({batch, heads, queries}, statistics_dtype(query), query);
+  check_rows(key_pages, block_table, seq_lens);
   PagedAttention call = describe_query_and_keys(query, key_pages, block_table, seq_lens, causal,
                                                 window, sinks, scale);
   if (quantised) {
@@ -254,10 +258,6 @@ std::tuple<Tensor, Tensor> paged_attention(
     call.bias_type = element_type(*key_bias);
   }
 
-  const int64_t queries = query.size(2);
-  const int64_t value_dim = value_pages.size(3);
-  Tensor out = empty({batch, heads, queries, value_dim}, query.scalar_type(), query);
-  Tensor lse = empty({batch, heads, queries}, statistics_dtype(query), query);
   call.value_pages = value_pages.data_ptr();
   for (int64_t d = 0; d < 3; ++d) call.value_stride[d] = value_pages.stride(d);
   call.value_dim = value_dim;

@@ -65,6 +65,11 @@ void prepare(const LogitRequest& call, LogitProblem& problem, int64_t also_suppr
     view.guidance = arguments.guidance;
   }
   problem.seed = call.seed ? seed_on_cpu(*call.seed) : 0;
+}
+
+void list_rows(LogitProblem& problem) {
+  const LogitArguments& arguments = problem.arguments;
+  const Rows& rows = arguments.rows;
   const bool* counts =
       arguments.mask ? static_cast<const bool*>(arguments.mask->data_ptr()) : nullptr;
   problem.active.clear();

@@ -30,9 +30,13 @@ struct LogitProblem {
   }
 };
 
-// All rows are active, or those of the mask. Views point into the problem: it must not be moved.
-// `also_suppressed`: one more id, ignored outside of the vocabulary.
+// All but the rows. Views point into the problem: it must not be moved. `also_suppressed`: one more
+// id, ignored outside of the vocabulary.
 void prepare(const LogitRequest& call, LogitProblem& problem, int64_t also_suppressed = -1);
+
+// All rows are active, or those of the mask. Once the results have memory: what is too much for any
+// is refused at once then, and not row by row.
+void list_rows(LogitProblem& problem);
 
 // Logits that nothing is applied to.
 LogitRows plain_rows(const Rows& rows);

@@ -23,6 +23,9 @@ logit_stats(const Tensor& logits, const std::optional<Tensor>& mask, double temp
       {logits, mask, temperature, suppress_ids, target_ids, previous_logits, unconditional_logits,
        cfg_scale, top_k, top_p, min_p, seed, raw, vocab_start, shift, row_keys},
       problem);
+  const Outputs out(leading_shape(logits), logits, target_ids.has_value(),
+                    previous_logits.has_value());
+  list_rows(problem);
   Shape part_shape = {0};
   if (vocab_start) {
     part_shape = leading_shape(logits);
@@ -31,8 +34,6 @@ logit_stats(const Tensor& logits, const std::optional<Tensor>& mask, double temp
   Tensor part = empty(part_shape, statistics_dtype(logits), logits);
   const bool skips = problem.active.size() < static_cast<size_t>(problem.arguments.rows.count);
   if (vocab_start && skips) torch::stable::zero_(part);
-  const Outputs out(leading_shape(logits), logits, target_ids.has_value(),
-                    previous_logits.has_value());
   out.put(problem, measure_rows(problem, vocab_start ? part.data_ptr() : nullptr));
   return std::tuple_cat(out.tensors(), std::make_tuple(part));
 }

@@ -8,7 +8,6 @@
 #include <vector>
 
 #include "unmasking/logit_distribution.h"
-#include "unmasking/logit_draw.h"
 #include "unmasking/logit_problem.h"
 
 namespace winnow {
@@ -46,10 +45,6 @@ std::unique_ptr<LogitBlockSums[]> scan_rows(const LogitRows& view, const std::ve
 // Fills in what follows from the distribution alone; false where there is none: a NaN, nothing
 // finite, or an infinite logit.
 bool describe(const LogitDistribution& row, int64_t start, RowStats& stats);
-
-// The race of blocks first to end - 1 for the token, where `reference` is the largest logit.
-BlockRace race_blocks(const LogitRows& rows, int64_t key, const LogitBlockSums* sums, int64_t first,
-                      int64_t end, double reference, double temperature, uint64_t seed);
 
 // KL(current || previous), from the blocks' sums and cross terms.
 double divergence(const LogitRows& rows, const LogitDistribution& measured,

@@ -5,6 +5,7 @@
 #include <numeric>
 #include <vector>
 
+#include "unmasking/logit_draw.h"
 #include "unmasking/logit_stats.h"
 
 namespace winnow {

@@ -5,6 +5,7 @@
 #include <memory>
 
 #include "common/parallel.h"
+#include "unmasking/logit_draw.h"
 #include "unmasking/logit_stats.h"
 #include "unmasking/logit_stats_simd.h"
 #include "unmasking/logit_truncation_simd.h"
@@ -40,6 +41,17 @@ struct Scratch {
   std::vector<float> logits;
   std::vector<LogitBlockSums> kept;
 };
+
+// The race of blocks first to end - 1 for the token, where `reference` is the largest logit.
+BlockRace race_blocks(const LogitRows& rows, int64_t key, const LogitBlockSums* sums, int64_t first,
+                      int64_t end, double reference, double temperature, uint64_t seed) {
+  BlockRace race(seed, key);
+  for (int64_t b = first; b < end; ++b) {
+    const double weight = std::exp((sums[b].reference - reference) / temperature);
+    race.enter(b, rows.start / kLogitBlock + b, weight * sums[b].drawn);
+  }
+  return race;
+}
 
 int64_t draw_token(const LogitProblem& problem, int64_t source, const LogitBlockSums* sums,
                    const BlockRace& race, const Truncation& kept) {
@@ -306,16 +318,6 @@ bool describe(const LogitDistribution& row, int64_t start, RowStats& stats) {
   stats.entropy = row.entropy();
   stats.logsumexp = row.logsumexp();
   return true;
-}
-
-BlockRace race_blocks(const LogitRows& rows, int64_t key, const LogitBlockSums* sums, int64_t first,
-                      int64_t end, double reference, double temperature, uint64_t seed) {
-  BlockRace race(seed, key);
-  for (int64_t b = first; b < end; ++b) {
-    const double weight = std::exp((sums[b].reference - reference) / temperature);
-    race.enter(b, rows.start / kLogitBlock + b, weight * sums[b].drawn);
-  }
-  return race;
 }
 
 float block_cross(const LogitRows& rows, const LogitRows& previous, int64_t row, int64_t block,

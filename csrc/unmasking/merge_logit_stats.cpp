@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "common/parallel.h"
+#include "unmasking/logit_draw.h"
 #include "unmasking/logit_outputs.h"
 #include "unmasking/logit_stats.h"
 #include "unmasking/logit_stats_simd.h"

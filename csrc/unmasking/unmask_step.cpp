@@ -98,6 +98,7 @@ unmask_step(Tensor tokens, const Tensor& logits, int64_t mask_id, const std::opt
   const Outputs out(shape(tokens), logits, target_ids.has_value(), previous_logits.has_value());
   const Tensor transfer = empty(shape(tokens), ScalarType::Bool, tokens);
   const Tensor count = empty({call.batch}, ScalarType::Long, tokens);
+  list_rows(problem);
   const std::vector<RowStats> stats = measure_rows(problem);
   out.put(problem, stats);
   const auto run = [&](auto zero) {

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from torch_winnow import _library  # noqa: F401  (registers the operators)
+from torch_winnow._arguments import check_tensors
 
 
 def check_operands(name: str, **operands: Tensor) -> None:
@@ -21,9 +22,7 @@ def check_operands(name: str, **operands: Tensor) -> None:
             derivative, and a registered gradient does not make PyTorch say so: the result would
             be a constant.
     """
-    for argument, operand in operands.items():
-        if not isinstance(operand, Tensor):
-            raise ValueError(f"{argument}: expected a tensor, got {type(operand).__name__}")
+    check_tensors(**operands)
     # A module variable of PyTorch, -1 outside of forward mode: the calls below cost far more.
     if forward_ad._current_level >= 0 and any(map(_has_tangent, operands.values())):
         raise NotImplementedError(

@@ -1,21 +1,20 @@
-"""What callers may hand to a cache: tokens, positions, integers, lists of integers."""
+"""What callers may hand to a cache: tokens, positions, lists of integers."""
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
-from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from torch_winnow._arguments import check_tensors, integer
 
 if TYPE_CHECKING:
     from torch_winnow._kvcache.storage import PagedKVCache
 
 _TO_QUANTISE = (torch.float32, torch.bfloat16, torch.float16)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-_LARGEST = 2**63 - 1  # of the native table
 
 
 def refuse_gradients(**tensors: Tensor | None) -> None:
@@ -29,38 +28,6 @@ def refuse_gradients(**tensors: Tensor | None) -> None:
                 f"{argument}: requires a gradient, but paged caches serve inference only; call "
                 f"under torch.no_grad() or pass {argument}.detach()"
             )
-
-
-def check_tensors(**tensors: object) -> None:
-    """Raise where an argument is no tensor."""
-    for argument, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise ValueError(
-                f"{argument}: expected a tensor, got {tensor!r} ({type(tensor).__name__})"
-            )
-
-
-def number(argument: str, value: Any) -> float:
-    """``value`` as a float: any real number, but no bool."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise ValueError(f"{argument}: expected a number, got {value!r} ({type(value).__name__})")
-    return float(value)
-
-
-def integer(argument: str, value: Any) -> int:
-    """``value`` as an int of 64 bits: an int, or a scalar of another library that is one."""
-    if type(value) is not int:
-        try:
-            if isinstance(value, bool):  # an index that is a mask is a mistake
-                raise TypeError
-            value = operator.index(value)
-        except TypeError:
-            raise ValueError(
-                f"{argument}: expected an integer, got {value!r} ({type(value).__name__})"
-            ) from None
-    if not -_LARGEST <= value <= _LARGEST:
-        raise ValueError(f"{argument}: expected an integer of 64 bits, got {value}")
-    return int(value)
 
 
 def integers(argument: str, values: Sequence[int] | Tensor) -> list[int]:
@@ -84,7 +51,7 @@ def integers(argument: str, values: Sequence[int] | Tensor) -> list[int]:
     if not listed:
         return listed
     # The usual list is checked at the speed of C.
-    if set(map(type, listed)) == {int} and max(listed) <= _LARGEST and min(listed) >= -_LARGEST:
+    if set(map(type, listed)) == {int} and -(2**63) <= min(listed) <= max(listed) < 2**63:
         return listed
     return [integer(f"{argument}[{i}]", value) for i, value in enumerate(listed)]
 
@@ -107,9 +74,7 @@ def token_positions(positions: Tensor, rows: int, tokens: int) -> Tensor:
 def check_tokens(cache: PagedKVCache, key: Tensor, value: Tensor) -> None:
     """Everything that storing them could refuse, before anything is changed."""
     pool = cache.pool
-    for name, tensor in (("key", key), ("value", value)):
-        if not isinstance(tensor, Tensor):
-            raise ValueError(f"{name}: expected a tensor, got {tensor!r}")
+    check_tensors(key=key, value=value)
     tokens = key.shape[2] if key.dim() == 4 else 0
     dtypes = _TO_QUANTISE if pool.quantised else (pool.dtype,)
     device = pool.device

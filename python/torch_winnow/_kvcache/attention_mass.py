@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from torch_winnow import _library  # noqa: F401  (registers the operators)
+from torch_winnow._arguments import check_tensors
 from torch_winnow._fake import check_same_device, register_fake
-from torch_winnow._kvcache.arguments import check_tensors, refuse_gradients
+from torch_winnow._kvcache.arguments import refuse_gradients
 from torch_winnow._kvcache.attention import paged_attention
 
 # Bound once: a look-up through torch.ops costs as much as a small op.

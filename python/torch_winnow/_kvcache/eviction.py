@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torch_winnow._kvcache.arguments import integer
+from torch_winnow._arguments import integer
 
 _MOST = 2**31 - 1  # tokens of a row
 
@@ -40,7 +40,7 @@ def h2o_positions(mass: Tensor, seq_lens: Tensor, *, heavy: int, recent: int) ->
         tensor([[[0, 3, 5]]])
     """
     _check(mass, seq_lens)
-    return _best(mass, seq_lens, _count("heavy", heavy), _count("recent", recent))
+    return _best(mass, seq_lens, integer("heavy", heavy, 0), integer("recent", recent, 0))
 
 
 def snapkv_positions(
@@ -121,7 +121,7 @@ def _snap(
     mass: Tensor, seq_lens: Tensor, capacity: int, window: int, kernel_size: int, pooling: str
 ) -> Tensor:
     _check(mass, seq_lens)
-    window, kernel_size = _count("window", window), integer("kernel_size", kernel_size)
+    window, kernel_size = integer("window", window, 0), integer("kernel_size", kernel_size)
     if integer("capacity", capacity) < window:
         raise ValueError(f"capacity: expected at least window = {window}, got {capacity}")
     if kernel_size < 1 or kernel_size % 2 == 0:
@@ -135,12 +135,6 @@ def _snap(
         pool = F.avg_pool1d if pooling == "avg" else F.max_pool1d
         votes = pool(votes, kernel_size, stride=1, padding=kernel_size // 2)
     return _best(votes, seq_lens, capacity - window, window)
-
-
-def _count(argument: str, value: int) -> int:
-    if integer(argument, value) < 0:
-        raise ValueError(f"{argument}: expected at least 0, got {value}")
-    return value
 
 
 def _check(mass: Tensor, seq_lens: Tensor) -> None:

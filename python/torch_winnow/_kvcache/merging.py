@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from torch_winnow._arguments import check_tensors, integer, number
 from torch_winnow._kvcache import pages
-from torch_winnow._kvcache.arguments import check_tensors, integer, number
 from torch_winnow._kvcache.compaction import begun, check_movable, claim, finish
 from torch_winnow._kvcache.storage import PagedKVCache
 
@@ -44,8 +44,7 @@ def similar_runs(key: Tensor, lengths: Tensor, *, threshold: float, recent: int 
             "key, lengths: expected (B, Hkv, N, D) and (B,), got "
             f"{tuple(key.shape)} and {tuple(lengths.shape)}"
         )
-    if integer("recent", recent) < 0:
-        raise ValueError(f"recent: expected at least 0, got {recent}")
+    recent = integer("recent", recent, 0)
     threshold = number("threshold", threshold)
     if not key.is_floating_point() or lengths.dtype not in (torch.int32, torch.int64):
         raise ValueError(

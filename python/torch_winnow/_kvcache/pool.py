@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from torch_winnow import _core
-from torch_winnow._kvcache.arguments import integer
+from torch_winnow._arguments import integer
 
 if TYPE_CHECKING:
     from torch_winnow._kvcache.storage import PagedKVCache
@@ -20,13 +20,6 @@ Result = TypeVar("Result")
 
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _QUANTISED = (torch.int8, torch.float8_e4m3fn)
-
-
-def _size(argument: str, value: int) -> int:
-    value = integer(argument, value)
-    if value < 1:
-        raise ValueError(f"{argument}: expected at least 1, got {value}")
-    return value
 
 
 def _check_memory(*sizes: int) -> None:
@@ -104,12 +97,12 @@ class BlockPool:
         key_bias: bool = False,
     ) -> None:
         num_blocks = integer("num_blocks", num_blocks)
-        num_layers = _size("num_layers", num_layers)
-        num_kv_heads = _size("num_kv_heads", num_kv_heads)
-        head_dim = _size("head_dim", head_dim)
-        block_size = _size("block_size", block_size)
+        num_layers = integer("num_layers", num_layers, 1)
+        num_kv_heads = integer("num_kv_heads", num_kv_heads, 1)
+        head_dim = integer("head_dim", head_dim, 1)
+        block_size = integer("block_size", block_size, 1)
         value_head_dim = (
-            head_dim if value_head_dim is None else _size("value_head_dim", value_head_dim)
+            head_dim if value_head_dim is None else integer("value_head_dim", value_head_dim, 1)
         )
         if dtype not in _FLOATING + _QUANTISED:
             raise ValueError(

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from torch_winnow import _core
+from torch_winnow._arguments import integer
 from torch_winnow._kvcache import pages
-from torch_winnow._kvcache.arguments import check_tokens, integer, integers, token_positions
+from torch_winnow._kvcache.arguments import check_tokens, integers, token_positions
 from torch_winnow._kvcache.compaction import compact
 from torch_winnow._kvcache.mirror import TableMirror, sent
 from torch_winnow._kvcache.pool import BlockPool

@@ -9,9 +9,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from torch_winnow import _library  # noqa: F401  (registers the operators)
+from torch_winnow._arguments import integer
 from torch_winnow._fake import check_same_device, register_fake
 from torch_winnow._resampling.memory import first_overlap, overlaps_itself
-from torch_winnow._resampling.weights import require_tensor, whole_number
+from torch_winnow._resampling.weights import require_tensor
 
 _gather_particles = torch.ops.winnow.gather_particles
 _gather_particles_ = torch.ops.winnow.gather_particles_
@@ -21,7 +22,7 @@ Tree = TypeVar("Tree")
 
 def _particle_dim(ancestors: Tensor, dim: int | None) -> int:
     require_tensor("ancestors", ancestors, "an int64 tensor (*populations, M)")
-    return ancestors.dim() - 1 if dim is None else whole_number("dim", dim)
+    return ancestors.dim() - 1 if dim is None else integer("dim", dim)
 
 
 def gather_particles(tree: Tree, ancestors: Tensor, dim: int | None = None) -> Tree:

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
 
+from torch_winnow._arguments import integer, number
 from torch_winnow._fake import check_same_device, register_fake
 from torch_winnow._resampling.gather import gather_particles
 from torch_winnow._resampling.resample import check_seed, resample
 from torch_winnow._resampling.weights import (
     detached_weights,
-    is_number,
     require_tensor,
-    whole_number,
 )
 
 _trace_ancestors = torch.ops.winnow.trace_ancestors
@@ -243,11 +241,8 @@ def backward_sample(
             "log_weights: expected at least one particle for successors of shape "
             f"{tuple(successors.shape)}, got shape {tuple(log_weights.shape)}"
         )
-    tries = whole_number("max_tries", max_tries)
-    if tries < 0:
-        raise ValueError(f"max_tries: expected at least 0, got {tries}")
-    if log_bound is not None and (not is_number(log_bound) or math.isnan(log_bound)):
-        raise ValueError(f"log_bound: expected a number or None, got {log_bound!r}")
+    tries = integer("max_tries", max_tries, 0)
+    bound = None if log_bound is None else number("log_bound", log_bound)
     key = check_seed(seed, generator)
     if key is None:
         key = torch.randint(2**63 - 1, (), generator=generator, device=log_weights.device)
@@ -255,9 +250,9 @@ def backward_sample(
         key = torch.tensor(key, device=log_weights.device)
     if successors.numel() == 0:
         return torch.zeros_like(successors)
-    if log_bound is None:
+    if bound is None:
         return _exact(log_weights, log_transition, successors, key)
-    return _accept_reject(log_weights, log_transition, successors, float(log_bound), tries, key)
+    return _accept_reject(log_weights, log_transition, successors, bound, tries, key)
 
 
 def _accept_reject(

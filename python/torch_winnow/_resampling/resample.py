@@ -9,6 +9,7 @@ from typing import NamedTuple, SupportsIndex
 import torch
 from torch import Tensor
 
+from torch_winnow._arguments import check_generator
 from torch_winnow._fake import check_same_device, register_fake
 from torch_winnow._resampling import autograd
 from torch_winnow._resampling.weights import detached_weights, require_tensor, statistics_dtype
@@ -65,12 +66,9 @@ def check_seed(
     seed: SupportsIndex | Tensor | None, generator: torch.Generator | None
 ) -> int | Tensor | None:
     """The seed as an int or a tensor, checked; None if it is to be drawn."""
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise ValueError(f"generator: expected a torch.Generator, got {type(generator).__name__}")
+    check_generator(generator, seed)
     if seed is None:
         return None
-    if generator is not None:
-        raise ValueError("seed: expected either a seed or a generator, got both")
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or seed.dim() != 0:
             raise ValueError(

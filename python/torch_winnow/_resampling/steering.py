@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from torch_winnow._arguments import choice, is_number
 from torch_winnow._resampling.gather import gather_particles
 from torch_winnow._resampling.resample import SCHEMES, Resampling, check_seed, resample
-from torch_winnow._resampling.weights import is_number, require_tensor
+from torch_winnow._resampling.weights import require_tensor
 
 _KINDS = ("difference", "max", "sum")
 
@@ -35,13 +36,10 @@ def _no_nan(x: Tensor) -> Tensor:
 
 
 def _check_potential(kind: str, lmbda: float) -> None:
-    if kind not in _KINDS:
-        raise ValueError(f"kind: expected one of {', '.join(_KINDS)}, got {kind!r}")
-    if not is_number(lmbda):
-        raise ValueError(f"lmbda: expected a number, got {type(lmbda).__name__}")
-    if not 0 <= lmbda < math.inf:
+    choice("kind", kind, _KINDS)
+    if not (is_number(lmbda) and 0 <= lmbda < math.inf):
         raise ValueError(
-            f"lmbda: expected a finite number of at least 0, got {lmbda} (to steer away from a "
+            f"lmbda: expected a finite number of at least 0, got {lmbda!r} (to steer away from a "
             "reward, negate the reward)"
         )
 
@@ -195,8 +193,7 @@ class FKSteering:
         generator: torch.Generator | None = None,
     ) -> None:
         _check_potential(kind, lmbda)
-        if scheme not in SCHEMES:
-            raise ValueError(f"scheme: expected one of {', '.join(SCHEMES)}, got {scheme!r}")
+        choice("scheme", scheme, SCHEMES)
         if ess_threshold is not None and not (is_number(ess_threshold) and 0 < ess_threshold <= 1):
             raise ValueError(
                 f"ess_threshold: expected a share in (0, 1] or None, got {ess_threshold!r}"

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from torch_winnow._arguments import is_number
 from torch_winnow._fake import check_same_device, register_fake
 from torch_winnow._resampling import autograd
-from torch_winnow._resampling.weights import is_number, require_tensor, statistics_dtype
+from torch_winnow._resampling.weights import require_tensor, statistics_dtype
 
 _next_temperature = torch.ops.winnow.next_temperature
 
@@ -27,7 +28,7 @@ def next_temperature(
     the more so the fewer particles matter. The result is where the effective sample size of these
     factors has fallen to ``target_ess * K``, or ``max_beta`` exactly where it stays above (Jasra,
     Stephens, Doucet and Tsagaris 2011; Zhou, Johansen and Aston 2016). It decreases in
-    ``target_ess``.
+    ``target_ess`` where no likelihood is zero.
 
     It is found by a bracketed search to the rounding of the result, population by population, with
     every step inside one call; the size at the result is at least the target (but for rounding).
@@ -36,9 +37,9 @@ def next_temperature(
     Args:
         log_likelihood: ``(..., K)`` natural logs, float32, bfloat16, float16 or float64; each
             leading index is an independent population. NaN counts as -inf. A particle at -inf is
-            gone at any step: where the others are too few for the target, it is taken as a share of
-            them. Those at +inf are all that is left at any step. Where all are -inf, or all equal,
-            the result is ``max_beta``.
+            gone at any step: where the others are too few for the target, the target is taken as a
+            share of them. Those at +inf are all that is left at any step. Where all are -inf, or
+            all equal, the result is ``max_beta``.
         beta: a number or float32 or float64 numbers that broadcast to ``(...)``.
         target_ess: a share in (0, 1]. With 1 every step is too far, unless all are equal.
         log_weights: ``(..., K)`` weights carried, of the likelihoods' dtype: then the size is the
@@ -64,9 +65,9 @@ def next_temperature(
     if log_weights is not None:
         require_tensor("log_weights", log_weights, "a floating tensor (..., K)")
         log_weights = log_weights.detach()
-    for name, number in (("target_ess", target_ess), ("max_beta", max_beta)):
-        if not is_number(number):
-            raise ValueError(f"{name}: expected a number, got {type(number).__name__}")
+    for name, value in (("target_ess", target_ess), ("max_beta", max_beta)):
+        if not is_number(value):
+            raise ValueError(f"{name}: expected a number, got {value!r}")
     population = log_likelihood.shape[:-1]
     dtype = statistics_dtype(log_likelihood.dtype)
     if isinstance(beta, Tensor):

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
-import operator
-from typing import SupportsIndex
-
 import torch
 from torch import Tensor
 
@@ -29,19 +25,6 @@ def require_tensor(argument: str, value: object, expected: str) -> None:
     """Refuses what is not a tensor by the name of the argument."""
     if not isinstance(value, Tensor):
         raise ValueError(f"{argument}: expected {expected}, got {type(value).__name__}")
-
-
-def is_number(value: object) -> bool:
-    """Whether an option is a real number, NumPy's too; a tensor is not."""
-    return isinstance(value, numbers.Real)
-
-
-def whole_number(argument: str, value: SupportsIndex) -> int:
-    """The int that a value stands for (NumPy's and tensors' too); refuses others by name."""
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise ValueError(f"{argument}: expected an int, got {type(value).__name__}") from None
 
 
 def detached_weights(log_weights: Tensor) -> Tensor:

@@ -7,10 +7,11 @@ from typing import NamedTuple, SupportsIndex
 import torch
 from torch import Tensor
 
+from torch_winnow._arguments import integer
 from torch_winnow._fake import check_same_device, register_fake
 from torch_winnow._resampling import autograd
 from torch_winnow._resampling.resample import check_seed
-from torch_winnow._resampling.weights import detached_weights, statistics_dtype, whole_number
+from torch_winnow._resampling.weights import detached_weights, statistics_dtype
 
 _sample_without_replacement = torch.ops.winnow.sample_without_replacement
 _inclusion_probabilities = torch.ops.winnow.inclusion_probabilities
@@ -95,7 +96,7 @@ def sample_without_replacement(
         key = torch.randint(2**63 - 1, (), generator=generator, device=log_weights.device)
     number, seed_tensor = (0, key) if isinstance(key, Tensor) else (key, None)
     return WithoutReplacement(
-        *_sample_without_replacement(log_weights, whole_number("k", k), design, number, seed_tensor)
+        *_sample_without_replacement(log_weights, integer("k", k), design, number, seed_tensor)
     )
 
 
@@ -123,7 +124,7 @@ def inclusion_probabilities(log_weights: Tensor, k: SupportsIndex) -> Tensor:
         tensor([0.8000, 0.6000, 0.6000])
     """
     log_weights = detached_weights(log_weights)
-    return _inclusion_probabilities(log_weights, whole_number("k", k))  # type: ignore[no-any-return]
+    return _inclusion_probabilities(log_weights, integer("k", k))  # type: ignore[no-any-return]
 
 
 autograd.without_gradient("sample_without_replacement", "inclusion_probabilities")

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from torch_winnow._unmasking.arguments import check_positions, count_or_none, integer
+from torch_winnow._arguments import count_or_none, integer
 from torch_winnow._unmasking.choosers import View, chooser_of
 from torch_winnow._unmasking.history_rules import (
     DecodingRule,
@@ -20,7 +20,13 @@ from torch_winnow._unmasking.history_rules import (
 from torch_winnow._unmasking.logit_stats import LogitStats, logit_stats, seed_tensor
 from torch_winnow._unmasking.results import AnswerEntropy, GenerateResult, StepContext
 from torch_winnow._unmasking.rules import TopK
-from torch_winnow._unmasking.step import check_logits, check_tokens, in_window, with_mask_id
+from torch_winnow._unmasking.step import (
+    check_logits,
+    check_positions,
+    check_tokens,
+    in_window,
+    with_mask_id,
+)
 
 # Odd, so that the steps of one seed never share a key (the golden ratio, as in splitmix64).
 STEP_KEY = 0x9E3779B97F4A7C15 - 2**64

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch_winnow._unmasking.arguments import choice, integer, number
+from torch_winnow._arguments import choice, integer, number
 from torch_winnow._unmasking.rules import Rule, adopt
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from torch_winnow import _library  # noqa: F401  (registers the operators)
+from torch_winnow._arguments import check_optional, check_tensors
 from torch_winnow._fake import check_same_device, register_fake
-from torch_winnow._unmasking.arguments import check_optional, check_tensors
 from torch_winnow._unmasking.logit_stats import (
     BLOCK,
     LogitStats,

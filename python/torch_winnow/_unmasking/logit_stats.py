@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from torch_winnow import _library  # noqa: F401  (registers the operators)
+from torch_winnow._arguments import check_generator, check_optional, check_tensors, integer
 from torch_winnow._fake import check_same_device, register_fake
 from torch_winnow._slow_path import warn_slow
-from torch_winnow._unmasking.arguments import check_optional, check_tensors, integer
 
 _logit_stats = torch.ops.winnow.logit_stats
 
@@ -96,10 +96,7 @@ def _warn_of_a_copy(logits: Tensor) -> None:
 
 def seed_tensor(seed: int | Tensor | None, generator: torch.Generator | None) -> Tensor | None:
     """The key of the draws as a 0-dim int64 tensor, or None where nothing is drawn."""
-    if seed is not None and generator is not None:
-        raise ValueError("seed: expected either seed or generator, got both")
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise ValueError(f"generator: expected a torch.Generator, got {generator!r}")
+    check_generator(generator, seed)
     if generator is not None:
         return torch.randint(
             -(2**63), 2**63 - 1, (), dtype=torch.int64, generator=generator, device=generator.device

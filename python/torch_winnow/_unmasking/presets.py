@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from torch_winnow._unmasking.arguments import choice, integer, number
+from torch_winnow._arguments import choice, integer, number
 from torch_winnow._unmasking.history_rules import DraftVerify, KLStability, Remasking
 from torch_winnow._unmasking.rules import (
     ConfidenceFactor,

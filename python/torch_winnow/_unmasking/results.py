@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from torch_winnow._unmasking.arguments import number
+from torch_winnow._arguments import number
 from torch_winnow._unmasking.logit_stats import LogitStats
 
 

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from torch_winnow import _library  # noqa: F401  (registers the operators)
-from torch_winnow._fake import check_same_device, register_fake
-from torch_winnow._unmasking.arguments import (
+from torch_winnow._arguments import (
     check_optional,
     check_tensors,
     choice,
@@ -19,6 +18,7 @@ from torch_winnow._unmasking.arguments import (
     integer,
     number,
 )
+from torch_winnow._fake import check_same_device, register_fake
 
 _select_positions = torch.ops.winnow.select_positions
 

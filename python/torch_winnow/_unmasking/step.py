@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from torch_winnow import _library  # noqa: F401  (registers the operators)
+from torch_winnow._arguments import check_optional, check_tensors, integer
 from torch_winnow._fake import check_same_device, register_fake
-from torch_winnow._unmasking.arguments import check_optional, check_tensors, integer
 from torch_winnow._unmasking.logit_stats import (
     LogitStats,
     as_stats,
@@ -50,6 +50,17 @@ def check_tokens(tokens: Tensor) -> None:
         raise ValueError(
             f"tokens: expected (B, L) int64 or int32, got {tuple(tokens.shape)} {tokens.dtype}"
         )
+
+
+def check_positions(name: str, positions: Tensor, tokens: Tensor) -> Tensor:
+    """``(B, L)`` or ``(L,)`` bool, as ``(B, L)`` where the tokens are."""
+    shapes = (tuple(tokens.shape), tuple(tokens.shape[1:]))
+    if positions.dtype != torch.bool or tuple(positions.shape) not in shapes:
+        raise ValueError(
+            f"{name}: expected {shapes[0]} or {shapes[1]} bool, got {tuple(positions.shape)} "
+            f"{positions.dtype}"
+        )
+    return positions.to(tokens.device).expand(tokens.shape)
 
 
 def check_logits(logits: Tensor, tokens: Tensor) -> None:

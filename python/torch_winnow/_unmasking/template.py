@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from torch_winnow._unmasking.arguments import check_positions, check_tensors, integer
+from torch_winnow._arguments import check_tensors, integer
 from torch_winnow._unmasking.decoding import STEP_KEY
 from torch_winnow._unmasking.generate import logits_of
 from torch_winnow._unmasking.logit_stats import logit_stats, seed_tensor
 from torch_winnow._unmasking.rules import Rule, TopK, check_rule, select
 from torch_winnow._unmasking.step import (
     check_logits,
+    check_positions,
     check_tokens,
     order_seed,
     score_of,

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torch_winnow._unmasking.arguments import check_optional, check_tensors, choice, integer
+from torch_winnow._arguments import check_optional, check_tensors, choice, integer
 from torch_winnow._unmasking.rules import check_rule
 from torch_winnow._unmasking.step import score_of
 from torch_winnow.unmasking import (

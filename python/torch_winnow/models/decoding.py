@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from torch_winnow._arguments import integer
 from torch_winnow.kvcache import BlockPool, PagedKVCache, paged_attention
 from torch_winnow.models.layers import Stack, StackConfig, attend_dense
 
@@ -324,12 +325,10 @@ def draw(logits: Tensor, temperature: float, generator: torch.Generator | None) 
 
 
 def check_sampling(num_tokens: int, temperature: float, draft_tokens: int = 1) -> None:
-    if num_tokens < 0:
-        raise ValueError(f"num_tokens: expected at least 0, got {num_tokens}")
+    integer("num_tokens", num_tokens, 0)
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature: expected a finite number of at least 0, got {temperature}")
-    if draft_tokens < 1:
-        raise ValueError(f"draft_tokens: expected at least 1, got {draft_tokens}")
+    integer("draft_tokens", draft_tokens, 1)
 
 
 @torch.inference_mode()

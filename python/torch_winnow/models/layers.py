@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torch_winnow._arguments import integer
+
 __all__ = ["Attend", "Norm", "Rotary", "Stack", "StackConfig", "attend_dense", "check_tokens"]
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -43,8 +45,7 @@ class StackConfig:
 
     def __post_init__(self) -> None:
         for name in ("width", "depth", "heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+            integer(name, getattr(self, name), 1)
         if self.width % self.heads or (self.width // self.heads) % 2:
             raise ValueError(
                 f"heads: expected a divisor of width={self.width} that leaves an even head "

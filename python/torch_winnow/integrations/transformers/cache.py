@@ -9,7 +9,8 @@ from torch import Tensor
 from transformers import Cache, PretrainedConfig
 from transformers.cache_utils import CacheLayerMixin, get_layer_types_and_kwargs
 
-from torch_winnow._kvcache.arguments import integer, integers
+from torch_winnow._arguments import integer
+from torch_winnow._kvcache.arguments import integers
 from torch_winnow.integrations.transformers.sparse import BlockSparse
 from torch_winnow.integrations.transformers.storage import PagedStorage
 from torch_winnow.integrations.transformers.view import PagedStates
@@ -157,8 +158,8 @@ class WinnowCache(Cache):  # type: ignore[misc]
         if not isinstance(config, PretrainedConfig):
             raise ValueError(f"config: expected the config of a model, got {config!r}")
         for name, value in (("block_size", block_size), ("max_cache_len", max_cache_len)):
-            if value is not None and integer(name, value) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
+            if value is not None:
+                integer(name, value, 1)
         if sparse is not None and not isinstance(sparse, BlockSparse):
             raise ValueError(f"sparse: expected a BlockSparse or None, got {sparse!r}")
         if cache_dtype not in (None, torch.int8, torch.float8_e4m3fn):

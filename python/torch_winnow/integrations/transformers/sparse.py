@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from torch_winnow._kvcache.arguments import integer
+from torch_winnow._arguments import integer
 from torch_winnow.kvcache import PagedKVCache, score_select_blocks
 
 
@@ -37,8 +37,7 @@ class BlockSparse:
 
     def __post_init__(self) -> None:
         for name, least in (("sink_blocks", 0), ("recent_blocks", 1)):
-            if integer(name, getattr(self, name)) < least:
-                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+            integer(name, getattr(self, name), least)
         if integer("k", self.k) < self.sink_blocks + self.recent_blocks:
             raise ValueError(
                 f"k: expected at least sink_blocks + recent_blocks = "

@@ -1,4 +1,4 @@
-"""Checks of arguments, for all of unmasking: what came is named, and what is accepted."""
+"""Checks of arguments, for all families: what came is named, and what is accepted."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def integer(name: str, value: Any, lowest: int | None = None) -> int:
     """``value`` as an int that int64 holds: any integer type, numpy's too, but no bool."""
     if type(value) is not int:
         try:
-            if isinstance(value, bool):
+            if isinstance(value, bool):  # an index that is a mask is a mistake
                 raise TypeError
             value = operator.index(value)
         except TypeError:
@@ -36,10 +36,14 @@ def count_or_none(name: str, value: Any) -> int | None:
         raise ValueError(f"{name}: expected None or at least 1, got {value!r}") from None
 
 
+def is_number(value: object) -> bool:
+    """Whether ``value`` is a real number, numpy's too; a bool or a tensor is none."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 def number(name: str, value: Any, lowest: float = -math.inf, highest: float = math.inf) -> float:
-    """``value`` as a float: any real number, numpy's too, but no bool and no NaN."""
-    wrong = isinstance(value, bool) or not isinstance(value, Real) or math.isnan(value)
-    if wrong or not lowest <= value <= highest:
+    """``value`` as a float: any real number but NaN."""
+    if not is_number(value) or not lowest <= value <= highest:  # NaN is nowhere between
         wanted = "a number"
         if highest < math.inf:
             wanted = f"a number in [{lowest:g}, {highest:g}]"
@@ -47,6 +51,11 @@ def number(name: str, value: Any, lowest: float = -math.inf, highest: float = ma
             wanted = f"a number >= {lowest:g}"
         raise ValueError(f"{name}: expected {wanted}, got {value!r}")
     return float(value)
+
+
+def choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
 
 
 def check_tensors(**values: object) -> None:
@@ -62,17 +71,9 @@ def check_optional(**values: object) -> None:
             raise ValueError(f"{name}: expected a tensor or None, got {value!r}")
 
 
-def check_positions(name: str, positions: Tensor, tokens: Tensor) -> Tensor:
-    """``(B, L)`` or ``(L,)`` bool, as ``(B, L)`` where the tokens are."""
-    shapes = (tuple(tokens.shape), tuple(tokens.shape[1:]))
-    if positions.dtype != torch.bool or tuple(positions.shape) not in shapes:
-        raise ValueError(
-            f"{name}: expected {shapes[0]} or {shapes[1]} bool, got {tuple(positions.shape)} "
-            f"{positions.dtype}"
-        )
-    return positions.to(tokens.device).expand(tokens.shape)
-
-
-def choice(name: str, value: Any, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+def check_generator(generator: object, seed: object) -> None:
+    """A generator or None, and only one source of randomness."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise ValueError(f"generator: expected a torch.Generator, got {type(generator).__name__}")
+    if generator is not None and seed is not None:
+        raise ValueError("seed: expected either a seed or a generator, got both")
