@@ -230,3 +230,9 @@ def test_not_triggered_keeps_everything():
 def test_errors_name_the_argument(options, message):
     with pytest.raises(ValueError, match=message):
         resample(torch.zeros(3, 5), **options)
+
+
+@pytest.mark.parametrize("pinned", [-1, 5, 1 << 70])
+def test_a_particle_that_does_not_exist_is_refused(pinned):
+    with pytest.raises(ValueError, match="pinned: expected a particle"):
+        resample(torch.zeros(2, 5), pinned=pinned)

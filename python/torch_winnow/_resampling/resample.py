@@ -104,6 +104,10 @@ def _pinned_particles(pinned: SupportsIndex | Tensor, log_weights: Tensor) -> Te
         raise ValueError(
             f"pinned: expected an int or an int64 tensor, got {type(pinned).__name__}"
         ) from None
+    if not -(2**63) <= index < 2**63:
+        raise ValueError(
+            f"pinned: expected a particle in [0, {log_weights.shape[-1]}), got {index}"
+        )
     return log_weights.new_full(population, index, dtype=torch.int64)
 
 
