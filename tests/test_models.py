@@ -271,6 +271,7 @@ def test_errors_name_the_argument(cat, tokens, call, message):
         (lambda: StackConfig(width=12, depth=1, heads=4), "even head dimension"),
         (lambda: StackConfig(width=32, depth=1, heads=4, kv_heads=3), "kv_heads: expected"),
         (lambda: StackConfig(width=32, depth=0, heads=4), "depth: expected at least 1"),
+        (lambda: CATConfig(chunk_sizes=4), "chunk_sizes: expected distinct positive sizes, got 4"),
         (lambda: CATConfig(chunk_sizes=()), "chunk_sizes: expected distinct positive"),
         (lambda: CATConfig(chunk_sizes=(4, 4)), "chunk_sizes: expected distinct positive"),
         (lambda: CATConfig(positions="rows"), "positions: expected .* got 'rows'"),

@@ -80,7 +80,12 @@ class CATConfig:
 
     def __post_init__(self) -> None:
         sizes = self.chunk_sizes
-        if not sizes or min(sizes) < 1 or len(set(sizes)) != len(sizes):
+        if (
+            not isinstance(sizes, (tuple, list))
+            or not sizes
+            or min(sizes) < 1
+            or len(set(sizes)) != len(sizes)
+        ):
             raise ValueError(f"chunk_sizes: expected distinct positive sizes, got {sizes}")
         if self.positions not in ("block", "sequence"):
             raise ValueError(f'positions: expected "block" or "sequence", got {self.positions!r}')
