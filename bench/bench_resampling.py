@@ -64,8 +64,19 @@ def blackjax(log_weights, scheme="systematic"):
 _compiled: dict = {}
 
 
+FUNCTIONS = {
+    "winnow": winnow,
+    "torch": torch_composition,
+    "particles": particles_package,
+    "blackjax": blackjax,
+}
+
+
 def inputs_for(impl, shape):
     if impl == "particles":
+        pytest.importorskip("particles")
+        if shape[0] > 1:
+            pytest.skip("particles resamples one population")
         return [(np.random.default_rng(i).standard_normal(shape[1]),) for i in range(4)]
     if impl == "blackjax":
         jax = pytest.importorskip("jax")
@@ -90,50 +101,31 @@ def least_bytes(shape):
     return shape[0] * shape[1] * (4 + 8 + 8 + 4)
 
 
-@pytest.mark.parametrize("impl", ["winnow", "torch", "particles", "blackjax"])
+@pytest.mark.parametrize("impl", FUNCTIONS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_systematic(measure, shape, impl):
-    if impl == "particles":
-        pytest.importorskip("particles")
-        if shape[0] > 1:
-            pytest.skip("particles resamples one population")
+    inputs = inputs_for(impl, shape)
     check(torch.randn(shape))
-    functions = {
-        "winnow": winnow,
-        "torch": torch_composition,
-        "particles": particles_package,
-        "blackjax": blackjax,
-    }
     measure(
         f"resample systematic {shape[0]}x{shape[1]} float32",
         impl,
-        functions[impl],
-        inputs=inputs_for(impl, shape),
+        FUNCTIONS[impl],
+        inputs=inputs,
         moved_bytes=least_bytes(shape),
     )
 
 
-@pytest.mark.parametrize("impl", ["winnow", "torch", "particles", "blackjax"])
+@pytest.mark.parametrize("impl", FUNCTIONS)
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("shape", [(1, 4096), (4096, 4), (4096, 64), (1, 1_000_000)], ids=str)
 def test_schemes(measure, shape, scheme, impl):
-    if impl == "particles":
-        pytest.importorskip("particles")
-        if shape[0] > 1:
-            pytest.skip("particles resamples one population")
     if scheme not in RIVALS.get(impl, SCHEMES):
         pytest.skip("no such scheme, or none without a loop over populations")
     slow = impl == "torch" and scheme == "multinomial" and shape[1] > 2**17  # half a second a call
-    functions = {
-        "winnow": winnow,
-        "torch": torch_composition,
-        "particles": particles_package,
-        "blackjax": blackjax,
-    }
     measure(
         f"resample {scheme} {shape[0]}x{shape[1]} float32",
         impl,
-        lambda log_weights: functions[impl](log_weights, scheme),
+        lambda log_weights: FUNCTIONS[impl](log_weights, scheme),
         inputs=inputs_for(impl, shape),
         moved_bytes=least_bytes(shape),
         rounds=3 if slow else 15,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -38,9 +39,7 @@ def limits() -> dict[str, float]:
     threads = torch.get_num_threads()
 
     def fma(bf16: int) -> float:
-        import concurrent.futures
-
-        with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        with ThreadPoolExecutor(threads) as pool:
             calls = [
                 pool.submit(_library.cpu.winnow_fma_operations, 5_000_000, bf16)
                 for _ in range(threads)

@@ -6,7 +6,8 @@
 
 A row is one implementation of one shape. "vs ours" is its median over ours (above 1: ours is
 faster); "of limit" is the time that the machine's measured read bandwidth or multiply-add rate
-would need at least, over its median. Shapes where a rival wins stay in the table.
+would need at least, over its median. Shapes where a rival wins stay in the table, and stand once
+more above it. ``results/ratios.png`` shows the newest measurement of every shape.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import re
+import statistics
 import subprocess
 import sys
 from collections import defaultdict
@@ -62,7 +65,10 @@ def table(groups: dict[str, dict[str, dict[str, Any]]]) -> str:
     return tabulate(lines, headers=headers, tablefmt="github", disable_numparse=True)
 
 
-def strongest_rivals(groups: dict[str, dict[str, dict[str, Any]]]) -> list[tuple[str, str, float]]:
+Row = tuple[str, str, float]  # a shape, its strongest rival, that one's time over ours
+
+
+def strongest_rivals(groups: dict[str, dict[str, dict[str, Any]]]) -> list[Row]:
     """For each shape the fastest implementation that is not ours, and its time over ours.
 
     Names that begin as ours are other ways of using it ("winnow, all blocks"), no rivals.
@@ -80,23 +86,70 @@ def strongest_rivals(groups: dict[str, dict[str, dict[str, Any]]]) -> list[tuple
     return rows
 
 
-def plot(groups: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
+def losses(rows: list[Row]) -> list[Row]:
+    """The shapes of which a rival is faster, the worst first."""
+    return sorted((row for row in rows if row[2] < 1), key=lambda row: row[2])
+
+
+def losses_table(rows: list[Row]) -> str:
+    lines = [(group, name, f"{ratio:.2f}×") for group, name, ratio in losses(rows)]
+    headers = ("op and shape", "faster than ours", "its time over ours")
+    return tabulate(lines, headers=headers, tablefmt="github", disable_numparse=True)
+
+
+def summary(rows: list[Row]) -> str:
+    """One line on how often ours is faster than the strongest rival, and by how much."""
+    if not rows:
+        return "No shape here has a rival."
+    wins = sum(ratio >= 1 for *_, ratio in rows)
+    median = statistics.median(ratio for *_, ratio in rows)
+    return (
+        f"Faster than the strongest rival in {wins} of {len(rows)} shapes that have one, "
+        f"in the median {median:.1f} times."
+    )
+
+
+def newest_rows() -> list[Row]:
+    """Of every shape under ``results`` its newest measurement; names begin with dates."""
+    rows: dict[str, Row] = {}
+    for path in sorted(RESULTS.glob("*.json")):
+        data = json.loads(path.read_text())
+        rows |= {row[0]: row for row in strongest_rivals(by_group(data.get("benchmarks", [])))}
+    return list(rows.values())
+
+
+def plot(rows: list[Row], path: Path, columns: int = 1) -> None:
+    """A line per operator and a dot per shape: how many times longer the strongest rival takes."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = strongest_rivals(groups)[::-1]
-    if not rows:
+    kinds: dict[str, list[float]] = defaultdict(list)
+    for group, _, ratio in rows:
+        kinds[re.split(r"[ ,]+\S*\d", group)[0]].append(ratio)
+    if not kinds:
         return
-    figure, axis = pyplot.subplots(figsize=(9, 1 + 0.28 * len(rows)), layout="constrained")
-    ratios = [ratio for _, _, ratio in rows]
-    axis.barh(range(len(rows)), ratios, color=["#2a7f62" if r >= 1 else "#b5483a" for r in ratios])
-    axis.set_yticks(range(len(rows)), [f"{group} (vs {name})" for group, name, _ in rows])
-    axis.tick_params(axis="y", labelsize=7)
-    axis.axvline(1, color="black", linewidth=0.8)
-    axis.set_xscale("log")
-    axis.set_xlabel("time of the strongest rival over ours (right of 1: ours is faster)")
+    names = list(kinds)
+    length = -(-len(names) // columns)
+    figure, axes = pyplot.subplots(
+        1, columns, figsize=(5.0 * columns, 0.9 + 0.21 * length), sharex=True, squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    for i, axis in enumerate(axes[0]):
+        part = names[i * length : (i + 1) * length]
+        for y, name in enumerate(part):
+            ratios = kinds[name]
+            axis.plot([min(ratios), max(ratios)], [y, y], color="#d9d9d9", zorder=1)
+            colors = ["#2a7f62" if ratio >= 1 else "#b5483a" for ratio in ratios]
+            axis.scatter(ratios, [y] * len(ratios), color=colors, s=22, zorder=2)
+        axis.axvline(1, color="black", linewidth=0.8)
+        axis.set_xscale("log")
+        axis.set_yticks(range(len(part)), part, fontsize=8)
+        axis.set_ylim(length - 0.4, -0.6)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.xaxis.set_major_formatter(lambda x, _: f"{x:g}×")
+    figure.supxlabel("time of the strongest rival over ours; red: the rival is faster", fontsize=9)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
@@ -113,6 +166,15 @@ def machine(data: dict[str, Any]) -> str:
         f"fp32 multiply-add {limits['fma_per_s'] / 1e9:.0f} GFLOP/s, "
         f"bf16 {limits['bf16_fma_per_s'] / 1e9:.0f} GFLOP/s"
     )
+
+
+def text(data: dict[str, Any]) -> str:
+    groups = by_group(data["benchmarks"])
+    rows = strongest_rivals(groups)
+    parts = [machine(data), summary(rows)]
+    if losses(rows):
+        parts += ["Where rivals still win:", losses_table(rows), "Everything:"]
+    return "\n\n".join([*parts, table(groups)]) + "\n"
 
 
 def run(arguments: list[str]) -> Path:
@@ -143,10 +205,10 @@ def main() -> None:
         raise SystemExit(f"{path}: expected pytest-benchmark's JSON, got {error!r}") from error
     if not groups:
         raise SystemExit(f"{path}: no benchmark ran")
-    text = f"{machine(data)}\n\n{table(groups)}\n"
-    path.with_suffix(".md").write_text(text)
-    plot(groups, path.with_suffix(".png"))
-    print(text)
+    path.with_suffix(".md").write_text(text(data))
+    plot(strongest_rivals(groups), path.with_suffix(".png"))
+    plot(newest_rows(), RESULTS / "ratios.png", columns=2)
+    print(text(data))
     print(f"written: {path.with_suffix('.md')}, {path.with_suffix('.png')}")
 
 

@@ -42,7 +42,7 @@ function(winnow_add_simd target)
     add_library(${objects} OBJECT ${ARGN})
     target_include_directories(${objects} PRIVATE ${CMAKE_SOURCE_DIR}/csrc)
     target_include_directories(${objects} SYSTEM PRIVATE ${TORCH_INCLUDE_DIRS})
-    # at::vec knows three macros; the bf16 variant is AVX-512 with one more instruction.
+    # at::vec knows three macros; to it the bf16 variant is AVX-512.
     string(REPLACE "_BF16" "" vec_capability ${capability})
     target_compile_definitions(${objects} PRIVATE
       CPU_CAPABILITY=${capability} CPU_CAPABILITY_${vec_capability})

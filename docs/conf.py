@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import pkgutil
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
+
+from sphinx.application import Sphinx
+from sphinx.environment import BuildEnvironment
+from sphinx.util import logging
 
 import torch_winnow
 
-DOCS = Path(__file__).parent
-RESULTS = DOCS.parent / "bench" / "results"
+sys.path.insert(0, str(Path(__file__).parent))
+import benchmark_pages
 
 project = "torch-winnow"
 author = copyright = "The torch-winnow developers"
@@ -29,27 +39,41 @@ napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 exclude_patterns = ["_build"]
 html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_title = f"torch-winnow {release}"
 
-
-BENCHMARKS = """\
-# Benchmarks
-
-Every committed run of `make bench` and `make bench-generation` as it is: medians, rivals
-alternating with ours in one process, shapes where a rival wins included. "vs ours" is a rival's
-median over ours, so above 1× ours is faster; "of limit" is the time that the machine's read
-bandwidth or multiply-add rate, measured in the same run, would need at least.
-"""
+benchmark_pages.write()  # ignored by git: the results are kept
 
 
-def benchmarks() -> str:
-    text = [BENCHMARKS]
-    for path in sorted(RESULTS.glob("*.md"), reverse=True):
-        text += [f"## {path.stem}", path.read_text()]
-        picture = path.with_suffix(".png")
-        if picture.exists():
-            text.append(f"![Strongest rival over ours](../bench/results/{picture.name})")
-    return "\n\n".join(text)
+def public_modules() -> Iterator[ModuleType]:
+    """What users import. Packages export what their rooms hold, so rooms don't count."""
+    yield torch_winnow
+    yield importlib.import_module("torch_winnow.models.training")
+    for package in (torch_winnow, importlib.import_module("torch_winnow.integrations")):
+        for found in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+            if "._" not in found.name:
+                module = importlib.import_module(found.name)
+                if hasattr(module, "__all__"):
+                    yield module
 
 
-(DOCS / "benchmarks.md").write_text(benchmarks())  # ignored by git: the results are kept
+def check_reference(app: Sphinx, env: BuildEnvironment) -> None:
+    """Warns of every public function, class and method that the reference leaves out."""
+    documented = env.get_domain("py").objects
+    for module in public_modules():
+        for name in module.__all__:
+            value = getattr(module, name)
+            wanted = [f"{module.__name__}.{name}"]
+            if inspect.ismodule(value):
+                wanted = []
+            elif inspect.isclass(value):
+                methods = [key for key, member in vars(value).items() if inspect.isroutine(member)]
+                wanted += [f"{wanted[0]}.{key}" for key in methods if not key.startswith("_")]
+            for path in wanted:
+                if path not in documented:
+                    logging.getLogger(__name__).warning("%s is not in the reference", path)
+
+
+def setup(app: Sphinx) -> None:
+    app.connect("env-check-consistency", check_reference)

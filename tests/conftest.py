@@ -11,6 +11,7 @@ from unittest import mock
 import pytest
 import torch
 
+import error_messages
 import torch_winnow
 from torch_winnow import _library
 
@@ -26,6 +27,37 @@ except ImportError:  # a bare GPU machine: its property tests are skipped, the o
     absent.settings.return_value = lambda test: test
     sys.modules["hypothesis"] = absent
     sys.modules["hypothesis.strategies"] = absent.strategies
+
+RAISED: set[str] = set()  # texts of what pytest.raises caught
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--every-error",
+        action="store_true",
+        help="fail where the sources hold a message that no test has raised (for the whole suite)",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not config.getoption("--every-error"):
+        return
+    leave = pytest.RaisesExc.__exit__
+
+    def record(self: object, kind: object, error: BaseException | None, trace: object) -> bool:
+        if error is not None:
+            RAISED.add(str(error))
+        return leave(self, kind, error, trace)
+
+    pytest.RaisesExc.__exit__ = record
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if session.config.getoption("--every-error"):
+        missing = error_messages.not_among(RAISED)
+        print("\n", *(f"raised by no test: {message}" for message in missing), sep="\n")
+        session.exitstatus = session.exitstatus or int(bool(missing))
+
 
 HAS_GPU = torch.cuda.is_available() and torch_winnow.build_info().cuda_library
 if HAS_GPU:
@@ -50,8 +82,10 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 def running_on(capability: str) -> Iterator[None]:
     before = _library.cpu_capability()
     _library.set_cpu_capability(capability)
-    yield
-    _library.set_cpu_capability(before)
+    try:
+        yield
+    finally:
+        _library.set_cpu_capability(before)
 
 
 @pytest.fixture(params=_library.available_cpu_capabilities())
@@ -74,19 +108,17 @@ def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
 
 
 @pytest.fixture
-def on_every_capability() -> Iterator[Callable[[Callable[[], object]], list[object]]]:
+def on_every_capability() -> Callable[[Callable[[], object]], list[object]]:
     """Calls a function under each instruction set and returns the results, weakest first."""
-    before = _library.cpu_capability()
 
     def run(function: Callable[[], object]) -> list[object]:
         results = []
         for name in _library.available_cpu_capabilities():
-            _library.set_cpu_capability(name)
-            results.append(function())
+            with running_on(name):
+                results.append(function())
         return results
 
-    yield run
-    _library.set_cpu_capability(before)
+    return run
 
 
 @pytest.fixture

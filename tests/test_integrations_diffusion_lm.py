@@ -193,7 +193,7 @@ def test_templates_of_a_public_model():
                 "input_ids": torch.tensor([[MASK, 1]]),
                 "attention_mask": torch.tensor([[0, 1]]),
             },
-            f"input_ids: expected another padding than the mask {MASK}",
+            f"input_ids: expected another padding than the mask, which is filled, got {MASK}",
         ),
     ],
 )

@@ -23,7 +23,7 @@ from transformers.masking_utils import sdpa_mask
 from tiny_transformers import SIZES, make, prompts
 from torch_winnow.integrations import transformers as integration
 from torch_winnow.integrations.transformers import BlockSparse, WinnowCache, attention
-from torch_winnow.kvcache import BlockPool, BlockPoolExhausted
+from torch_winnow.kvcache import BlockPool, BlockPoolExhausted, merge_similar_
 
 CONFIG = LlamaConfig(**SIZES)
 
@@ -362,3 +362,32 @@ def test_inference_mode(llama):
         with torch.inference_mode(second):
             tail = forward(llama, tokens[:, 5:], cache)
         near(torch.cat([head, tail], 1), expected)
+
+
+def test_tokens_that_the_cache_counts_stay_where_they_are(llama):
+    pool = BlockPool(
+        32,
+        num_layers=2,
+        num_kv_heads=2,
+        head_dim=8,
+        block_size=4,
+        dtype=torch.float32,
+        key_bias=True,
+    )
+    cache, dynamic = WinnowCache(CONFIG, pool=pool), DynamicCache(config=CONFIG)
+    prompt, following = torch.arange(10)[None], torch.tensor([[3]])
+    forward(llama, prompt, cache)
+    forward(llama, prompt, dynamic)
+    keep = torch.tensor([[0, 2, 5]])
+    for holds in (cache, copy.deepcopy(cache)):
+        for repeats in (1, 2):
+            holds.batch_repeat_interleave(repeats)
+            with pytest.raises(RuntimeError, match="tokens of a WinnowCache stay where they are"):
+                holds.pages.compact_(keep.repeat(repeats, 1))
+            with pytest.raises(RuntimeError, match="drop or merge tokens in a fork of its pages"):
+                merge_similar_(holds.pages, threshold=0.9)
+    dropped = cache.pages.fork([0])
+    dropped.compact_(keep)
+    assert dropped.seq_lens.tolist() == [3]
+    step = forward(llama, following.repeat(2, 1), cache)
+    near(step, forward(llama, following, dynamic).repeat(2, 1, 1))

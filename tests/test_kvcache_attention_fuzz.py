@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import TOLERANCE
+from conftest import TOLERANCE, running_on
 from test_kvcache_attention import make
 from torch_winnow import _library, reference
 from torch_winnow.kvcache import paged_attention
@@ -53,12 +53,8 @@ def calls(draw):
 @given(calls(), st.sampled_from(_library.available_cpu_capabilities()))
 def test_matches_definition(call, capability):
     inputs, options = call
-    before = _library.cpu_capability()
-    _library.set_cpu_capability(capability)
-    try:
+    with running_on(capability):
         out, lse = paged_attention(*inputs, return_lse=True, **options)
-    finally:
-        _library.set_cpu_capability(before)
     query, key, value, *rest = inputs
     expected, expected_lse = reference.paged_attention(
         query.double(), key.double(), value.double(), *rest, return_lse=True, **options

@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("transformers", minversion="5")
 
-PAGE = Path(__file__).parents[1] / "docs/resampling/language_models.md"
+PAGE = Path(__file__).parents[1] / "docs/recipes/language_models.md"
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,15 @@ from torch_winnow import reference
 from torch_winnow.resampling import effective_sample_size, resample
 
 INF = float("inf")
-
-
+EDGES = [
+    ([0.0] * 7, 7.0),
+    ([1e30, 1e30, -1e30], 2.0),
+    ([-INF] * 3, 0.0),
+    ([float("nan")] * 2, 0.0),
+    ([0.0, float("nan"), 0.0], 2.0),
+    ([INF, 5.0, INF, float("nan")], 2.0),
+    ([-3e38, -INF], 1.0),
+]
 SHAPES = [(1,), (15,), (16,), (17,), (3, 64), (2, 3, 1000), (0, 4), (2, 0)]
 
 
@@ -24,18 +31,7 @@ def test_matches_definition(shape, dtype, cpu_capability):
     torch.testing.assert_close(result.double(), expected, **TOLERANCE[torch.float32])
 
 
-@pytest.mark.parametrize(
-    ("weights", "expected"),
-    [
-        ([0.0] * 7, 7.0),
-        ([1e30, 1e30, -1e30], 2.0),
-        ([-INF] * 3, 0.0),
-        ([float("nan")] * 2, 0.0),
-        ([0.0, float("nan"), 0.0], 2.0),
-        ([INF, 5.0, INF, float("nan")], 2.0),
-        ([-3e38, -INF], 1.0),
-    ],
-)
+@pytest.mark.parametrize(("weights", "expected"), EDGES)
 @pytest.mark.parametrize("wide", [torch.float32, torch.float64])
 def test_edges(weights, expected, wide, cpu_capability):
     result = effective_sample_size(torch.tensor(weights, dtype=wide))

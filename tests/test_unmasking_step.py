@@ -182,7 +182,10 @@ def test_integers_of_any_kind(mask_id):
         ({"tokens": [1]}, r"tokens: expected a tensor, got \[1\]"),
         ({"target_ids": 3}, "target_ids: expected a tensor, got 3"),
         ({"seed": 1.5}, "seed: expected an integer, got 1.5"),
-        ({"vocab_start": 0}, "vocab_start: a step needs the whole vocabulary"),
+        (
+            {"vocab_start": 0},
+            "vocab_start: expected None, as a step needs the whole vocabulary, got 0",
+        ),
     ],
 )
 def test_errors_name_the_argument(arguments, message):

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "attention/problem.h"
+
 namespace winnow::CPU_CAPABILITY {
 namespace {
 
@@ -17,6 +19,12 @@ class Ahead {
   void add(const void* rows, int64_t stride_bytes) {
     next_[count_] = static_cast<const char*>(rows);
     stride_[count_++] = stride_bytes;
+  }
+  // The rows of one head from `row` on.
+  template <typename T>
+  void add(const Source& source, int64_t batch, int64_t head, int64_t row) {
+    add(head_rows<T>(source, batch, head) + row * source.row,
+        source.row * static_cast<int64_t>(sizeof(T)));
   }
 
   void fetch(int64_t rows) {

@@ -119,9 +119,31 @@ inline void check_gradients(const Gradients& gradients, const Tensor& query) {
   }
 }
 
-inline Tensor contiguous_rows(const Tensor& tensor) {
-  const bool regular = tensor.size(3) <= 1 || tensor.stride(3) == 1;
-  return regular ? tensor : torch::stable::contiguous(tensor);
+// Checked, and as the loops and kernels read them: grad_out by rows, the rest contiguous.
+struct DenseGradients {
+  Tensor grad_out, grad_lse, out, lse;
+};
+
+inline DenseGradients dense_gradients(const Gradients& gradients, const Tensor& query) {
+  check_gradients(gradients, query);
+  const Tensor& rows = gradients.grad_out;
+  const bool regular = rows.size(3) <= 1 || rows.stride(3) == 1;
+  return {regular ? rows : dense(rows), dense(gradients.grad_lse), dense(gradients.out),
+          dense(gradients.lse)};
+}
+
+// Not initialised.
+inline InputGradients empty_gradients(const Operands& operands) {
+  const auto like = [](const Tensor& tensor) {
+    return empty(shape(tensor), tensor.scalar_type(), tensor);
+  };
+  InputGradients results{like(operands.query), like(operands.key), like(operands.key), std::nullopt,
+                         std::nullopt};
+  if (operands.slot_key) {
+    results.slot_key = like(*operands.slot_key);
+    results.slot_value = like(*operands.slot_key);
+  }
+  return results;
 }
 
 }  // namespace winnow

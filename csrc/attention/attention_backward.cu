@@ -50,32 +50,21 @@ void run(const AttentionProblem& problem, BackwardCall<T>& call, const Tensor& q
 
 InputGradients run_backward(const AttentionProblem& problem, const Operands& operands,
                             const Gradients& gradients) {
-  check_gradients(gradients, operands.query);
   const Tensor& query = operands.query;
   const Stream stream(query);
-  const Tensor grad_out = contiguous_rows(gradients.grad_out);
-  const Tensor grad_lse = torch::stable::contiguous(gradients.grad_lse);
-  const Tensor out = torch::stable::contiguous(gradients.out);
-  const Tensor lse = torch::stable::contiguous(gradients.lse);
-  const ScalarType dtype = query.scalar_type();
-  InputGradients results{empty(shape(query), dtype, query),
-                         empty(shape(operands.key), dtype, query),
-                         empty(shape(operands.key), dtype, query), std::nullopt, std::nullopt};
-  if (operands.slot_key) {
-    results.slot_key = empty(shape(*operands.slot_key), dtype, query);
-    results.slot_value = empty(shape(*operands.slot_key), dtype, query);
-  }
+  const DenseGradients dense = dense_gradients(gradients, query);
+  const InputGradients results = empty_gradients(operands);
   dispatch_shape(problem, query, [&](auto zero, auto dim) {
     using T = decltype(zero);
     using Acc = Accumulator<T>;
     BackwardCall<T> call = {};
-    const Source grad_rows = source_of(grad_out);
+    const Source grad_rows = source_of(dense.grad_out);
     call.forward = call_of<T>(problem, operands);
-    call.forward.vectors = call.forward.vectors && in_pieces<T>(grad_out, grad_rows);
-    call.grad_out = rows_of<T>(grad_out, grad_rows);
-    call.out = global<const T>(out);
-    call.lse = global<const Acc>(lse);
-    call.grad_lse = global<const Acc>(grad_lse);
+    call.forward.vectors = call.forward.vectors && in_pieces<T>(dense.grad_out, grad_rows);
+    call.grad_out = rows_of<T>(dense.grad_out, grad_rows);
+    call.out = global<const T>(dense.out);
+    call.lse = global<const Acc>(dense.lse);
+    call.grad_lse = global<const Acc>(dense.grad_lse);
     call.grad_query = global<T>(results.query);
     call.grad_key = global<T>(results.key);
     call.grad_value = global<T>(results.value);

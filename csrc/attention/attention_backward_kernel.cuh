@@ -128,35 +128,29 @@ query_gradients(BackwardCall<T> backward) {
       dynamic_shared<Acc>(sizeof(T) * Shape::kElements, Shape::kWarps * Shape::kStaged) +
       warp_index() * Shape::kStaged;
 
-  const int64_t heads = call.batch * call.query_heads;
-  const int64_t row_tiles = ceil_div<int64_t>(call.pattern.rows, Shape::kRows);
-  const int64_t batch = block_index() % heads / call.query_heads;
-  const int64_t head = block_index() % heads % call.query_heads;
-  const int64_t first = (row_tiles - 1 - block_index() / heads) * Shape::kRows;
-  const int64_t last = smaller(first + Shape::kRows, call.pattern.rows) - 1;
-  const int count = static_cast<int>(last - first) + 1;
-  const KeyWalk<T, kDim, Shape::kWarps, kKeys> walk(
-      call, batch, head / (call.query_heads / call.kv_heads), first, last);
+  const QueryTile rows(call, Shape::kRows);
+  const KeyWalk<T, kDim, Shape::kWarps, kKeys> walk(call, rows);
 
-  load_tile<T, kDim, kThreads>(query, Shape::kRows,
-                               call.query.at(batch, head) + first * call.query.row, call.query.row,
-                               count, call.dim, call.steps, call.vectors);
-  load_tile<T, kDim, kThreads>(grad_out, Shape::kRows,
-                               backward.grad_out.at(batch, head) + first * backward.grad_out.row,
-                               backward.grad_out.row, count, call.dim, call.steps, call.vectors);
+  const auto load = [&](Shared<T> tile, const DeviceRows<T>& source) {
+    load_tile<T, kDim, kThreads>(tile, Shape::kRows,
+                                 source.at(rows.batch, rows.head) + rows.first * source.row,
+                                 source.row, rows.count(), call.dim, call.steps, call.vectors);
+  };
+  load(query, call.query);
+  load(grad_out, backward.grad_out);
   walk.fetch(0, tiles, tiles + Shape::kKeysTile);
   copy_commit();
 
   const int own_rows = warp_index() * kWarpRows * kLeading<T, kDim>;
   const Acc scale = call.scale * Acc(kLog2E);
-  const int64_t head_rows = (batch * call.query_heads + head) * call.pattern.rows;
+  const int64_t head_rows = (rows.batch * call.query_heads + rows.head) * call.pattern.rows;
   Acc log2_sum[2];
   Acc delta[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const int64_t row = first + warp_index() * kWarpRows + lane_index() / 4 + 8 * i;
-    log2_sum[i] = backward.log2_sums[head_rows + smaller(row, last)];
-    delta[i] = backward.deltas[head_rows + smaller(row, last)];
+    const int64_t row = rows.first + warp_index() * kWarpRows + lane_index() / 4 + 8 * i;
+    log2_sum[i] = backward.log2_sums[head_rows + smaller(row, rows.last)];
+    delta[i] = backward.deltas[head_rows + smaller(row, rows.last)];
   }
   Fragment<T, kDim> out;
   out.clear();
@@ -207,8 +201,8 @@ query_gradients(BackwardCall<T> backward) {
   copy_wait<0>();
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const int64_t row = first + warp_index() * kWarpRows + lane_index() / 4 + 8 * i;
-    if (row > last) continue;
+    const int64_t row = rows.first + warp_index() * kWarpRows + lane_index() / 4 + 8 * i;
+    if (row > rows.last) continue;
     store_fragment_row<T>(out, i, call.scale, call.dim,
                           backward.grad_query + (head_rows + row) * call.dim);
   }

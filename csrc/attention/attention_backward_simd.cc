@@ -8,40 +8,14 @@
 #include <limits>
 
 #include "attention/ahead.h"
-#include "attention/dot_bf16.h"
+#include "attention/arithmetic.h"
+#include "attention/gradient_splits.h"
 #include "attention/gradient_window.h"
 #include "attention/key_tile.h"
-#include "attention/operands.h"
 #include "attention/scratch.h"
-#include "common/dispatch_simd.h"
 
 namespace winnow::CPU_CAPABILITY {
 namespace {
-
-constexpr double kLog2E = 1.4426950408889634;
-
-// Rows and slots of a split.
-struct Split {
-  int64_t row_begin, row_end;
-  int64_t slot_begin, slot_end;
-};
-
-inline int64_t split_row(const Pattern& pattern, int64_t split, int64_t splits) {
-  if (split == splits) return pattern.rows;
-  return chunk_of(pattern, pattern.rows / splits * split + pattern.rows % splits * split / splits)
-      .begin;
-}
-
-inline Split split_of(const Pattern& pattern, int64_t index, int64_t splits) {
-  Split split{split_row(pattern, index, splits), split_row(pattern, index + 1, splits), 0, 0};
-  if (split.row_begin < split.row_end && pattern.slots > 0) {
-    const Chunk last = chunk_of(pattern, split.row_end - 1);
-    split.slot_begin = chunk_of(pattern, split.row_begin).slot_begin;
-    split.slot_end = larger(split.slot_begin, last.slot_end);
-    if (pattern.interleaved) split.slot_end = (split.row_end - 1) / pattern.chunk_size + 1;
-  }
-  return split;
-}
 
 template <typename T, class Math>
 class Backward {
@@ -133,7 +107,7 @@ class Backward {
   }
 
   const T* rows_of(const Source& source, int64_t head) const {
-    return static_cast<const T*>(source.data) + batch_ * source.batch + head * source.head;
+    return head_rows<T>(source, batch_, head);
   }
 
   void tile(int64_t head, int64_t row, int64_t count, bool own) {
@@ -145,12 +119,11 @@ class Backward {
       attend(slots_, forward_.slot_key, forward_.slot_value, slot_key_sums_, slot_value_sums_,
              true);
       // Keys of earlier splits: their own split accumulates them.
-      PlaceRanges<kSize> earlier;
-      clip(locals_, 0, split_.row_begin, &earlier);
-      attend(earlier, forward_.key, forward_.value, nullptr, nullptr, true);
+      attend(locals_.within(0, split_.row_begin), forward_.key, forward_.value, nullptr, nullptr,
+             true);
     }
-    clip(locals_, split_.row_begin, split_.row_end, &locals_);
-    attend(locals_, forward_.key, forward_.value, window_.key(0), window_.value(0), own);
+    attend(locals_.within(split_.row_begin, split_.row_end), forward_.key, forward_.value,
+           window_.key(0), window_.value(0), own);
     if (!own) return;
     const int64_t first = (batch_ * forward_.query_heads + head) * pattern_.rows + row;
     for (int64_t lane = 0; lane < count; ++lane) {
@@ -164,14 +137,11 @@ class Backward {
     constexpr auto kBytes = static_cast<int64_t>(sizeof(T));
     const int64_t count = smaller(kTile, split_.row_end - row);
     const int64_t first = (batch_ * forward_.query_heads + head) * pattern_.rows + row;
-    const auto add = [&](const Source& source, int64_t of) {
-      ahead_.add(rows_of(source, of) + row * source.row, source.row * kBytes);
-    };
     ahead_.start(count, dim_ * kBytes);
-    add(forward_.query, head);
-    add(problem_.grad_out, head);
-    add(forward_.key, kv_head_);
-    add(forward_.value, kv_head_);
+    ahead_.add<T>(forward_.query, batch_, head, row);
+    ahead_.add<T>(problem_.grad_out, batch_, head, row);
+    ahead_.add<T>(forward_.key, batch_, kv_head_, row);
+    ahead_.add<T>(forward_.value, batch_, kv_head_, row);
     ahead_.add(static_cast<const T*>(problem_.out) + first * dim_, dim_ * kBytes);
     ahead_.add(static_cast<const T*>(problem_.grad_query) + first * dim_, dim_ * kBytes);
   }
@@ -189,15 +159,6 @@ class Backward {
       locals_.place[lane] = {chunk.local_begin, pattern_.causal ? t + 1 : chunk.end};
     }
     for (int v = 0; v < kTile / kSize; ++v) slots_.bound(v);
-  }
-
-  static void clip(const PlaceRanges<kSize>& ranges, int64_t begin, int64_t end,
-                   PlaceRanges<kSize>* clipped) {
-    for (int lane = 0; lane < kTile; ++lane) {
-      clipped->place[lane] = {larger(ranges.place[lane].begin, begin),
-                              smaller(ranges.place[lane].end, end)};
-    }
-    for (int v = 0; v < kTile / kSize; ++v) clipped->bound(v);
   }
 
   void load_queries(int64_t head, int64_t row, int64_t count) {
@@ -222,8 +183,7 @@ class Backward {
 
     const T* out = static_cast<const T*>(problem_.out) + first * dim_;
     const Acc* lse = static_cast<const Acc*>(problem_.lse) + first;
-    const Acc* grad_lse =
-        problem_.grad_lse ? static_cast<const Acc*>(problem_.grad_lse) + first : nullptr;
+    const Acc* grad_lse = static_cast<const Acc*>(problem_.grad_lse) + first;
     for (int lane = 0; lane < kTile; ++lane) {
       lse_[lane] = 0;
       delta_[lane] = 0;
@@ -239,7 +199,7 @@ class Backward {
       for (int64_t d = 0; d < ld_; d += kSize) {
         sum = at::vec::fmadd(Vec::loadu(a + d), Vec::loadu(b + d), sum);
       }
-      delta_[lane] = sum_of_lanes(sum) - (grad_lse ? grad_lse[lane] : Acc(0));
+      delta_[lane] = sum_of_lanes(sum) - grad_lse[lane];
     }
   }
 
@@ -301,12 +261,12 @@ class Backward {
     ahead_.fetch(kLanesWide / 2);
     if (!queries) return;
     const Operand* pairs = Math::weights(grad_scores_, grad_pairs_);
-    for (int place = lane; place < lane + kLanesWide; place += kTogether) {
-      const KeyRange sees = mask.inside(ranges.together[place / kTogether]);
+    for (int place = lane; place < lane + kLanesWide; place += kTogether<kSize>) {
+      const KeyRange sees = mask.inside(ranges.together[place / kTogether<kSize>]);
       const int64_t begin = sees.begin / kDepth;
       const int64_t depth = (sees.end + kDepth - 1) / kDepth - begin;
       if (sees.begin >= sees.end) continue;
-      product_columns<Math, Into::kAdded, kTogether>(
+      product_columns<Math, Into::kAdded, kTogether<kSize>>(
           {pairs + (begin - group.begin / kDepth) * kLanesWide + place - lane, 1, kLanesWide},
           tile.columns.data + begin * tile.columns.ld, tile.columns.ld, depth, ld_,
           grad_query_ + place * ld_, ld_, nullptr);
@@ -374,7 +334,7 @@ class Backward {
     const int64_t last = smaller(lanes, count_ - group.vector * kSize);
     for (int i = 0; i < last; ++i) {
       const int lane = group.vector * kSize + i;
-      for_nonfinite(rows, lane, [&](int64_t d, Acc value) {
+      for_nonfinite<Acc>(rows, lane, dim_, [&](int64_t d, Acc value) {
         for (int j = group.begin; j < group.end; ++j) {
           if (mask.lane_sees(lane, j)) {
             sums[j * ld_ + d] += weight[(j - group.begin) * lanes + i] * value;
@@ -388,7 +348,7 @@ class Backward {
                           const FiniteRows<T>& rows) {
     const int last = static_cast<int>(smaller(group.end, mask.keys));
     for (int j = group.begin; j < last; ++j) {
-      for_nonfinite(rows, j, [&](int64_t d, Acc value) {
+      for_nonfinite<Acc>(rows, j, dim_, [&](int64_t d, Acc value) {
         for (int i = 0; i < lanes; ++i) {
           const int lane = group.vector * kSize + i;
           if (mask.lane_sees(lane, j)) {
@@ -396,16 +356,6 @@ class Backward {
           }
         }
       });
-    }
-  }
-
-  // fn(d, number) for each number of a row that is not finite.
-  template <typename Fn>
-  void for_nonfinite(const FiniteRows<T>& rows, int64_t r, const Fn& fn) const {
-    Acc row[padded_dim(256)];
-    if (load_rows(rows.data + r * rows.stride, 0, 1, dim_, row, ld_)) return;
-    for (int64_t d = 0; d < dim_; ++d) {
-      if (!(row[d] * Acc(0) == Acc(0))) fn(d, row[d]);
     }
   }
 
@@ -436,63 +386,13 @@ class Backward {
   Acc delta_[kTile];
 };
 
-// grad_slot[m] = sum over splits, in order.
-template <typename T, typename Acc>
-void sum_splits(const BackwardProblem& problem, int64_t unit) {
-  const Pattern& pattern = problem.forward.pattern;
-  const int64_t dim = problem.forward.dim;
-  const int64_t ld = padded_dim(dim);
-  for (int kind = 0; kind < 2; ++kind) {
-    void* interleaved = kind == 0 ? problem.grad_key : problem.grad_value;
-    void* separate = kind == 0 ? problem.grad_slot_key : problem.grad_slot_value;
-    for (int64_t slot = 0; slot < pattern.slots; ++slot) {
-      alignas(64) Acc sum[padded_dim(256)] = {};
-      for (int64_t index = 0; index < problem.splits; ++index) {
-        const Split split = split_of(pattern, index, problem.splits);
-        if (slot < split.slot_begin || slot >= split.slot_end) continue;
-        const Acc* part =
-            static_cast<const Acc*>(problem.slot_sums) +
-            (((unit * problem.splits + index) * 2 + kind) * pattern.slots + slot) * ld;
-        for (int64_t d = 0; d < dim; ++d) sum[d] += part[d];
-      }
-      T* place = pattern.interleaved
-                     ? static_cast<T*>(interleaved) +
-                           (unit * pattern.rows + slot * pattern.chunk_size) * dim
-                     : static_cast<T*>(separate) + (unit * pattern.slots + slot) * dim;
-      store_row(sum, dim, place);
-    }
-  }
-}
-
-template <typename Fn>
-void with_types(ElementType type, const Fn& fn) {
-  dispatch_element(type, [&](auto zero) {
-    using T = decltype(zero);
-    using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
-#ifdef __AVX512BF16__
-    fn(zero, std::conditional_t<std::is_same_v<T, c10::BFloat16>, DotBf16, Multiply<Acc>>{});
-#else
-    fn(zero, Multiply<Acc>{});
-#endif
-  });
-}
-
 }  // namespace
 
 void attention_backward(const BackwardProblem& problem, int64_t unit_begin, int64_t unit_end,
                         void* scratch) {
-  with_types(problem.forward.type, [&](auto element, auto math) {
+  with_arithmetic(problem.forward.type, [&](auto element, auto math) {
     Backward<decltype(element), decltype(math)> backward(problem, scratch);
     for (int64_t unit = unit_begin; unit < unit_end; ++unit) backward.unit(unit);
-  });
-}
-
-void attention_backward_slots(const BackwardProblem& problem, int64_t unit_begin,
-                              int64_t unit_end) {
-  with_types(problem.forward.type, [&](auto element, auto math) {
-    for (int64_t unit = unit_begin; unit < unit_end; ++unit) {
-      sum_splits<decltype(element), typename decltype(math)::Acc>(problem, unit);
-    }
   });
 }
 

@@ -14,7 +14,7 @@ struct BackwardProblem {
   int64_t splits = 1;
   const void* out = nullptr;       // contiguous (batch, query_heads, rows, dim)
   const void* lse = nullptr;       // contiguous (batch, query_heads, rows)
-  const void* grad_lse = nullptr;  // contiguous, or null
+  const void* grad_lse = nullptr;  // contiguous
   Source grad_out;
   // Contiguous results. Interleaved patterns have no gradient of slots of their own.
   void* grad_query = nullptr;
@@ -48,8 +48,8 @@ inline int64_t backward_scratch_bytes(const AttentionProblem& problem) {
 WINNOW_SIMD_DECLARE(attention_backward, const BackwardProblem& problem, int64_t unit_begin,
                     int64_t unit_end, void* scratch)
 
-// Adds up the splits: a unit is one (batch, kv_head).
-WINNOW_SIMD_DECLARE(attention_backward_slots, const BackwardProblem& problem, int64_t unit_begin,
+// Adds up the splits (slot_gradients_simd.cc): a unit is one (batch, kv_head).
+WINNOW_SIMD_DECLARE(slot_gradients, const BackwardProblem& problem, int64_t unit_begin,
                     int64_t unit_end)
 
 }  // namespace winnow

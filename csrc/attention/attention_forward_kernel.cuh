@@ -90,19 +90,12 @@ attention_forward(AttentionCall<T> call, Global<T> results, Global<Accumulator<T
                                           Shape::kWarps * Shape::kStaged) +
                       warp_index() * Shape::kStaged;
 
-  // The last rows see most: they come first, those of all heads together.
-  const int64_t heads = call.batch * call.query_heads;
-  const int64_t row_tiles = ceil_div<int64_t>(call.pattern.rows, Shape::kRows);
-  const int64_t batch = block_index() % heads / call.query_heads;
-  const int64_t head = block_index() % heads % call.query_heads;
-  const int64_t first = (row_tiles - 1 - block_index() / heads) * Shape::kRows;
-  const int64_t last = smaller(first + Shape::kRows, call.pattern.rows) - 1;
-  const KeyWalk<T, kDim, Shape::kWarps, kKeys> walk(
-      call, batch, head / (call.query_heads / call.kv_heads), first, last);
+  const QueryTile rows(call, Shape::kRows);
+  const KeyWalk<T, kDim, Shape::kWarps, kKeys> walk(call, rows);
 
-  load_tile<T, kDim, kThreads>(
-      query, Shape::kRows, call.query.at(batch, head) + first * call.query.row, call.query.row,
-      static_cast<int>(last - first) + 1, call.dim, call.steps, call.vectors);
+  load_tile<T, kDim, kThreads>(query, Shape::kRows,
+                               call.query.at(rows.batch, rows.head) + rows.first * call.query.row,
+                               call.query.row, rows.count(), call.dim, call.steps, call.vectors);
   walk.fetch(0, tiles, tiles + Shape::kKeysTile);
   copy_commit();
 
@@ -154,9 +147,9 @@ attention_forward(AttentionCall<T> call, Global<T> results, Global<Accumulator<T
     for (int offset = 1; offset < 4; offset *= 2) {
       sum[i] += shuffle_xor(kFullWarp, sum[i], offset);
     }
-    const int64_t row = first + warp_index() * kWarpRows + lane_index() / 4 + 8 * i;
-    if (row > last) continue;
-    const int64_t place = (batch * call.query_heads + head) * call.pattern.rows + row;
+    const int64_t row = rows.first + warp_index() * kWarpRows + lane_index() / 4 + 8 * i;
+    if (row > rows.last) continue;
+    const int64_t place = (rows.batch * call.query_heads + rows.head) * call.pattern.rows + row;
     const bool none = sum[i] == Acc(0);
     if (lane_index() % 4 == 0) {
       lses[place] =

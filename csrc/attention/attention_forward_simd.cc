@@ -12,18 +12,13 @@
 #include <limits>
 
 #include "attention/ahead.h"
-#include "attention/dot_bf16.h"
+#include "attention/arithmetic.h"
 #include "attention/key_tile.h"
-#include "attention/operands.h"
 #include "attention/row_tile.h"
 #include "attention/scratch.h"
-#include "common/dispatch_simd.h"
 
 namespace winnow::CPU_CAPABILITY {
 namespace {
-
-constexpr double kLog2E = 1.4426950408889634;
-constexpr double kLn2 = 0.6931471805599453;
 
 template <typename T, class Math>
 class Forward {
@@ -36,8 +31,10 @@ class Forward {
   static constexpr Acc kNone = -std::numeric_limits<Acc>::infinity();
 
  public:
-  Forward(const AttentionProblem& problem, void* memory)
+  Forward(const AttentionProblem& problem, void* memory, T* results, Acc* lses)
       : problem_(problem),
+        results_(results),
+        lses_(lses),
         dim_(problem.dim),
         ld_(padded_dim(problem.dim)),
         depth_((problem.dim + Math::kDepth - 1) / Math::kDepth),
@@ -55,34 +52,33 @@ class Forward {
     finite_values_ = scratch.take<T>(kKeyTile * dim_);
   }
 
-  // Rows [row, end) of one head; out and lse point to the first of the head.
-  void rows(int64_t batch, int64_t head, int64_t row, int64_t end, T* out, Acc* lse) {
-    batch_ = batch;
-    head_ = head;
-    out_rows_ = out;
-    lse_ = lse;
-    while (row < end) {
-      row = tile_.fill(row, end);
+  void run(const RowTask& task) {
+    batch_ = task.batch;
+    head_ = task.head;
+    out_rows_ = results_ + first_row(task) * dim_;
+    lse_ = lses_ + first_row(task);
+    for (int64_t row = task.row; row < task.end;) {
+      row = tile_.fill(row, task.end);
       attend();
       if (!finish()) again();
     }
   }
 
-  // The rows that come next, if any.
-  void expect(int64_t batch, int64_t head, int64_t row, int64_t end, const T* out) {
-    const int64_t kv_head = head / (problem_.query_heads / problem_.kv_heads);
-    ahead_.start(end - row, dim_ * static_cast<int64_t>(sizeof(T)));
-    expect(problem_.query, batch, head, row);
-    expect(problem_.key, batch, kv_head, row);
-    expect(problem_.value, batch, kv_head, row);
-    ahead_.add(out + row * dim_, dim_ * static_cast<int64_t>(sizeof(T)));
+  // The task that comes next.
+  void expect(const RowTask& task) {
+    constexpr auto kBytes = static_cast<int64_t>(sizeof(T));
+    const int64_t kv_head = task.head / (problem_.query_heads / problem_.kv_heads);
+    ahead_.start(task.end - task.row, dim_ * kBytes);
+    ahead_.add<T>(problem_.query, task.batch, task.head, task.row);
+    ahead_.add<T>(problem_.key, task.batch, kv_head, task.row);
+    ahead_.add<T>(problem_.value, task.batch, kv_head, task.row);
+    ahead_.add(results_ + (first_row(task) + task.row) * dim_, dim_ * kBytes);
   }
 
  private:
-  void expect(const Source& source, int64_t batch, int64_t head, int64_t row) {
-    ahead_.add(static_cast<const T*>(source.data) + batch * source.batch + head * source.head +
-                   row * source.row,
-               source.row * static_cast<int64_t>(sizeof(T)));
+  // Of the task's head, among the rows of all heads.
+  int64_t first_row(const RowTask& task) const {
+    return (task.batch * problem_.query_heads + task.head) * problem_.pattern.rows;
   }
 
   // The tile once more, as the head of this file says.
@@ -110,7 +106,7 @@ class Forward {
 
   void attend() {
     const Source& q = problem_.query;
-    const T* query = static_cast<const T*>(q.data) + batch_ * q.batch + head_ * q.head;
+    const T* query = head_rows<T>(q, batch_, head_);
     for (int v = 0; v < tile_.vectors; ++v) {
       int64_t count = 0;
       while (count < kSize && tile_.row[v * kSize + count] >= 0) ++count;
@@ -138,9 +134,8 @@ class Forward {
   void attend(const PlaceRanges<kSize>& ranges, const Segment& segment, const Source& key,
               const Source& value) {
     const int64_t kv_head = head_ / (problem_.query_heads / problem_.kv_heads);
-    const T* keys = static_cast<const T*>(key.data) + batch_ * key.batch + kv_head * key.head;
-    const T* values =
-        static_cast<const T*>(value.data) + batch_ * value.batch + kv_head * value.head;
+    const T* keys = head_rows<T>(key, batch_, kv_head);
+    const T* values = head_rows<T>(value, batch_, kv_head);
     const KeyRange both[2] = {
         union_of(ranges.some + segment.first_vector, segment.last_vector - segment.first_vector),
         union_of(ranges.place + kTile + segment.first_single,
@@ -193,16 +188,16 @@ class Forward {
                                     kTile, depth_, scores_, kLanesWide, &scale_);
     Operand* weights = Math::weights(scores_, weights_);
     softmax<W>(mask, group, weights);
-    for (int lane = 0; lane < kLanesWide; lane += kTogether) {
+    for (int lane = 0; lane < kLanesWide; lane += kTogether<kSize>) {
       const int place = first_lane + lane;
-      const KeyRange sees = mask.inside(ranges.together[place / kTogether]);
+      const KeyRange sees = mask.inside(ranges.together[place / kTogether<kSize>]);
       const int64_t begin = sees.begin / kDepth;
       const int64_t pairs = (sees.end + kDepth - 1) / kDepth - begin;
       if (pairs <= 0) continue;
-      add_values<kTogether>(
+      add_values<kTogether<kSize>>(
           place, {weights + (begin - group.begin / kDepth) * kLanesWide + lane, 1, kLanesWide},
           v.data + begin * v.ld, v.ld, pairs);
-      ahead_.fetch(kTogether / 2);  // half for the slots and half for the local rows
+      ahead_.fetch(kTogether<kSize> / 2);  // half for the slots and half for the local rows
     }
   }
 
@@ -356,6 +351,8 @@ class Forward {
   }
 
   const AttentionProblem& problem_;
+  T* const results_;
+  Acc* const lses_;
   const int64_t dim_;
   const int64_t ld_;     // dim_ in whole vectors
   const int64_t depth_;  // dim_ in operands
@@ -364,7 +361,7 @@ class Forward {
   Ahead ahead_;
   int64_t batch_ = 0;
   int64_t head_ = 0;
-  T* out_rows_ = nullptr;
+  T* out_rows_ = nullptr;  // of the head, as the next
   Acc* lse_ = nullptr;
   Operand* query_;         // (dim, lane)
   Operand* buffer_;        // a vector of rows on their way there
@@ -385,46 +382,19 @@ class Forward {
   bool sees_nonfinite_[kPlaces];
 };
 
-template <typename T, class Math>
-void forward_units_of(const AttentionProblem& problem, int64_t unit_begin, int64_t unit_end,
-                      void* scratch, void* out, void* lse) {
-  Forward<T, Math> forward(problem, scratch);
-  const int64_t rows = problem.pattern.rows;
-  const int64_t size = task_rows(problem.pattern);
-  const int64_t tasks = row_tasks(problem.pattern);
-  // Early and late rows alternate: later ones see more, and threads get neighbouring units.
-  const auto with_rows = [&](int64_t unit, const auto& fn) {
-    const int64_t head = unit / tasks;
-    const int64_t place = unit % tasks;
-    const int64_t row = (place % 2 == 0 ? place / 2 : tasks - 1 - place / 2) * size;
-    fn(head / problem.query_heads, head % problem.query_heads, row, smaller(row + size, rows),
-       static_cast<T*>(out) + head * rows * problem.dim, head * rows);
-  };
-  for (int64_t unit = unit_begin; unit < unit_end; ++unit) {
-    if (unit + 1 < unit_end) {
-      with_rows(unit + 1, [&](int64_t batch, int64_t head, int64_t row, int64_t end, T* head_out,
-                              int64_t) { forward.expect(batch, head, row, end, head_out); });
-    }
-    with_rows(unit, [&](int64_t batch, int64_t head, int64_t row, int64_t end, T* head_out,
-                        int64_t first) {
-      forward.rows(batch, head, row, end, head_out, static_cast<typename Math::Acc*>(lse) + first);
-    });
-  }
-}
-
 }  // namespace
 
 void attention_forward(const AttentionProblem& problem, int64_t unit_begin, int64_t unit_end,
                        void* scratch, void* out, void* lse) {
-  dispatch_element(problem.type, [&](auto zero) {
+  with_arithmetic(problem.type, [&](auto zero, auto math) {
     using T = decltype(zero);
-    using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
-#ifdef __AVX512BF16__
-    using Math = std::conditional_t<std::is_same_v<T, c10::BFloat16>, DotBf16, Multiply<Acc>>;
-#else
-    using Math = Multiply<Acc>;
-#endif
-    forward_units_of<T, Math>(problem, unit_begin, unit_end, scratch, out, lse);
+    using Acc = typename decltype(math)::Acc;
+    Forward<T, decltype(math)> forward(problem, scratch, static_cast<T*>(out),
+                                       static_cast<Acc*>(lse));
+    for (int64_t unit = unit_begin; unit < unit_end; ++unit) {
+      if (unit + 1 < unit_end) forward.expect(row_task(problem, unit + 1));
+      forward.run(row_task(problem, unit));
+    }
   });
 }
 

@@ -21,6 +21,23 @@ constexpr int64_t forward_units(const AttentionProblem& problem) {
   return problem.batch * problem.query_heads * row_tasks(problem.pattern);
 }
 
+// Rows [row, end) of one head.
+struct RowTask {
+  int64_t batch, head;
+  int64_t row, end;
+};
+
+// Early and late rows alternate: later ones see more, and threads get neighbouring units.
+constexpr RowTask row_task(const AttentionProblem& problem, int64_t unit) {
+  const int64_t tasks = row_tasks(problem.pattern);
+  const int64_t head = unit / tasks;
+  const int64_t place = unit % tasks;
+  const int64_t size = task_rows(problem.pattern);
+  const int64_t row = (place % 2 == 0 ? place / 2 : tasks - 1 - place / 2) * size;
+  return {head / problem.query_heads, head % problem.query_heads, row,
+          smaller(row + size, problem.pattern.rows)};
+}
+
 // Bytes of scratch memory per thread, whatever the number of rows.
 constexpr int64_t forward_scratch_bytes(int64_t dim) {
   return 8 * (6 * kKeyTile * (padded_dim(dim) + 16) + 2 * kKeyTile * kTile) + 4096;

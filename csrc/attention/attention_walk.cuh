@@ -112,6 +112,24 @@ struct Bounds {
   }
 };
 
+// The query rows of a block: `first` to `last` of one head. The last rows see most: they come
+// first, those of all heads together.
+struct QueryTile {
+  int64_t batch, head, kv_head;
+  int64_t first, last;
+
+  template <typename T>
+  WINNOW_DEVICE QueryTile(const AttentionCall<T>& call, int rows) {
+    const int64_t heads = call.batch * call.query_heads;
+    batch = block_index() % heads / call.query_heads;
+    head = block_index() % heads % call.query_heads;
+    kv_head = head / (call.query_heads / call.kv_heads);
+    first = (ceil_div<int64_t>(call.pattern.rows, rows) - 1 - block_index() / heads) * rows;
+    last = smaller(first + rows, call.pattern.rows) - 1;
+  }
+  WINNOW_DEVICE int count() const { return static_cast<int>(last - first) + 1; }
+};
+
 // kWarps warps of 16 query rows. Rows behind the last one are taken for the last one.
 template <typename T, int kDim, int kWarps, int kKeys>
 struct KeyWalk {
@@ -122,19 +140,17 @@ struct KeyWalk {
   Bounds slots, locals;
   int slot_tiles, tiles;
 
-  // Of query rows `first` to `last`, at most 16 per warp.
-  WINNOW_DEVICE KeyWalk(const AttentionCall<T>& call, int64_t batch, int64_t kv_head, int64_t first,
-                        int64_t last)
+  WINNOW_DEVICE KeyWalk(const AttentionCall<T>& call, const QueryTile& rows)
       : call(call),
-        slot_key(call.slot_key.at(batch, kv_head)),
-        slot_value(call.slot_value.at(batch, kv_head)),
-        local_key(call.key.at(batch, kv_head)),
-        local_value(call.value.at(batch, kv_head)) {
-    const int64_t row = first + warp_index() * kWarpRows + lane_index() / 4;
-    const RowSpans low = keys_of_row(call.pattern, first);
-    const RowSpans high = keys_of_row(call.pattern, last);
+        slot_key(call.slot_key.at(rows.batch, rows.kv_head)),
+        slot_value(call.slot_value.at(rows.batch, rows.kv_head)),
+        local_key(call.key.at(rows.batch, rows.kv_head)),
+        local_value(call.value.at(rows.batch, rows.kv_head)) {
+    const int64_t row = rows.first + warp_index() * kWarpRows + lane_index() / 4;
+    const RowSpans low = keys_of_row(call.pattern, rows.first);
+    const RowSpans high = keys_of_row(call.pattern, rows.last);
     for (int i = 0; i < 2; ++i) {
-      const RowSpans own = keys_of_row(call.pattern, smaller(row + 8 * i, last));
+      const RowSpans own = keys_of_row(call.pattern, smaller(row + 8 * i, rows.last));
       slots.own[i] = own.slots;
       locals.own[i] = own.locals;
     }

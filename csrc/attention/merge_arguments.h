@@ -49,4 +49,11 @@ inline void check_merged(const Tensor& grad_out, const Tensor& grad_lse,
   }
 }
 
+// One for each of `parts`, stacked along a new first dimension; not initialised.
+inline Tensor stacked(const Tensor& like, size_t parts) {
+  Shape sizes = shape(like);
+  sizes.insert(sizes.begin(), static_cast<int64_t>(parts));
+  return empty(sizes, like.scalar_type(), like);
+}
+
 }  // namespace winnow

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "attention/merge_arguments.h"
+#include "common/parallel.h"
 
 namespace winnow {
 namespace {
@@ -34,8 +35,7 @@ Operand operand_of(const Tensor& out, const Tensor& lse) {
 template <typename Loop>
 void over_rows(const MergeProblem& problem, int64_t rows, Loop loop) {
   const int64_t grain = 1 + 32768 / (problem.parts * problem.dim + 1);
-  torch::stable::parallel_for(0, rows, grain,
-                              [&](int64_t begin, int64_t end) { loop(problem, begin, end); });
+  parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) { loop(problem, begin, end); });
 }
 
 std::tuple<Tensor, Tensor> merge_attention(const std::vector<Tensor>& outs,
@@ -66,14 +66,10 @@ std::tuple<Tensor, Tensor> merge_attention_backward(const Tensor& grad_out, cons
                                                     const Tensor& out, const Tensor& lse) {
   check_parts(outs, lses);
   check_merged(grad_out, grad_lse, outs, lses, out, lse);
-  Shape out_shape = shape(out);
-  Shape lse_shape = shape(lse);
-  const int64_t rows = product(lse_shape);
-  const int64_t dim = out_shape.back();
-  out_shape.insert(out_shape.begin(), static_cast<int64_t>(outs.size()));
-  lse_shape.insert(lse_shape.begin(), static_cast<int64_t>(outs.size()));
-  Tensor grad_outs = empty(out_shape, out.scalar_type(), out);
-  Tensor grad_lses = empty(lse_shape, lse.scalar_type(), out);
+  const int64_t rows = product(shape(lse));
+  const int64_t dim = out.size(out.dim() - 1);
+  const Tensor grad_outs = stacked(out, outs.size());
+  const Tensor grad_lses = stacked(lse, outs.size());
 
   std::vector<Operand> operands;
   std::vector<MergeRows> parts;

@@ -141,8 +141,8 @@ Grid grid_of(int64_t rows) {
   return {ceil_div<int64_t>(rows, kThreads / kWarp)};
 }
 
-std::tuple<Tensor, Tensor> merge_attention(const std::vector<Tensor>& outs,
-                                           const std::vector<Tensor>& lses) {
+std::tuple<Tensor, Tensor> merge_attention_cuda(const std::vector<Tensor>& outs,
+                                                const std::vector<Tensor>& lses) {
   const auto operands = operands_of(outs, lses);
   const Stream stream(outs[0]);
   Tensor out = empty(shape(outs[0]), outs[0].scalar_type(), outs[0]);
@@ -157,19 +157,16 @@ std::tuple<Tensor, Tensor> merge_attention(const std::vector<Tensor>& outs,
 }
 
 // Gradients stacked along a new first dimension: (P, ..., N, D) and (P, ..., N).
-std::tuple<Tensor, Tensor> merge_attention_backward(const Tensor& grad_out, const Tensor& grad_lse,
-                                                    const std::vector<Tensor>& outs,
-                                                    const std::vector<Tensor>& lses,
-                                                    const Tensor& out, const Tensor& lse) {
+std::tuple<Tensor, Tensor> merge_attention_backward_cuda(const Tensor& grad_out,
+                                                         const Tensor& grad_lse,
+                                                         const std::vector<Tensor>& outs,
+                                                         const std::vector<Tensor>& lses,
+                                                         const Tensor& out, const Tensor& lse) {
   const auto operands = operands_of(outs, lses);
   check_merged(grad_out, grad_lse, outs, lses, out, lse);
   const Stream stream(out);
-  Shape out_shape = shape(out);
-  Shape lse_shape = shape(lse);
-  out_shape.insert(out_shape.begin(), static_cast<int64_t>(outs.size()));
-  lse_shape.insert(lse_shape.begin(), static_cast<int64_t>(outs.size()));
-  Tensor grad_outs = empty(out_shape, out.scalar_type(), out);
-  Tensor grad_lses = empty(lse_shape, lse.scalar_type(), out);
+  const Tensor grad_outs = stacked(out, outs.size());
+  const Tensor grad_lses = stacked(lse, outs.size());
   const MergeOperand merged(out, lse);
   const MergeOperand grad(grad_out, grad_lse);
   dispatch_merge(out, [&](auto element, auto wide) {
@@ -186,6 +183,6 @@ std::tuple<Tensor, Tensor> merge_attention_backward(const Tensor& grad_out, cons
 }  // namespace winnow
 
 WINNOW_DEVICE_OPERATORS(m) {
-  m.impl("merge_attention", TORCH_BOX(&winnow::merge_attention));
-  m.impl("merge_attention_backward", TORCH_BOX(&winnow::merge_attention_backward));
+  m.impl("merge_attention", TORCH_BOX(&winnow::merge_attention_cuda));
+  m.impl("merge_attention_backward", TORCH_BOX(&winnow::merge_attention_backward_cuda));
 }

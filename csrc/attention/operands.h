@@ -117,5 +117,15 @@ inline FiniteRows<T> finite_rows(const T* src, int64_t stride, int64_t rows, int
   return {copy, dim, true};
 }
 
+// fn(d, number) for each number of a row that is not finite.
+template <typename Acc, typename T, typename Fn>
+inline void for_nonfinite(const FiniteRows<T>& rows, int64_t r, int64_t dim, const Fn& fn) {
+  Acc row[padded_dim(256)];
+  if (load_rows(rows.data + r * rows.stride, 0, 1, dim, row, padded_dim(dim))) return;
+  for (int64_t d = 0; d < dim; ++d) {
+    if (!(row[d] * Acc(0) == Acc(0))) fn(d, row[d]);
+  }
+}
+
 }  // namespace
 }  // namespace winnow::CPU_CAPABILITY

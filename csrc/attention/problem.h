@@ -16,6 +16,15 @@ struct Source {
   int64_t row = 0;
 };
 
+namespace {
+
+template <typename T>
+inline const T* head_rows(const Source& source, int64_t batch, int64_t head) {
+  return static_cast<const T*>(source.data) + batch * source.batch + head * source.head;
+}
+
+}  // namespace
+
 struct AttentionProblem {
   ElementType type = ElementType::kFloat;
   int64_t batch = 0;

@@ -35,7 +35,10 @@ inline KeyRange intersection_of(const KeyRange* ranges, int count) {
   return all;
 }
 
-constexpr int kTogether = 4;  // lanes whose outputs are summed in registers together
+// Lanes whose outputs are summed in registers together; a NEON register holds no more doubles.
+template <int kSize>
+constexpr int kTogether = kSize < 4 ? kSize : 4;
+
 constexpr int kSingles = 16;
 constexpr int kPlaces = kTile + kSingles;  // lanes, then rows by themselves
 
@@ -45,11 +48,11 @@ struct PlaceRanges {
   KeyRange place[kPlaces];
   KeyRange some[kTile / kSize];   // keys that some lane of a vector sees
   KeyRange every[kTile / kSize];  // keys that every lane sees
-  KeyRange together[kTile / kTogether];
+  KeyRange together[kTile / kTogether<kSize>];
 
   void bound(int v) {
-    for (int i = v * kSize / kTogether; i < (v + 1) * kSize / kTogether; ++i) {
-      together[i] = union_of(place + i * kTogether, kTogether);
+    for (int i = v * kSize / kTogether<kSize>; i < (v + 1) * kSize / kTogether<kSize>; ++i) {
+      together[i] = union_of(place + i * kTogether<kSize>, kTogether<kSize>);
     }
     some[v] = union_of(place + v * kSize, kSize);
     every[v] = intersection_of(place + v * kSize, kSize);
@@ -60,11 +63,21 @@ struct PlaceRanges {
   void fill(int v, int64_t begin, int64_t first, int64_t step, int64_t last) {
     KeyRange* lane = place + v * kSize;
     for (int i = 0; i < kSize; ++i) lane[i] = {begin, smaller(first + step * i, last)};
-    for (int i = 0; i < kSize; i += kTogether) {
-      together[(v * kSize + i) / kTogether] = lane[i + kTogether - 1];
+    for (int i = 0; i < kSize; i += kTogether<kSize>) {
+      together[(v * kSize + i) / kTogether<kSize>] = lane[i + kTogether<kSize> - 1];
     }
     some[v] = lane[kSize - 1];
     every[v] = lane[0];
+  }
+
+  // What of each lane's range lies in [begin, end).
+  PlaceRanges within(int64_t begin, int64_t end) const {
+    PlaceRanges clipped;
+    for (int lane = 0; lane < kTile; ++lane) {
+      clipped.place[lane] = {larger(place[lane].begin, begin), smaller(place[lane].end, end)};
+    }
+    for (int v = 0; v < kTile / kSize; ++v) clipped.bound(v);
+    return clipped;
   }
 };
 

@@ -6,6 +6,7 @@
 #include "attention/arguments.h"
 #include "attention/attention_backward_simd.h"
 #include "attention/attention_forward_simd.h"
+#include "common/parallel.h"
 
 namespace winnow {
 namespace {
@@ -45,64 +46,51 @@ std::tuple<Tensor, Tensor> run_forward(const AttentionProblem& problem, const Op
   void* out_data = out.data_ptr();
   void* lse_data = lse.data_ptr();
   const auto loop = WINNOW_SIMD(attention_forward);
-  torch::stable::parallel_for(
-      0, forward_units(problem), grain_of(problem, task_rows(problem.pattern)),
-      [&](int64_t begin, int64_t end) {
-        const auto memory = scratch_memory(forward_scratch_bytes(problem.dim));
-        loop(problem, begin, end, memory.get(), out_data, lse_data);
-      });
+  parallel_for(0, forward_units(problem), grain_of(problem, task_rows(problem.pattern)),
+               [&](int64_t begin, int64_t end) {
+                 const auto memory = scratch_memory(forward_scratch_bytes(problem.dim));
+                 loop(problem, begin, end, memory.get(), out_data, lse_data);
+               });
   return {out, lse};
 }
 
 InputGradients run_backward(const AttentionProblem& problem, const Operands& operands,
                             const Gradients& gradients) {
-  check_gradients(gradients, operands.query);
-  const Tensor& query = operands.query;
-  const Tensor& key = operands.key;
-  const std::optional<Tensor>& slot_key = operands.slot_key;
-  const Tensor grad_out = contiguous_rows(gradients.grad_out);
-  const Tensor grad_lse = torch::stable::contiguous(gradients.grad_lse);
-  const Tensor out = torch::stable::contiguous(gradients.out);
-  const Tensor lse = torch::stable::contiguous(gradients.lse);
-  const ScalarType dtype = query.scalar_type();
-  InputGradients results{empty(shape(query), dtype, query), empty(shape(key), dtype, query),
-                         empty(shape(key), dtype, query), std::nullopt, std::nullopt};
+  const DenseGradients dense = dense_gradients(gradients, operands.query);
+  const InputGradients results = empty_gradients(operands);
 
   BackwardProblem backward;
   backward.forward = problem;
   backward.splits = splits_of(problem);
-  backward.out = out.data_ptr();
-  backward.lse = lse.data_ptr();
-  backward.grad_lse = grad_lse.data_ptr();
-  backward.grad_out = source_of(grad_out);
+  backward.out = dense.out.data_ptr();
+  backward.lse = dense.lse.data_ptr();
+  backward.grad_lse = dense.grad_lse.data_ptr();
+  backward.grad_out = source_of(dense.grad_out);
   backward.grad_query = results.query.data_ptr();
   backward.grad_key = results.key.data_ptr();
   backward.grad_value = results.value.data_ptr();
-  if (slot_key) {
-    results.slot_key = empty(shape(*slot_key), dtype, query);
-    results.slot_value = empty(shape(*slot_key), dtype, query);
+  if (results.slot_key) {
     backward.grad_slot_key = results.slot_key->data_ptr();
     backward.grad_slot_value = results.slot_value->data_ptr();
   }
   const int64_t heads = problem.batch * problem.kv_heads;
   const Tensor slot_sums =
       empty({heads, backward.splits, 2, problem.pattern.slots, padded_dim(problem.dim)},
-            statistics_dtype(query), query);
+            statistics_dtype(operands.query), operands.query);
   backward.slot_sums = slot_sums.data_ptr();
 
   const auto loop = WINNOW_SIMD(attention_backward);
   const int64_t rows_per_unit = problem.pattern.rows / backward.splits + 1;
-  torch::stable::parallel_for(0, backward_units(backward), grain_of(problem, rows_per_unit),
-                              [&](int64_t begin, int64_t end) {
-                                const auto memory = scratch_memory(backward_scratch_bytes(problem));
-                                loop(backward, begin, end, memory.get());
-                              });
+  parallel_for(0, backward_units(backward), grain_of(problem, rows_per_unit),
+               [&](int64_t begin, int64_t end) {
+                 const auto memory = scratch_memory(backward_scratch_bytes(problem));
+                 loop(backward, begin, end, memory.get());
+               });
   if (problem.pattern.slots > 0) {
-    const auto slots_loop = WINNOW_SIMD(attention_backward_slots);
+    const auto slots_loop = WINNOW_SIMD(slot_gradients);
     const int64_t per_head = backward.splits * problem.pattern.slots * problem.dim;
-    torch::stable::parallel_for(
-        0, heads, 1 + 100'000 / (per_head + 1),
-        [&](int64_t begin, int64_t end) { slots_loop(backward, begin, end); });
+    parallel_for(0, heads, 1 + 100'000 / (per_head + 1),
+                 [&](int64_t begin, int64_t end) { slots_loop(backward, begin, end); });
   }
   return results;
 }

@@ -9,6 +9,7 @@ list(APPEND WINNOW_SIMD_SOURCES
   csrc/attention/attention_backward_simd.cc
   csrc/attention/attention_forward_simd.cc
   csrc/attention/merge_attention_simd.cc
+  csrc/attention/slot_gradients_simd.cc
 )
 list(APPEND WINNOW_CUDA_SOURCES
   csrc/attention/attention_backward.cu

@@ -117,22 +117,24 @@ inline typename Math::Vec dot_rows(const typename Math::Operand* a, const typena
                                    int64_t ldb, int count, int64_t depth) {
   using Vec = typename Math::Vec;
   constexpr int kSize = Vec::size();
+  constexpr int kRows = kSize < 4 ? kSize : 4;  // at a time; a NEON register holds two doubles
   Vec sum[kSize];
-  for (int r = 0; r < kSize; r += 4) {
-    if (r + 4 <= count) {
-      Vec part[4] = {Vec(typename Math::Acc(0)), Vec(typename Math::Acc(0)),
-                     Vec(typename Math::Acc(0)), Vec(typename Math::Acc(0))};
+  for (int r = 0; r < kSize; r += kRows) {
+    if (r + kRows <= count) {
+      Vec part[kRows];
+#pragma GCC unroll 4
+      for (int i = 0; i < kRows; ++i) part[i] = Vec(typename Math::Acc(0));
       for (int64_t k = 0; k < depth; k += kSize) {
         const auto x = Math::load(a + k);
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) {
+        for (int i = 0; i < kRows; ++i) {
           part[i] = Math::add(x, Math::load(b + (r + i) * ldb + k), part[i]);
         }
       }
-      for (int i = 0; i < 4; ++i) sum[r + i] = part[i];
+      for (int i = 0; i < kRows; ++i) sum[r + i] = part[i];
       continue;
     }
-    for (int i = r; i < r + 4; ++i) {
+    for (int i = r; i < r + kRows; ++i) {
       sum[i] = Vec(typename Math::Acc(0));
       for (int64_t k = 0; k < depth && i < count; k += kSize) {
         sum[i] = Math::add(Math::load(a + k), Math::load(b + i * ldb + k), sum[i]);

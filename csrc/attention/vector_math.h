@@ -11,6 +11,9 @@
 namespace winnow::CPU_CAPABILITY {
 namespace {
 
+constexpr double kLog2E = 1.4426950408889634;
+constexpr double kLn2 = 0.6931471805599453;
+
 template <typename Acc>
 using VecOf = at::vec::Vectorized<Acc>;
 

@@ -7,20 +7,14 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <sstream>
-#include <stdexcept>
 #include <string>
+
+#include "common/fail.h"
 
 namespace winnow {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-template <typename... Args>
-[[noreturn]] inline void fail(const Args&... args) {
-  std::ostringstream text;
-  (text << ... << args);
-  throw std::invalid_argument(text.str());
-}
 
 #define WINNOW_CHECK(condition, ...)               \
   do {                                             \
@@ -28,12 +22,17 @@ template <typename... Args>
   } while (0)
 
 // "(2, 8, 10, 64)"
-inline std::string shape_of(const Tensor& tensor) {
+template <typename Sizes>
+inline std::string shape_text(const Sizes& sizes) {
   std::ostringstream text;
   text << "(";
-  for (int64_t i = 0; i < tensor.dim(); ++i) text << (i ? ", " : "") << tensor.size(i);
-  text << (tensor.dim() == 1 ? ",)" : ")");
+  for (size_t i = 0; i < sizes.size(); ++i) text << (i ? ", " : "") << sizes[i];
+  text << (sizes.size() == 1 ? ",)" : ")");
   return text.str();
+}
+
+inline std::string shape_of(const Tensor& tensor) {
+  return shape_text(tensor.sizes());
 }
 
 inline const char* name_of(ScalarType dtype) {
@@ -120,6 +119,14 @@ inline void check_last_contiguous(const char* argument, const Tensor& tensor) {
       last < 0 || tensor.size(last) <= 1 || tensor.stride(last) == 1 || tensor.numel() == 0,
       argument, ": the last dimension must be contiguous (stride 1), got stride ",
       last < 0 ? 1 : tensor.stride(last), " with shape ", shape_of(tensor));
+}
+
+// The number in a seed tensor.
+inline uint64_t host_seed(const Tensor& seed) {
+  check_cpu("seed", seed);
+  check_dtype("seed", seed, ScalarType::Long);
+  check_dim("seed", seed, 0, "one number");
+  return static_cast<uint64_t>(*static_cast<const int64_t*>(seed.data_ptr()));
 }
 
 }  // namespace winnow

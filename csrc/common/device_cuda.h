@@ -250,7 +250,7 @@ class Stream {
     const int32_t device = tensor.get_device_index();
     check_cuda_call("cudaSetDevice", cudaSetDevice(device));
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
     stream_ = static_cast<cudaStream_t>(stream);
     running_device = device;
   }

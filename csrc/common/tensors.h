@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <initializer_list>
+#include <iomanip>
 #include <vector>
 
 #include "common/checks.h"
@@ -33,6 +34,22 @@ inline int64_t product(const Shape& sizes) {
   return count;
 }
 
+// The stable ABI tells that an allocation failed but not why; in practice it is memory. The wording
+// " out of memory." is what training loops search for to retry with a smaller batch.
+[[noreturn]] inline void fail_allocation(const Shape& sizes, ScalarType dtype, const Tensor& like) {
+  double bytes = static_cast<double>(aoti_torch_dtype_element_size(
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype))));
+  for (const int64_t size : sizes) bytes *= static_cast<double>(size);
+  std::ostringstream text;
+  text << (like.is_cpu() ? "CPU" : "CUDA")
+       << " out of memory. An operator of torch-winnow asked for " << std::fixed
+       << std::setprecision(2) << bytes / (1 << 30) << " GiB, a " << name_of(dtype)
+       << " tensor of shape " << shape_text(sizes)
+       << ". Use a smaller batch or shorter sequences, or free tensors that are no longer needed.";
+  if (!like.is_cpu()) text << " (If memory is free, an earlier kernel failed: synchronise to see.)";
+  throw std::runtime_error(text.str());
+}
+
 // Uninitialised and contiguous, on the device of `like`. One C call: the dispatcher's `empty` costs
 // three times as much, which shows in ops of a few microseconds.
 inline Tensor empty(const Shape& sizes, ScalarType dtype, const Tensor& like) {
@@ -40,18 +57,29 @@ inline Tensor empty(const Shape& sizes, ScalarType dtype, const Tensor& like) {
   int64_t step = 1;
   for (size_t i = sizes.size(); i-- > 0;) {
     strides[i] = step;
-    step *= sizes[i] > 0 ? sizes[i] : 1;
+    if (__builtin_mul_overflow(step, sizes[i] > 0 ? sizes[i] : 1, &step)) {
+      fail_allocation(sizes, dtype, like);
+    }
   }
   int32_t device_type = 0;
   int32_t device_index = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  const auto error = aoti_torch_empty_strided(
       static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
-      device_index, &handle));
+      device_index, &handle);
+  if (error != TORCH_SUCCESS) fail_allocation(sizes, dtype, like);
   return Tensor(handle);
+}
+
+// The tensor itself where it is contiguous, else a copy.
+inline Tensor dense(const Tensor& tensor) {
+  if (tensor.is_contiguous()) return tensor;
+  Tensor copy = empty(shape(tensor), tensor.scalar_type(), tensor);
+  torch::stable::copy_(copy, tensor);
+  return copy;
 }
 
 // Statistics are float32, or float64 for float64 inputs.
@@ -102,7 +130,7 @@ inline Rows as_rows(const Tensor& tensor) {
     expected = tensor.stride(d) * tensor.size(d);
   }
   if (regular) return {tensor, count, length, stride};
-  return {torch::stable::contiguous(tensor), count, length, length};
+  return {dense(tensor), count, length, length};
 }
 
 }  // namespace winnow

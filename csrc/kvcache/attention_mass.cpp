@@ -1,13 +1,13 @@
 // winnow::attention_mass on the CPU. A task is all rows of a key head against a fixed number of its
 // keys, so the order of the sums, and with it the result, does not depend on the number of threads.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <optional>
 #include <vector>
 
 #include "common/checks.h"
+#include "common/parallel.h"
 #include "common/tensors.h"
 #include "kvcache/attention_mass_simd.h"
 #include "kvcache/paged_attention_call.h"
@@ -22,39 +22,19 @@ Tensor attention_mass(const Tensor& query, const Tensor& key_pages, const Tensor
                       const Tensor& seq_lens, const Tensor& lse, bool causal,
                       std::optional<int64_t> window, int64_t sinks, std::optional<Tensor> key_bias,
                       std::optional<double> scale) {
-  check_cpu("query", query);
-  check_floating("query", query);
-  check_dim("query", query, 4, "(B, Hq, T, D)");
-  check_last_contiguous("query", query);
-  check_key_pages(key_pages);
-  check_dtype("key_pages", key_pages, query.scalar_type());
+  check_mass(query, key_pages, block_table, seq_lens, lse, window, sinks, key_bias, check_cpu);
+  check_rows(key_pages, block_table, seq_lens);
   const int64_t batch = query.size(0);
-  const int64_t heads = query.size(1);
   const int64_t queries = query.size(2);
   const int64_t dim = query.size(3);
   const int64_t key_heads = key_pages.size(1);
   const int64_t block_size = key_pages.size(2);
-  check_query_and_keys(query, key_pages, block_table, seq_lens, window, sinks);
   const int64_t width = block_table.size(1);
-  check_cpu("lse", lse);
-  check_dtype("lse", lse, statistics_dtype(query));
-  WINNOW_CHECK(
-      lse.dim() == 3 && lse.size(0) == batch && lse.size(1) == heads && lse.size(2) == queries,
-      "lse: expected (B, Hq, T) = (", batch, ", ", heads, ", ", queries, ") as in query, got ",
-      shape_of(lse));
   AttentionMass call{};
   call.attention = describe_query_and_keys(query, key_pages, block_table, seq_lens, causal, window,
                                            sinks, scale);
   if (key_bias) {
-    check_cpu("key_bias", *key_bias);
-    check_dtype("key_bias", *key_bias, statistics_dtype(query));
-    check_dim("key_bias", *key_bias, 3, "(num_blocks, Hkv, block_size)");
-    for (int64_t d = 0; d < 3; ++d) {
-      WINNOW_CHECK(key_bias->size(d) == key_pages.size(d), "key_bias: expected (num_blocks, Hkv, ",
-                   "block_size) as in key_pages, ", shape_of(key_pages), ", got ",
-                   shape_of(*key_bias));
-      call.bias_stride[d] = key_bias->stride(d);
-    }
+    for (int64_t d = 0; d < 3; ++d) call.bias_stride[d] = key_bias->stride(d);
     call.key_bias = key_bias->data_ptr();
   }
 
@@ -70,15 +50,15 @@ Tensor attention_mass(const Tensor& query, const Tensor& key_pages, const Tensor
   const int64_t splits = (width + split - 1) / split;
   const auto run = WINNOW_SIMD(attention_mass_task);
   const int64_t work = 1 + split * block_size * queries * call.attention.group * dim;
-  torch::stable::parallel_for(0, batch * key_heads * splits, 1 + kThreadWork / work,
-                              [&](int64_t begin, int64_t end) {
-                                std::vector<float> scratch(static_cast<size_t>(scratch_floats));
-                                for (int64_t n = begin; n < end; ++n) {
-                                  const int64_t first = n % splits * split;
-                                  run(call, n / splits / key_heads, n / splits % key_heads, first,
-                                      std::min(first + split, width), scratch.data());
-                                }
-                              });
+  parallel_for(0, batch * key_heads * splits, 1 + kThreadWork / work,
+               [&](int64_t begin, int64_t end) {
+                 std::vector<float> scratch(static_cast<size_t>(scratch_floats));
+                 for (int64_t n = begin; n < end; ++n) {
+                   const int64_t first = n % splits * split;
+                   run(call, n / splits / key_heads, n / splits % key_heads, first,
+                       std::min(first + split, width), scratch.data());
+                 }
+               });
   return mass;
 }
 

@@ -3,10 +3,10 @@
 // order. Traffic: each key once, the queries of a key head from the caches. Nothing of the size of
 // the attention matrix.
 #include <algorithm>
-#include <cmath>
 #include <optional>
 
 #include "kvcache/block_table.cuh"
+#include "kvcache/paged_attention_arguments.h"
 
 namespace winnow {
 namespace {
@@ -16,7 +16,6 @@ constexpr int kWarps = kThreads / kWarp;
 constexpr int kKeys = 4;                     // of a warp
 constexpr int64_t kMostDim = 256;            // as paged_attention, which gives the lse
 constexpr int kElements = kMostDim / kWarp;  // of a key in a lane
-constexpr int64_t kUnbounded = int64_t{1} << 40;
 
 template <typename T, typename Real>
 struct Mass {
@@ -38,9 +37,7 @@ struct Mass {
   int64_t group;
   int64_t queries;
   int64_t dim;
-  bool causal;
-  int64_t window;  // 0: none
-  int64_t sinks;
+  Mask mask;
   Real scale;
   int64_t items;
   Global<Real> result;
@@ -51,13 +48,6 @@ WINNOW_DEVICE float exp_of(float x) {
 }
 WINNOW_DEVICE double exp_of(double x) {
   return exp(x);
-}
-
-template <typename T, typename Real>
-WINNOW_DEVICE bool sees(const Mass<T, Real>& call, int64_t i, int64_t j) {
-  if (call.causal && j > i) return false;
-  if (call.window == 0 || j < call.sinks) return true;
-  return (i > j ? i - j : j - i) < call.window;
 }
 
 template <typename T, typename Real>
@@ -103,13 +93,13 @@ receive(Mass<T, Real> call) {
   }
   // The first query that a causal mask lets see any of these keys.
   const int64_t before = length - call.queries;
-  const int64_t first = call.causal && start > before ? start - before : 0;
+  const int64_t first = call.mask.causal && start > before ? start - before : 0;
   for (int64_t t = start < length ? first : call.queries; t < call.queries; ++t) {
     bool seen[kKeys];
     bool any = false;
 #pragma unroll
     for (int n = 0; n < kKeys; ++n) {
-      seen[n] = there[n] && sees(call, before + t, start + n);
+      seen[n] = there[n] && call.mask.sees(before + t, start + n);
       any = any || seen[n];
     }
     if (!any) continue;
@@ -150,50 +140,12 @@ Tensor attention_mass_cuda(const Tensor& query, const Tensor& key_pages, const T
                            const Tensor& seq_lens, const Tensor& lse, bool causal,
                            std::optional<int64_t> window, int64_t sinks,
                            std::optional<Tensor> key_bias, std::optional<double> scale) {
-  check_device("query", query);
-  check_floating("query", query);
-  check_dim("query", query, 4, "(B, Hq, T, D)");
-  check_last_contiguous("query", query);
-  check_device("key_pages", key_pages);
-  check_dtype("key_pages", key_pages, query.scalar_type());
-  check_dim("key_pages", key_pages, 4, "the pages of one layer, (num_blocks, Hkv, block_size, D)");
-  check_last_contiguous("key_pages", key_pages);
-  const int64_t batch = query.size(0);
-  const int64_t heads = query.size(1);
+  check_mass(query, key_pages, block_table, seq_lens, lse, window, sinks, key_bias, check_device);
   const int64_t dim = query.size(3);
-  const int64_t key_heads = key_pages.size(1);
-  WINNOW_CHECK(key_pages.size(2) > 0, "key_pages: expected a block_size of at least 1, got ",
-               shape_of(key_pages));
-  WINNOW_CHECK(key_pages.size(3) == dim, "key_pages: expected (num_blocks, Hkv, block_size, D) ",
-               "with D=", dim, " as in query, got ", shape_of(key_pages));
   WINNOW_CHECK(dim <= kMostDim, "query: expected a head dimension of at most ", kMostDim, ", got ",
                shape_of(query));
-  WINNOW_CHECK(key_heads > 0 ? heads % key_heads == 0 : heads == 0,
-               "query: expected a number of heads divisible by the key heads (", key_heads,
-               "), got ", heads);
-  check_integers("block_table", block_table);
-  WINNOW_CHECK(block_table.dim() == 2 && block_table.size(0) == batch,
-               "block_table: expected (B, max_blocks) with B=", batch, " as in query, got ",
-               shape_of(block_table));
-  check_lengths(seq_lens, batch, "query");
-  check_device("lse", lse);
-  check_dtype("lse", lse, statistics_dtype(query));
-  WINNOW_CHECK(lse.dim() == 3 && lse.size(0) == batch && lse.size(1) == heads &&
-                   lse.size(2) == query.size(2),
-               "lse: expected (B, Hq, T) = (", batch, ", ", heads, ", ", query.size(2),
-               ") as in query, got ", shape_of(lse));
-  WINNOW_CHECK(!window || *window >= 1, "window: expected at least 1, got ", window.value_or(0));
-  WINNOW_CHECK(sinks >= 0, "sinks: expected at least 0, got ", sinks);
-  if (key_bias) {
-    check_device("key_bias", *key_bias);
-    check_dtype("key_bias", *key_bias, statistics_dtype(query));
-    check_dim("key_bias", *key_bias, 3, "(num_blocks, Hkv, block_size)");
-    for (int64_t d = 0; d < 3; ++d) {
-      WINNOW_CHECK(key_bias->size(d) == key_pages.size(d), "key_bias: expected (num_blocks, Hkv, ",
-                   "block_size) as in key_pages, ", shape_of(key_pages), ", got ",
-                   shape_of(*key_bias));
-    }
-  }
+  const int64_t batch = query.size(0);
+  const int64_t key_heads = key_pages.size(1);
   const Stream stream(query);
   const int64_t tokens = block_table.size(1) * key_pages.size(2);
   Tensor mass = empty({batch, key_heads, tokens}, statistics_dtype(query), query);
@@ -218,14 +170,11 @@ Tensor attention_mass_cuda(const Tensor& query, const Tensor& key_pages, const T
     call.block_size = key_pages.size(2);
     call.width = block_table.size(1);
     call.heads = key_heads;
-    call.group = key_heads > 0 ? heads / key_heads : 0;
+    call.group = key_heads > 0 ? query.size(1) / key_heads : 0;
     call.queries = query.size(2);
     call.dim = dim;
-    call.causal = causal;
-    call.window = window ? std::min(*window, kUnbounded) : 0;
-    call.sinks = std::min(sinks, kUnbounded);
-    call.scale = static_cast<Real>(
-        scale ? *scale : 1.0 / std::sqrt(static_cast<double>(std::max<int64_t>(1, dim))));
+    call.mask = {causal, window ? std::min(*window, kUnbounded) : 0, std::min(sinks, kUnbounded)};
+    call.scale = static_cast<Real>(score_scale(scale, dim));
     call.items = batch * key_heads * ceil_div<int64_t>(tokens, kKeys);
     call.result = global<Real>(mass);
     launch("attention_mass", receive<T, Real>, {ceil_div<int64_t>(call.items, kWarps)}, kThreads,

@@ -3,6 +3,8 @@
 #include <limits>
 #include <string>
 
+#include "common/fail.h"
+
 namespace winnow {
 
 BlockPoolExhausted::BlockPoolExhausted(int64_t needed, int64_t free, int64_t total)
@@ -20,8 +22,7 @@ BlockPool::BlockPool(int64_t num_blocks) {
 void BlockPool::grow(int64_t num_blocks) {
   const int64_t before = this->num_blocks();
   if (num_blocks < before || num_blocks > std::numeric_limits<int32_t>::max()) {
-    throw std::invalid_argument("num_blocks: expected " + std::to_string(before) +
-                                " <= num_blocks < 2**31, got " + std::to_string(num_blocks));
+    fail("num_blocks: expected ", before, " <= num_blocks < 2**31, got ", num_blocks);
   }
   std::vector<int32_t> free;
   free.reserve(static_cast<size_t>(num_blocks));  // release() never allocates, so it cannot fail
@@ -80,17 +81,13 @@ void BlockPool::release(int32_t block) {
 
 int32_t BlockPool::owners(int64_t block) const {
   if (block < 0 || block >= num_blocks()) {
-    throw std::invalid_argument("block: expected 0 <= block < " + std::to_string(num_blocks()) +
-                                ", got " + std::to_string(block));
+    fail("block: expected 0 <= block < ", num_blocks(), ", got ", block);
   }
   return owners_[static_cast<size_t>(block)];
 }
 
 void BlockPool::check_owned(int64_t block, const char* action) const {
-  if (owners(block) == 0) {
-    throw std::invalid_argument("block: cannot " + std::string(action) + " block " +
-                                std::to_string(block) + ", which is free");
-  }
+  if (owners(block) == 0) fail("block: cannot ", action, " block ", block, ", which is free");
 }
 
 }  // namespace winnow

@@ -1,7 +1,6 @@
 // winnow::score_blocks, select_blocks and score_select_blocks on the CPU: which blocks a step
 // attends.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <cstring>
@@ -10,7 +9,9 @@
 #include <vector>
 
 #include "common/checks.h"
+#include "common/parallel.h"
 #include "common/tensors.h"
+#include "kvcache/block_scores_arguments.h"
 #include "kvcache/block_scores_simd.h"
 #include "kvcache/block_table.h"
 
@@ -75,36 +76,13 @@ struct Scoring {
 };
 
 Scoring::Scoring(const Tensor& q, const Tensor& s, const std::optional<Tensor>& block_table) {
-  check_cpu("query", q);
-  check_floating("query", q);
-  check_dim("query", q, 4, "(B, Hq, T, D)");
-  check_last_contiguous("query", q);
-  check_cpu("summaries", s);
-  check_dtype("summaries", s, statistics_dtype(q));
+  check_scoring(q, s, block_table, check_cpu);
   batch = q.size(0);
   queries = q.size(2);
   dim = q.size(3);
   const int64_t leading = block_table ? 2 : 3;  // before the bounds, if any, and D
   const bool minmax = s.dim() == leading + 2;
-  const bool fits = minmax ? s.size(leading) == 2 && s.size(leading + 1) == dim
-                           : s.dim() == leading + 1 && s.size(leading) == dim;
-  if (block_table) {
-    WINNOW_CHECK(fits, "summaries: expected (num_blocks, Hkv, D) or (num_blocks, Hkv, 2, D) with ",
-                 "D=", dim, " as in query, because there is a block_table, got ", shape_of(s));
-    check_table(*block_table);
-    WINNOW_CHECK(block_table->size(0) == batch,
-                 "block_table: expected (B, max_blocks) with B=", batch, " as in query, got ",
-                 shape_of(*block_table));
-  } else {
-    WINNOW_CHECK(fits && s.size(0) == batch,
-                 "summaries: expected (B, Hkv, NB, D) or (B, Hkv, NB, 2, D) with B=", batch,
-                 " and D=", dim, " as in query, got ", shape_of(s));
-  }
-  check_last_contiguous("summaries", s);
   heads = s.size(1);
-  WINNOW_CHECK(heads > 0 ? q.size(1) % heads == 0 : q.size(1) == 0,
-               "query: expected a number of heads divisible by the key heads (", heads, "), got ",
-               q.size(1));
   group = heads > 0 ? q.size(1) / heads : 0;
   query = static_cast<const char*>(q.data_ptr());
   type = element_type(q);
@@ -149,7 +127,7 @@ Tensor score_blocks(const Tensor& query, const Tensor& summaries,
       n += count;
     }
   };
-  torch::stable::parallel_for(0, scores.numel(), call.grain, work);
+  parallel_for(0, scores.numel(), call.grain, work);
   return scores;
 }
 
@@ -190,38 +168,21 @@ void select_row(const T* scores, int64_t blocks, int64_t k, int64_t sinks, int64
   for (int64_t i = blocks - recents; i < blocks; ++i) *out++ = static_cast<int32_t>(i);
 }
 
-struct Choice {
-  int64_t k;
-  int64_t block_size;
-  int64_t sinks;
-  int64_t recents;
-
-  Choice(int64_t k_, int64_t block_size_, int64_t sink_blocks, int64_t recent_blocks)
-      : k(k_), block_size(block_size_), sinks(sink_blocks), recents(recent_blocks) {
-    WINNOW_CHECK(block_size >= 1, "block_size: expected at least 1, got ", block_size);
-    WINNOW_CHECK(sinks >= 0, "sink_blocks: expected at least 0, got ", sinks);
-    WINNOW_CHECK(recents >= 0, "recent_blocks: expected at least 0, got ", recents);
-    WINNOW_CHECK(k <= INT32_MAX, "k: expected fewer than 2^31 blocks, got ", k);
-    WINNOW_CHECK(k >= 0 && k - sinks >= recents, "k: expected at least sink_blocks + ",
-                 "recent_blocks = ", sinks, " + ", recents, ", got ", k);
-  }
-};
-
 // Of scores (B, Hkv, NB) in the given strides.
 Tensor select(const void* scores, bool wide, int64_t batch_stride, int64_t head_stride,
               int64_t batch, int64_t heads, int64_t width, const Tensor& seq_lens,
-              const Choice& choice) {
-  Tensor result = empty({batch, heads, choice.k}, ScalarType::Int, seq_lens);
+              const Competition& rule) {
+  Tensor result = empty({batch, heads, rule.k}, ScalarType::Int, seq_lens);
   const auto* lengths = static_cast<const int32_t*>(seq_lens.data_ptr());
   auto* selected = static_cast<int32_t*>(result.data_ptr());
   const auto work = [&](int64_t begin, int64_t end) {
     std::vector<Candidate> candidates;
     for (int64_t n = begin; n < end; ++n) {
       const int64_t offset = n / heads * batch_stride + n % heads * head_stride;
-      const int64_t blocks = blocks_of(lengths[n / heads], choice.block_size);
+      const int64_t blocks = blocks_of(lengths[n / heads], rule.block_size);
       const auto select = [&](const auto* base) {
-        select_row(base + offset, blocks, choice.k, choice.sinks, choice.recents, &candidates,
-                   selected + n * choice.k);
+        select_row(base + offset, blocks, rule.k, rule.sinks, rule.recents, &candidates,
+                   selected + n * rule.k);
       };
       if (wide) {
         select(static_cast<const double*>(scores));
@@ -230,22 +191,18 @@ Tensor select(const void* scores, bool wide, int64_t batch_stride, int64_t head_
       }
     }
   };
-  torch::stable::parallel_for(0, batch * heads, 1 + 4096 / (width + 1), work);
+  parallel_for(0, batch * heads, 1 + 4096 / (width + 1), work);
   return result;
 }
 
 Tensor select_blocks(const Tensor& scores, int64_t k, const Tensor& seq_lens, int64_t block_size,
                      int64_t sink_blocks, int64_t recent_blocks) {
-  check_cpu("scores", scores);
-  WINNOW_CHECK(
-      scores.scalar_type() == ScalarType::Float || scores.scalar_type() == ScalarType::Double,
-      "scores: expected float32 or float64, got ", name_of(scores.scalar_type()));
-  check_dim("scores", scores, 3, "(B, Hkv, NB)");
-  check_last_contiguous("scores", scores);
-  const Choice choice(k, block_size, sink_blocks, recent_blocks);
-  check_lengths(seq_lens, scores.size(0), scores.size(2), block_size, "scores");
+  check_scores(scores, check_cpu);
+  const Competition rule = competition_of(k, block_size, sink_blocks, recent_blocks);
+  check_lengths(seq_lens, scores.size(0), "scores", check_cpu);
+  check_lengths_fit(seq_lens, scores.size(2), block_size, "scores");
   return select(scores.data_ptr(), scores.scalar_type() == ScalarType::Double, scores.stride(0),
-                scores.stride(1), scores.size(0), scores.size(1), scores.size(2), seq_lens, choice);
+                scores.stride(1), scores.size(0), scores.size(1), scores.size(2), seq_lens, rule);
 }
 
 // Scores only what competes: sinks, recent blocks and rows that keep everything are not read.
@@ -254,9 +211,10 @@ Tensor score_select_blocks(const Tensor& query, const Tensor& summaries, int64_t
                            const std::optional<Tensor>& block_table, int64_t sink_blocks,
                            int64_t recent_blocks) {
   const Scoring call(query, summaries, block_table);
-  const Choice choice(k, block_size, sink_blocks, recent_blocks);
-  check_lengths(seq_lens, call.batch, call.blocks, block_size,
-                block_table ? "block_table" : "summaries");
+  const Competition rule = competition_of(k, block_size, sink_blocks, recent_blocks);
+  const char* holder = block_table ? "block_table" : "summaries";
+  check_lengths(seq_lens, call.batch, holder, check_cpu);
+  check_lengths_fit(seq_lens, call.blocks, block_size, holder);
   const auto* lengths = static_cast<const int32_t*>(seq_lens.data_ptr());
   const int64_t items = call.batch * call.heads * call.blocks;
   const std::unique_ptr<char[]> scores(new char[static_cast<size_t>(items * call.size)]);
@@ -266,8 +224,8 @@ Tensor score_select_blocks(const Tensor& query, const Tensor& summaries, int64_t
       const int64_t pair = n / call.blocks;
       const int64_t count = std::min(call.blocks - i, end - n);
       const int64_t held = blocks_of(lengths[pair / call.heads], block_size);
-      const int64_t first = std::max(i, choice.sinks);
-      const int64_t last = held <= k ? 0 : std::min(i + count, held - choice.recents);
+      const int64_t first = std::max(i, rule.sinks);
+      const int64_t last = held <= k ? 0 : std::min(i + count, held - rule.recents);
       if (first < last) {
         call.score(pair / call.heads, pair % call.heads, first, last - first,
                    scores.get() + (n + first - i) * call.size);
@@ -275,9 +233,9 @@ Tensor score_select_blocks(const Tensor& query, const Tensor& summaries, int64_t
       n += count;
     }
   };
-  torch::stable::parallel_for(0, items, call.grain, work);
+  parallel_for(0, items, call.grain, work);
   return select(scores.get(), call.dtype == ScalarType::Double, call.heads * call.blocks,
-                call.blocks, call.batch, call.heads, call.blocks, seq_lens, choice);
+                call.blocks, call.batch, call.heads, call.blocks, seq_lens, rule);
 }
 
 }  // namespace

@@ -4,6 +4,7 @@
 // own, because one key head's summaries would not fill a GPU.
 #include <optional>
 
+#include "kvcache/block_scores_arguments.h"
 #include "kvcache/block_table.cuh"
 
 namespace winnow {
@@ -11,14 +12,6 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
-
-// How many blocks are selected, and which do not compete for it.
-struct Competition {
-  int64_t k;
-  int64_t block_size;
-  int64_t sinks;
-  int64_t recents;
-};
 
 WINNOW_DEVICE int64_t blocks_in(Global<const int32_t> seq_lens, int64_t row, int64_t width,
                                 const Competition& rule) {
@@ -173,53 +166,9 @@ Scores<T, Real> scores_of(const Tensor& query, const Tensor& summaries,
   return call;
 }
 
-void check_scoring(const Tensor& query, const Tensor& summaries,
-                   const std::optional<Tensor>& block_table) {
-  check_device("query", query);
-  check_floating("query", query);
-  check_dim("query", query, 4, "(B, Hq, T, D)");
-  check_last_contiguous("query", query);
-  check_device("summaries", summaries);
-  check_dtype("summaries", summaries, statistics_dtype(query));
-  const int64_t batch = query.size(0);
-  const int64_t dim = query.size(3);
-  const int64_t leading = block_table ? 2 : 3;  // before the bounds, if any, and D
-  const bool fits = summaries.dim() == leading + 2
-                        ? summaries.size(leading) == 2 && summaries.size(leading + 1) == dim
-                        : summaries.dim() == leading + 1 && summaries.size(leading) == dim;
-  if (block_table) {
-    WINNOW_CHECK(fits, "summaries: expected (num_blocks, Hkv, D) or (num_blocks, Hkv, 2, D) with ",
-                 "D=", dim, " as in query, because there is a block_table, got ",
-                 shape_of(summaries));
-    check_integers("block_table", *block_table);
-    WINNOW_CHECK(block_table->dim() == 2 && block_table->size(0) == batch,
-                 "block_table: expected (B, max_blocks) with B=", batch, " as in query, got ",
-                 shape_of(*block_table));
-  } else {
-    WINNOW_CHECK(fits && summaries.size(0) == batch,
-                 "summaries: expected (B, Hkv, NB, D) or (B, Hkv, NB, 2, D) with B=", batch,
-                 " and D=", dim, " as in query, got ", shape_of(summaries));
-  }
-  check_last_contiguous("summaries", summaries);
-  const int64_t heads = summaries.size(1);
-  WINNOW_CHECK(heads > 0 ? query.size(1) % heads == 0 : query.size(1) == 0,
-               "query: expected a number of heads divisible by the key heads (", heads, "), got ",
-               query.size(1));
-}
-
-Competition competition_of(int64_t k, int64_t block_size, int64_t sink_blocks,
-                           int64_t recent_blocks) {
-  WINNOW_CHECK(block_size >= 1, "block_size: expected at least 1, got ", block_size);
-  WINNOW_CHECK(sink_blocks >= 0, "sink_blocks: expected at least 0, got ", sink_blocks);
-  WINNOW_CHECK(recent_blocks >= 0, "recent_blocks: expected at least 0, got ", recent_blocks);
-  WINNOW_CHECK(k >= 0 && k - sink_blocks >= recent_blocks, "k: expected at least sink_blocks + ",
-               "recent_blocks = ", sink_blocks, " + ", recent_blocks, ", got ", k);
-  return {k, block_size, sink_blocks, recent_blocks};
-}
-
 Tensor score_blocks_cuda(const Tensor& query, const Tensor& summaries,
                          std::optional<Tensor> block_table) {
-  check_scoring(query, summaries, block_table);
+  check_scoring(query, summaries, block_table, check_device);
   const Stream stream(query);
   const int64_t blocks = block_table ? block_table->size(1) : summaries.size(2);
   Tensor scores = empty({query.size(0), summaries.size(1), blocks}, summaries.scalar_type(), query);
@@ -252,14 +201,10 @@ Tensor select_from(const Tensor& scores, const Tensor& seq_lens, const Competiti
 
 Tensor select_blocks_cuda(const Tensor& scores, int64_t k, const Tensor& seq_lens,
                           int64_t block_size, int64_t sink_blocks, int64_t recent_blocks) {
-  check_device("scores", scores);
+  check_scores(scores, check_device);
   const bool wide = scores.scalar_type() == ScalarType::Double;
-  WINNOW_CHECK(wide || scores.scalar_type() == ScalarType::Float,
-               "scores: expected float32 or float64, got ", name_of(scores.scalar_type()));
-  check_dim("scores", scores, 3, "(B, Hkv, NB)");
-  check_last_contiguous("scores", scores);
   const Competition rule = competition_of(k, block_size, sink_blocks, recent_blocks);
-  check_lengths(seq_lens, scores.size(0), "scores");
+  check_lengths(seq_lens, scores.size(0), "scores", check_device);
   const Stream stream(scores);
   return wide ? select_from<double>(scores, seq_lens, rule, stream)
               : select_from<float>(scores, seq_lens, rule, stream);
@@ -269,9 +214,9 @@ Tensor score_select_blocks_cuda(const Tensor& query, const Tensor& summaries, in
                                 const Tensor& seq_lens, int64_t block_size,
                                 std::optional<Tensor> block_table, int64_t sink_blocks,
                                 int64_t recent_blocks) {
-  check_scoring(query, summaries, block_table);
+  check_scoring(query, summaries, block_table, check_device);
   const Competition rule = competition_of(k, block_size, sink_blocks, recent_blocks);
-  check_lengths(seq_lens, query.size(0), "query");
+  check_lengths(seq_lens, query.size(0), "query", check_device);
   const Stream stream(query);
   const int64_t blocks = block_table ? block_table->size(1) : summaries.size(2);
   const Tensor scores =

@@ -1,17 +1,17 @@
 // winnow::block_summaries and update_block_summaries_ on the CPU: the keys of a block in short, for
 // all blocks of a table or for those that were written to.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <optional>
 #include <vector>
 
 #include "common/checks.h"
+#include "common/parallel.h"
 #include "common/tensors.h"
 #include "kvcache/block_scores_simd.h"
+#include "kvcache/block_summaries_arguments.h"
 #include "kvcache/block_table.h"
-#include "kvcache/quantised.h"
 
 namespace winnow {
 namespace {
@@ -49,6 +49,7 @@ struct Keys {
   }
 
   void summarise(int64_t block, int64_t head, int64_t count, bool minmax, void* summary) const {
+    if (dim == 0) return;  // and perhaps no memory either
     const char* keys = pages + (block * block_stride + head * head_stride) * size;
     if (scales) {
       WINNOW_SIMD(code_block_summary)
@@ -60,25 +61,15 @@ struct Keys {
   }
 };
 
-void check_keys(const Tensor& key_pages, const std::optional<Tensor>& key_scales) {
-  if (!check_presence("key_scales", key_scales.has_value(), key_pages)) {
-    return check_key_pages(key_pages);
-  }
-  check_key_layout(key_pages);
-  check_cpu("key_scales", *key_scales);
-  check_scales("key_scales", *key_scales, key_pages);
-}
-
 Tensor block_summaries(const Tensor& key_pages, const Tensor& block_table, const Tensor& seq_lens,
                        bool minmax, const std::optional<Tensor>& key_scales) {
-  check_keys(key_pages, key_scales);
-  check_table(block_table);
+  check_summarised(key_pages, block_table, seq_lens, key_scales, check_cpu);
   const int64_t batch = block_table.size(0);
   const int64_t width = block_table.size(1);
   const int64_t heads = key_pages.size(1);
   const int64_t block_size = key_pages.size(2);
   const int64_t dim = key_pages.size(3);
-  check_lengths(seq_lens, batch, width, block_size, "block_table");
+  check_lengths_fit(seq_lens, width, block_size, "block_table");
   check_blocks(block_table, seq_lens, key_pages.size(0), block_size);
 
   Shape sizes{batch, heads, width, dim};
@@ -91,51 +82,30 @@ Tensor block_summaries(const Tensor& key_pages, const Tensor& block_table, const
   auto* out = static_cast<char*>(result.data_ptr());
   const int64_t summary_bytes =
       (minmax ? 2 : 1) * dim * static_cast<int64_t>(result.element_size());
-  torch::stable::parallel_for(
-      0, batch * heads * width, keys.grain, [&](int64_t begin, int64_t end) {
-        for (int64_t n = begin; n < end; ++n) {
-          const int64_t i = n % width;
-          const int64_t h = n / width % heads;
-          const int64_t b = n / width / heads;
-          const int64_t count = std::clamp<int64_t>(lengths[b] - i * block_size, 0, block_size);
-          const int64_t block = count > 0 ? table[b * table_stride + i] : 0;
-          keys.summarise(block, h, count, minmax, out + n * summary_bytes);
-        }
-      });
+  parallel_for(0, batch * heads * width, keys.grain, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) {
+      const int64_t i = n % width;
+      const int64_t h = n / width % heads;
+      const int64_t b = n / width / heads;
+      const int64_t count = std::clamp<int64_t>(lengths[b] - i * block_size, 0, block_size);
+      const int64_t block = count > 0 ? table[b * table_stride + i] : 0;
+      keys.summarise(block, h, count, minmax, out + n * summary_bytes);
+    }
+  });
   return result;
 }
 
 void update_block_summaries_(Tensor summaries, const Tensor& key_pages, const Tensor& block_table,
                              const Tensor& seq_lens, const Tensor& positions,
                              const std::optional<Tensor>& key_scales) {
-  check_keys(key_pages, key_scales);
-  check_table(block_table);
+  check_summarised(key_pages, block_table, seq_lens, key_scales, check_cpu);
+  const bool minmax = check_kept(summaries, key_pages, block_table, positions, check_cpu);
   const int64_t num_blocks = key_pages.size(0);
   const int64_t heads = key_pages.size(1);
   const int64_t block_size = key_pages.size(2);
-  const int64_t dim = key_pages.size(3);
   const int64_t batch = block_table.size(0);
   const int64_t width = block_table.size(1);
-  check_lengths(seq_lens, batch, width, block_size, "block_table");
-  check_cpu("summaries", summaries);
-  check_dtype("summaries", summaries, statistics_dtype(key_pages));
-  const bool minmax = summaries.dim() == 4;
-  WINNOW_CHECK((minmax ? summaries.size(2) == 2 && summaries.size(3) == dim
-                       : summaries.dim() == 3 && summaries.size(2) == dim) &&
-                   summaries.size(0) == num_blocks && summaries.size(1) == heads,
-               "summaries: expected (num_blocks, Hkv, D) or (num_blocks, Hkv, 2, D) with ",
-               "num_blocks=", num_blocks, ", Hkv=", heads, " and D=", dim, " as in key_pages, got ",
-               shape_of(summaries));
-  check_last_contiguous("summaries", summaries);
-  WINNOW_CHECK(!minmax || summaries.stride(2) == dim || summaries.numel() == 0,
-               "summaries: expected minimum and maximum side by side (stride ", dim,
-               "), got stride ", summaries.stride(2));
-  check_cpu("positions", positions);
-  check_dtype("positions", positions, ScalarType::Long);
-  WINNOW_CHECK(positions.dim() == 2 && positions.size(0) == batch,
-               "positions: expected (B, T) with B=", batch, " as in block_table, got ",
-               shape_of(positions));
-  check_last_contiguous("positions", positions);
+  check_lengths_fit(seq_lens, width, block_size, "block_table");
 
   const auto* table = static_cast<const int32_t*>(block_table.data_ptr());
   const auto* lengths = static_cast<const int32_t*>(seq_lens.data_ptr());
@@ -167,15 +137,15 @@ void update_block_summaries_(Tensor summaries, const Tensor& key_pages, const Te
   const int64_t size = static_cast<int64_t>(summaries.element_size());
   const int64_t block_stride = summaries.stride(0);
   const int64_t head_stride = summaries.stride(1);
-  torch::stable::parallel_for(
-      0, static_cast<int64_t>(touched.size()) * heads, keys.grain, [&](int64_t begin, int64_t end) {
-        for (int64_t n = begin; n < end; ++n) {
-          const Touched& now = touched[static_cast<size_t>(n / heads)];
-          const int64_t h = n % heads;
-          keys.summarise(now.block, h, now.count, minmax,
-                         out + (now.block * block_stride + h * head_stride) * size);
-        }
-      });
+  parallel_for(0, static_cast<int64_t>(touched.size()) * heads, keys.grain,
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t n = begin; n < end; ++n) {
+                   const Touched& now = touched[static_cast<size_t>(n / heads)];
+                   const int64_t h = n % heads;
+                   keys.summarise(now.block, h, now.count, minmax,
+                                  out + (now.block * block_stride + h * head_stride) * size);
+                 }
+               });
 }
 
 }  // namespace

@@ -3,9 +3,8 @@
 // head, lanes side by side along D.
 #include <optional>
 
+#include "kvcache/block_summaries_arguments.h"
 #include "kvcache/block_table.cuh"
-#include "kvcache/codes.h"
-#include "kvcache/quantised.h"
 
 namespace winnow {
 namespace {
@@ -127,20 +126,6 @@ summarise_written(Summaries<T, Real> call) {
 
 // ---- launchers ----
 
-void check_keys(const Tensor& key_pages, const std::optional<Tensor>& key_scales) {
-  check_device("key_pages", key_pages);
-  if (check_presence("key_scales", key_scales.has_value(), key_pages)) {
-    check_device("key_scales", *key_scales);
-    check_scales("key_scales", *key_scales, key_pages);
-  } else {
-    check_floating("key_pages", key_pages);
-  }
-  check_dim("key_pages", key_pages, 4, "the pages of one layer, (num_blocks, Hkv, block_size, D)");
-  check_last_contiguous("key_pages", key_pages);
-  WINNOW_CHECK(key_pages.size(2) > 0, "key_pages: expected a block_size of at least 1, got ",
-               shape_of(key_pages));
-}
-
 template <typename T, typename Real>
 Summaries<T, Real> call_of(const Tensor& key_pages, const Tensor& block_table,
                            const Tensor& seq_lens, bool minmax,
@@ -169,23 +154,18 @@ template <typename Fn>
 void dispatch_pages(const Tensor& key_pages, const Fn& fn) {
   if (!holds_codes(key_pages)) {
     dispatch_floating(key_pages, fn);
-  } else if (code_type("key_pages", key_pages) == CodeType::kInt8) {
-    fn(int8_t{});
   } else {
-    fn(Float8{});
+    dispatch_codes(code_type("key_pages", key_pages), fn);
   }
 }
 
 Tensor block_summaries_cuda(const Tensor& key_pages, const Tensor& block_table,
                             const Tensor& seq_lens, bool minmax, std::optional<Tensor> key_scales) {
-  check_keys(key_pages, key_scales);
-  check_integers("block_table", block_table);
-  check_dim("block_table", block_table, 2, "(B, max_blocks)");
+  check_summarised(key_pages, block_table, seq_lens, key_scales, check_device);
   const int64_t batch = block_table.size(0);
   const int64_t width = block_table.size(1);
   const int64_t heads = key_pages.size(1);
   const int64_t dim = key_pages.size(3);
-  check_lengths(seq_lens, batch, "block_table");
   Shape sizes{batch, heads, width, dim};
   if (minmax) sizes = {batch, heads, width, 2, dim};
   const Stream stream(key_pages);
@@ -205,31 +185,8 @@ Tensor block_summaries_cuda(const Tensor& key_pages, const Tensor& block_table,
 void update_block_summaries_cuda(Tensor summaries, const Tensor& key_pages,
                                  const Tensor& block_table, const Tensor& seq_lens,
                                  const Tensor& positions, std::optional<Tensor> key_scales) {
-  check_keys(key_pages, key_scales);
-  check_integers("block_table", block_table);
-  check_dim("block_table", block_table, 2, "(B, max_blocks)");
-  const int64_t batch = block_table.size(0);
-  const int64_t dim = key_pages.size(3);
-  check_lengths(seq_lens, batch, "block_table");
-  check_device("summaries", summaries);
-  check_dtype("summaries", summaries, statistics_dtype(key_pages));
-  const bool minmax = summaries.dim() == 4;
-  WINNOW_CHECK((minmax ? summaries.size(2) == 2 && summaries.size(3) == dim
-                       : summaries.dim() == 3 && summaries.size(2) == dim) &&
-                   summaries.size(0) == key_pages.size(0) && summaries.size(1) == key_pages.size(1),
-               "summaries: expected (num_blocks, Hkv, D) or (num_blocks, Hkv, 2, D) with ",
-               "num_blocks=", key_pages.size(0), ", Hkv=", key_pages.size(1), " and D=", dim,
-               " as in key_pages, got ", shape_of(summaries));
-  check_last_contiguous("summaries", summaries);
-  WINNOW_CHECK(!minmax || summaries.stride(2) == dim || summaries.numel() == 0,
-               "summaries: expected minimum and maximum side by side (stride ", dim,
-               "), got stride ", summaries.stride(2));
-  check_device("positions", positions);
-  check_dtype("positions", positions, ScalarType::Long);
-  WINNOW_CHECK(positions.dim() == 2 && positions.size(0) == batch,
-               "positions: expected (B, T) with B=", batch, " as in block_table, got ",
-               shape_of(positions));
-  check_last_contiguous("positions", positions);
+  check_summarised(key_pages, block_table, seq_lens, key_scales, check_device);
+  const bool minmax = check_kept(summaries, key_pages, block_table, positions, check_device);
   const Stream stream(key_pages);
   dispatch_pages(key_pages, [&](auto zero) {
     using T = decltype(zero);
@@ -238,7 +195,7 @@ void update_block_summaries_cuda(Tensor summaries, const Tensor& key_pages,
     call.positions = global<const int64_t>(positions);
     call.positions_stride = positions.stride(0);
     call.tokens = positions.size(1);
-    call.items = batch * call.heads * call.tokens;
+    call.items = positions.numel() * call.heads;
     call.result = global<Real>(summaries);
     for (int64_t d = 0; d < 2; ++d) call.result_stride[d] = summaries.stride(d);
     launch("update_block_summaries_", summarise_written<T, Real>,

@@ -2,6 +2,9 @@
 // checked: what lies outside of the pages counts as no tokens.
 #pragma once
 
+#include <algorithm>
+#include <optional>
+
 #include "common/device.h"
 
 namespace winnow {
@@ -12,21 +15,24 @@ WINNOW_DEVICE int64_t length_of(Global<const int32_t> seq_lens, int64_t row, int
   return length < 0 ? 0 : length > most ? most : length;
 }
 
-// ---- for launchers ----
+// Which keys a query sees.
+struct Mask {
+  bool causal;
+  int64_t window;  // 0: none
+  int64_t sinks;
 
-[[maybe_unused]] inline void check_integers(const char* name, const Tensor& tensor) {
-  check_device(name, tensor);
-  check_dtype(name, tensor, ScalarType::Int);
-  check_last_contiguous(name, tensor);
-}
-
-[[maybe_unused]] inline void check_lengths(const Tensor& seq_lens, int64_t batch,
-                                           const char* holder) {
-  check_integers("seq_lens", seq_lens);
-  WINNOW_CHECK(seq_lens.dim() == 1 && seq_lens.size(0) == batch,
-               "seq_lens: expected (B,) with B=", batch, " as in ", holder, ", got ",
-               shape_of(seq_lens));
-}
+  WINNOW_DEVICE bool sees(int64_t i, int64_t j) const {
+    if (causal && j > i) return false;
+    if (window == 0 || j < sinks) return true;
+    return (i > j ? i - j : j - i) < window;
+  }
+  // Whether some position in [first, last] may see some key in [begin, end).
+  WINNOW_DEVICE bool any_sees(int64_t first, int64_t last, int64_t begin, int64_t end) const {
+    if (causal && begin > last) return false;
+    if (window == 0 || begin < sinks) return true;
+    return end - 1 > first - window && begin < last + window;
+  }
+};
 
 }  // namespace
 }  // namespace winnow

@@ -4,6 +4,8 @@
 #include <limits>
 #include <utility>
 
+#include "common/fail.h"
+
 namespace winnow {
 namespace {
 

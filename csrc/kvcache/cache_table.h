@@ -10,8 +10,6 @@
 
 #include <cstdint>
 #include <memory>
-#include <sstream>
-#include <stdexcept>
 #include <vector>
 
 #include "kvcache/block_pool.h"
@@ -81,12 +79,6 @@ class CacheTable {
     size_t index;
   };
 
-  template <typename... Args>
-  [[noreturn]] static void fail(const Args&... args) {
-    std::ostringstream text;
-    (text << ... << args);
-    throw std::invalid_argument(text.str());
-  }
   int64_t& filled(int64_t layer, size_t row) {
     return filled_[static_cast<size_t>(layer) * rows_.size() + row];
   }

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "common/fail.h"
 #include "kvcache/cache_table.h"
 
 namespace winnow {

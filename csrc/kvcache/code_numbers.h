@@ -42,14 +42,5 @@ WINNOW_LANES f32x16 load_lanes(const Float8* p) {
   return load_lanes(p, kLanes, 0.0f);
 }
 
-template <typename Fn>
-inline void dispatch_codes(CodeType codes, const Fn& fn) {
-  if (codes == CodeType::kInt8) {
-    fn(int8_t{});
-  } else {
-    fn(Float8{});
-  }
-}
-
 }  // namespace
 }  // namespace winnow

@@ -38,6 +38,16 @@ WINNOW_CODES CodeType code_type_of() {
   return std::is_same_v<Code, int8_t> ? CodeType::kInt8 : CodeType::kFloat8;
 }
 
+// fn receives a code.
+template <typename Fn>
+void dispatch_codes(CodeType codes, const Fn& fn) {
+  if (codes == CodeType::kInt8) {
+    fn(int8_t{});
+  } else {
+    fn(Float8{});
+  }
+}
+
 WINNOW_CODES float largest_code(CodeType type) {
   return type == CodeType::kInt8 ? 127.0f : 448.0f;
 }

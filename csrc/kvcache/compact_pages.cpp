@@ -1,14 +1,14 @@
 // winnow::compact_pages_ on the CPU: the tokens that are kept move to the front of their row, in
 // order. No token moves backwards, so each head's go one after another, in place.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <cstring>
 
 #include "common/checks.h"
+#include "common/parallel.h"
 #include "common/tensors.h"
-#include "kvcache/block_table.h"
+#include "kvcache/paged_write_arguments.h"
 
 namespace winnow {
 namespace {
@@ -16,34 +16,18 @@ namespace {
 constexpr int64_t kGrainBytes = 1 << 18;  // about 20 µs of copying for a thread
 
 void compact_pages_(Tensor pages, const Tensor& block_table, const Tensor& keep) {
-  check_cpu("pages", pages);
-  check_dim("pages", pages, 5, "(num_layers, num_blocks, Hkv, block_size, D)");
-  check_last_contiguous("pages", pages);
+  const KeepStrides stride_of = check_compaction(pages, block_table, keep, check_cpu);
   const int64_t layers = pages.size(0);
   const int64_t num_blocks = pages.size(1);
   const int64_t heads = pages.size(2);
   const int64_t block_size = pages.size(3);
-  WINNOW_CHECK(block_size > 0, "pages: expected a block_size of at least 1, got ", shape_of(pages));
-  check_cpu("keep", keep);
-  check_dtype("keep", keep, ScalarType::Long);
-  WINNOW_CHECK(keep.dim() == 4 && (keep.size(0) == layers || keep.size(0) == 1) &&
-                   (keep.size(2) == heads || keep.size(2) == 1),
-               "keep: expected (num_layers or 1, B, Hkv or 1, K) with num_layers=", layers,
-               " and Hkv=", heads, " as in pages, got ", shape_of(keep));
-  check_last_contiguous("keep", keep);
   const int64_t rows = keep.size(1);
   const int64_t kept = keep.size(3);
-  check_cpu("block_table", block_table);
-  check_dtype("block_table", block_table, ScalarType::Int);
-  WINNOW_CHECK(block_table.dim() == 2 && block_table.size(0) == rows,
-               "block_table: expected (B, max_blocks) with B=", rows, " as in keep, got ",
-               shape_of(block_table));
-  check_last_contiguous("block_table", block_table);
 
   const auto* positions = static_cast<const int64_t*>(keep.data_ptr());
-  const int64_t layer_stride = keep.size(0) == 1 ? 0 : keep.stride(0);
-  const int64_t row_stride = keep.stride(1);
-  const int64_t head_stride = keep.size(2) == 1 ? 0 : keep.stride(2);
+  const auto list_of = [&](int64_t layer, int64_t row, int64_t head) {
+    return positions + layer * stride_of.layer + row * stride_of.row + head * stride_of.head;
+  };
   const auto* table = static_cast<const int32_t*>(block_table.data_ptr());
   const int64_t table_stride = block_table.stride(0);
   const auto check_block = [&](int64_t row, int64_t i) {
@@ -55,7 +39,7 @@ void compact_pages_(Tensor pages, const Tensor& block_table, const Tensor& keep)
   for (int64_t l = 0; l < keep.size(0); ++l) {
     for (int64_t b = 0; b < rows; ++b) {
       for (int64_t h = 0; h < keep.size(2); ++h) {
-        const int64_t* list = positions + l * layer_stride + b * row_stride + h * head_stride;
+        const int64_t* list = list_of(l, b, h);
         for (int64_t i = 0; i < kept; ++i) {
           if (list[i] == -1) continue;
           WINNOW_CHECK(list[i] > (i > 0 ? list[i - 1] : -1) && (i == 0 || list[i - 1] >= 0),
@@ -78,7 +62,7 @@ void compact_pages_(Tensor pages, const Tensor& block_table, const Tensor& keep)
       const int64_t h = n % heads;
       const int64_t b = n / heads % rows;
       const int64_t l = n / heads / rows;
-      const int64_t* list = positions + l * layer_stride + b * row_stride + h * head_stride;
+      const int64_t* list = list_of(l, b, h);
       char* head = base + l * stride[0] + h * stride[2];
       for (int64_t i = 0; i < kept && list[i] >= 0; ++i) {
         if (list[i] == i) continue;
@@ -90,7 +74,7 @@ void compact_pages_(Tensor pages, const Tensor& block_table, const Tensor& keep)
     }
   };
   const int64_t grain = 1 + kGrainBytes / (1 + kept * static_cast<int64_t>(bytes));
-  torch::stable::parallel_for(0, layers * rows * heads, grain, move);
+  parallel_for(0, layers * rows * heads, grain, move);
 }
 
 }  // namespace

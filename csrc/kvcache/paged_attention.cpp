@@ -14,9 +14,9 @@
 #include <vector>
 
 #include "common/checks.h"
+#include "common/parallel.h"
 #include "common/tensors.h"
 #include "kvcache/paged_attention_call.h"
-#include "kvcache/quantised.h"
 
 namespace winnow {
 namespace {
@@ -35,13 +35,6 @@ using AlignedFloats = std::unique_ptr<float[], FreeAligned>;
 AlignedFloats aligned_floats(int64_t count) {
   return AlignedFloats(static_cast<float*>(
       ::operator new[](static_cast<size_t>(count) * sizeof(float), std::align_val_t{64})));
-}
-
-void check_pages(const char* name, const Tensor& pages, ScalarType dtype) {
-  check_cpu(name, pages);
-  check_dtype(name, pages, dtype);
-  check_dim(name, pages, 4, "the pages of one layer, (num_blocks, Hkv, block_size, D)");
-  check_last_contiguous(name, pages);
 }
 
 // Ascending, so that no block counts twice; -1 names none.
@@ -180,7 +173,8 @@ void attend(const PagedAttention& call, int64_t batch, int64_t list_length) {
   }
   const int64_t work = keys * std::min(rows, kAttentionRows) * (call.head_dim + call.value_dim);
   const auto count = static_cast<int64_t>(plan.cascades.size()) - 1;
-  const int64_t threads = std::max<int64_t>(1, std::min({available, count, work / kThreadWork}));
+  const int64_t worth = kSpreadAnyWork ? available : work / kThreadWork;
+  const int64_t threads = std::max<int64_t>(1, std::min({available, count, worth}));
   int64_t scratch_floats = 0;
   WINNOW_SIMD(paged_attention_scratch)(call, plan.longest, std::min(rows, kAttentionRows),
                                        &scratch_floats);
@@ -192,7 +186,7 @@ void attend(const PagedAttention& call, int64_t batch, int64_t list_length) {
   const auto for_each = [&](int64_t total, const auto& work_on) {
     std::atomic<int64_t> next{0};
     const int64_t chunk = std::max<int64_t>(1, total / (8 * threads));
-    torch::stable::parallel_for(0, std::min(threads, total), 1, [&](int64_t begin, int64_t end) {
+    parallel_for(0, std::min(threads, total), 1, [&](int64_t begin, int64_t end) {
       for (int64_t thread = begin; thread < end; ++thread) {
         float* memory = scratch.get() + thread * stride;
         for (int64_t i = next.fetch_add(chunk); i < total; i = next.fetch_add(chunk)) {
@@ -223,36 +217,17 @@ std::tuple<Tensor, Tensor> paged_attention(
     std::optional<Tensor> block_indices, std::optional<int64_t> window, int64_t sinks,
     std::optional<Tensor> key_bias, std::optional<double> scale, std::optional<Tensor> key_scales,
     std::optional<Tensor> value_scales) {
-  check_cpu("query", query);
-  check_floating("query", query);
-  check_dim("query", query, 4, "(B, Hq, T, D)");
-  check_last_contiguous("query", query);
+  check_query(query, check_cpu);
   const bool quantised =
-      check_quantised(query, key_pages, key_scales.has_value(), value_scales.has_value());
-  const ScalarType page_dtype = quantised ? key_pages.scalar_type() : query.scalar_type();
-  check_pages("key_pages", key_pages, page_dtype);
-  check_pages("value_pages", value_pages, page_dtype);
+      check_pages_and_scales(query, key_pages, value_pages, key_scales, value_scales, check_cpu);
+  check_query_and_keys(query, key_pages, block_table, seq_lens, window, sinks, check_cpu);
+  check_rows(key_pages, block_table, seq_lens);
   const int64_t batch = query.size(0);
   const int64_t heads = query.size(1);
-  const int64_t head_dim = query.size(3);
-  const int64_t num_blocks = key_pages.size(0);
   const int64_t key_heads = key_pages.size(1);
-  const int64_t block_size = key_pages.size(2);
-  WINNOW_CHECK(block_size > 0, "key_pages: expected a block_size of at least 1, got ",
-               shape_of(key_pages));
-  WINNOW_CHECK(value_pages.size(0) == num_blocks && value_pages.size(1) == key_heads &&
-                   value_pages.size(2) == block_size,
-               "value_pages: expected (num_blocks, Hkv, block_size, Dv) as in key_pages, ",
-               shape_of(key_pages), ", got ", shape_of(value_pages));
-  check_query_and_keys(query, key_pages, block_table, seq_lens, window, sinks);
-
   PagedAttention call = describe_query_and_keys(query, key_pages, block_table, seq_lens, causal,
                                                 window, sinks, scale);
   if (quantised) {
-    check_cpu("key_scales", *key_scales);
-    check_cpu("value_scales", *value_scales);
-    check_scales("key_scales", *key_scales, key_pages);
-    check_scales("value_scales", *value_scales, value_pages);
     call.codes = code_type("key_pages", key_pages);
     call.key_scales = static_cast<const float*>(key_scales->data_ptr());
     call.value_scales = static_cast<const float*>(value_scales->data_ptr());
@@ -264,41 +239,19 @@ std::tuple<Tensor, Tensor> paged_attention(
   int64_t list_length = 0;
   if (block_indices) {
     const Tensor& indices = *block_indices;
-    check_cpu("block_indices", indices);
-    check_dtype("block_indices", indices, ScalarType::Int);
-    const bool shared = indices.dim() == 2;
-    WINNOW_CHECK((shared || (indices.dim() == 3 && indices.size(1) == key_heads)) &&
-                     indices.size(0) == batch,
-                 "block_indices: expected (B, K) or (B, Hkv, K) with B=", batch,
-                 " and Hkv=", key_heads, ", got ", shape_of(indices));
-    check_last_contiguous("block_indices", indices);
+    const bool shared = check_block_indices(indices, batch, key_heads, check_cpu);
     static const int32_t kNoBlock = -1;  // an empty selection has no memory, but it is a selection
     call.block_indices =
         indices.numel() > 0 ? static_cast<const int32_t*>(indices.data_ptr()) : &kNoBlock;
     call.indices_stride[0] = indices.stride(0);
     call.indices_stride[1] = shared ? 0 : indices.stride(1);
     list_length = indices.size(indices.dim() - 1);
-    check_indices(indices, seq_lens, block_size, key_heads, call.indices_stride[1]);
+    check_indices(indices, seq_lens, call.block_size, key_heads, call.indices_stride[1]);
   }
   if (key_bias) {
-    const Tensor& bias = *key_bias;
-    check_cpu("key_bias", bias);
-    check_floating("key_bias", bias);
-    const int64_t expected[3] = {num_blocks, key_heads, block_size};
-    bool fits = bias.dim() <= 3;
-    for (int64_t d = 0; d < 3 && fits; ++d) {
-      const int64_t own = d - (3 - bias.dim());  // missing leading dimensions broadcast
-      if (own < 0) continue;
-      fits = bias.size(own) == 1 || bias.size(own) == expected[d];
-      call.bias_stride[d] = bias.size(own) == 1 ? 0 : bias.stride(own);
-    }
-    WINNOW_CHECK(fits, "key_bias: expected (num_blocks, Hkv, block_size) = (", num_blocks, ", ",
-                 key_heads, ", ", block_size, ") or broadcastable to it, got ", shape_of(bias));
-    WINNOW_CHECK(bias.scalar_type() != ScalarType::Double || call.type == ElementType::kDouble,
-                 "key_bias: expected float32, bfloat16 or float16, got float64 with a query in ",
-                 name_of(query.scalar_type()));
-    call.key_bias = bias.data_ptr();
-    call.bias_type = element_type(bias);
+    check_key_bias(*key_bias, key_pages, query, check_cpu, call.bias_stride);
+    call.key_bias = key_bias->data_ptr();
+    call.bias_type = element_type(*key_bias);
   }
 
   const int64_t queries = query.size(2);

@@ -2,12 +2,11 @@
 // the split, because lengths and lists stay on the device; what they hold is not checked, but a
 // block outside of the pages is never read.
 #include <algorithm>
-#include <cmath>
 #include <optional>
 #include <tuple>
 
+#include "kvcache/paged_attention_arguments.h"
 #include "kvcache/paged_attention_kernel.cuh"
-#include "kvcache/quantised.h"
 
 namespace winnow {
 namespace {
@@ -15,7 +14,6 @@ namespace {
 constexpr int64_t kSplitKeys = 256;     // of one warp; 32k keys of 8 heads fill 132 SMs
 constexpr int64_t kMostSplitRows = 16;  // more query rows fill the GPU by themselves
 constexpr int64_t kMostDim = 256;
-constexpr int64_t kUnbounded = int64_t{1} << 40;
 
 template <int kElements, int N, int kRows, int kSteps, typename T, typename Real>
 void run(PagedCall<T, Real>& call, const Tensor& query, const Stream& stream) {
@@ -99,29 +97,11 @@ void pick(PagedCall<T, Real>& call, const Tensor& query, const Tensor& key_pages
   }
 }
 
-void check_pages(const char* name, const Tensor& pages, ScalarType dtype) {
-  check_device(name, pages);
-  check_dtype(name, pages, dtype);
-  check_dim(name, pages, 4, "the pages of one layer, (num_blocks, Hkv, block_size, D)");
-  check_last_contiguous(name, pages);
-}
-
 KeyBias key_bias_of(const std::optional<Tensor>& bias, const Tensor& key_pages,
                     const Tensor& query) {
   KeyBias result = {};
   if (!bias) return result;
-  check_device("key_bias", *bias);
-  check_floating("key_bias", *bias);
-  bool fits = bias->dim() <= 3;
-  for (int64_t d = 0; d < 3 && fits; ++d) {
-    const int64_t own = d - (3 - bias->dim());  // missing leading dimensions broadcast
-    if (own < 0) continue;
-    fits = bias->size(own) == 1 || bias->size(own) == key_pages.size(d);
-    result.stride[d] = bias->size(own) == 1 ? 0 : bias->stride(own);
-  }
-  WINNOW_CHECK(fits, "key_bias: expected (num_blocks, Hkv, block_size) = (", key_pages.size(0),
-               ", ", key_pages.size(1), ", ", key_pages.size(2), ") or broadcastable to it, got ",
-               shape_of(*bias));
+  check_key_bias(*bias, key_pages, query, check_device, result.stride);
   switch (bias->scalar_type()) {
     case ScalarType::Float:
       result.as_float = global<const float>(*bias);
@@ -133,9 +113,6 @@ KeyBias key_bias_of(const std::optional<Tensor>& bias, const Tensor& key_pages,
       result.as_half = global<const c10::Half>(*bias);
       break;
     default:
-      WINNOW_CHECK(query.scalar_type() == ScalarType::Double,
-                   "key_bias: expected float32, bfloat16 or float16, got float64 with a query in ",
-                   name_of(query.scalar_type()));
       result.as_double = global<const double>(*bias);
   }
   return result;
@@ -147,59 +124,22 @@ std::tuple<Tensor, Tensor> paged_attention_cuda(
     std::optional<Tensor> block_indices, std::optional<int64_t> window, int64_t sinks,
     std::optional<Tensor> key_bias, std::optional<double> scale, std::optional<Tensor> key_scales,
     std::optional<Tensor> value_scales) {
-  check_device("query", query);
-  check_floating("query", query);
-  check_dim("query", query, 4, "(B, Hq, T, D)");
-  check_last_contiguous("query", query);
+  check_query(query, check_device);
   const bool quantised =
-      check_quantised(query, key_pages, key_scales.has_value(), value_scales.has_value());
-  const ScalarType page_dtype = quantised ? key_pages.scalar_type() : query.scalar_type();
-  check_pages("key_pages", key_pages, page_dtype);
-  check_pages("value_pages", value_pages, page_dtype);
-  if (quantised) {
-    check_device("key_scales", *key_scales);
-    check_device("value_scales", *value_scales);
-    check_scales("key_scales", *key_scales, key_pages);
-    check_scales("value_scales", *value_scales, value_pages);
-  }
+      check_pages_and_scales(query, key_pages, value_pages, key_scales, value_scales, check_device);
+  check_query_and_keys(query, key_pages, block_table, seq_lens, window, sinks, check_device);
   const int64_t batch = query.size(0);
   const int64_t heads = query.size(1);
   const int64_t queries = query.size(2);
   const int64_t head_dim = query.size(3);
   const int64_t value_dim = value_pages.size(3);
   const int64_t key_heads = key_pages.size(1);
-  WINNOW_CHECK(key_pages.size(3) == head_dim, "key_pages: expected (num_blocks, Hkv, block_size, ",
-               "D) with D=", head_dim, " as in query, got ", shape_of(key_pages));
   WINNOW_CHECK(head_dim <= kMostDim, "query: expected a head dimension of at most ", kMostDim,
                ", got ", shape_of(query));
   WINNOW_CHECK(value_dim <= kMostDim, "value_pages: expected a head dimension of at most ",
                kMostDim, ", got ", shape_of(value_pages));
-  WINNOW_CHECK(key_pages.size(2) > 0, "key_pages: expected a block_size of at least 1, got ",
-               shape_of(key_pages));
-  for (int64_t d = 0; d < 3; ++d) {
-    WINNOW_CHECK(value_pages.size(d) == key_pages.size(d),
-                 "value_pages: expected (num_blocks, Hkv, block_size, Dv) as in key_pages, ",
-                 shape_of(key_pages), ", got ", shape_of(value_pages));
-  }
-  WINNOW_CHECK(key_heads > 0 ? heads % key_heads == 0 : heads == 0,
-               "query: expected a number of heads divisible by the key heads (", key_heads,
-               "), got ", heads);
-  check_integers("block_table", block_table);
-  WINNOW_CHECK(block_table.dim() == 2 && block_table.size(0) == batch,
-               "block_table: expected (B, max_blocks) with B=", batch, " as in query, got ",
-               shape_of(block_table));
-  check_lengths(seq_lens, batch, "query");
-  WINNOW_CHECK(!window || *window >= 1, "window: expected at least 1, got ", window.value_or(0));
-  WINNOW_CHECK(sinks >= 0, "sinks: expected at least 0, got ", sinks);
-  const bool shared = block_indices && block_indices->dim() == 2;
-  if (block_indices) {
-    check_integers("block_indices", *block_indices);
-    WINNOW_CHECK((shared || (block_indices->dim() == 3 && block_indices->size(1) == key_heads)) &&
-                     block_indices->size(0) == batch,
-                 "block_indices: expected (B, K) or (B, Hkv, K) with B=", batch,
-                 " and Hkv=", key_heads, ", got ", shape_of(*block_indices));
-  }
-
+  const bool shared =
+      block_indices && check_block_indices(*block_indices, batch, key_heads, check_device);
   const Stream stream(query);
   const KeyBias bias = key_bias_of(key_bias, key_pages, query);
   Tensor out = empty({batch, heads, queries, value_dim}, query.scalar_type(), query);
@@ -249,21 +189,15 @@ std::tuple<Tensor, Tensor> paged_attention_cuda(
     call.queries = queries;
     call.head_dim = head_dim;
     call.value_dim = value_dim;
-    call.causal = causal;
-    call.window = window ? std::min(*window, kUnbounded) : 0;
-    call.sinks = std::min(sinks, kUnbounded);
-    const double factor =
-        scale ? *scale : 1.0 / std::sqrt(static_cast<double>(std::max<int64_t>(1, head_dim)));
-    call.scale = static_cast<Real>(factor * 1.4426950408889634);
+    call.mask = {causal, window ? std::min(*window, kUnbounded) : 0, std::min(sinks, kUnbounded)};
+    call.scale = static_cast<Real>(score_scale(scale, head_dim) * 1.4426950408889634);
     call.lse = global<Real>(lse);
     pick(call, query, key_pages, value_pages, stream);
   };
   if (!quantised) {
     dispatch_floating(query, attend_pages);
-  } else if (code_type("key_pages", key_pages) == CodeType::kInt8) {
-    attend_pages(int8_t{});
   } else {
-    attend_pages(Float8{});
+    dispatch_codes(code_type("key_pages", key_pages), attend_pages);
   }
   return {out, lse};
 }

@@ -1,38 +1,22 @@
-// What paged_attention and attention_mass ask of a query and the keys that it meets on the CPU, and
-// how both describe them to their loops.
+// How paged_attention and attention_mass describe a query and the keys that it meets to their loops
+// on the CPU.
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 #include <optional>
 
 #include "common/tensors.h"
 #include "kvcache/block_table.h"
+#include "kvcache/paged_attention_arguments.h"
 #include "kvcache/paged_attention_simd.h"
 
 namespace winnow {
 
-// `query` and `key_pages` have four dimensions and reach here with their dtypes checked.
-inline void check_query_and_keys(const Tensor& query, const Tensor& key_pages,
-                                 const Tensor& block_table, const Tensor& seq_lens,
-                                 std::optional<int64_t> window, int64_t sinks) {
-  const int64_t batch = query.size(0);
-  const int64_t heads = query.size(1);
-  const int64_t key_heads = key_pages.size(1);
+// What the host can read of the indices.
+inline void check_rows(const Tensor& key_pages, const Tensor& block_table, const Tensor& seq_lens) {
   const int64_t block_size = key_pages.size(2);
-  WINNOW_CHECK(key_pages.size(3) == query.size(3),
-               "key_pages: expected (num_blocks, Hkv, block_size, D) with D=", query.size(3),
-               " as in query, got ", shape_of(key_pages));
-  WINNOW_CHECK(key_heads > 0 ? heads % key_heads == 0 : heads == 0,
-               "query: expected a number of heads divisible by the key heads (", key_heads,
-               "), got ", heads);
-  check_table(block_table);
-  WINNOW_CHECK(block_table.size(0) == batch, "block_table: expected (B, max_blocks) with B=", batch,
-               " as in query, got ", shape_of(block_table));
-  check_lengths(seq_lens, batch, block_table.size(1), block_size, "block_table");
+  check_lengths_fit(seq_lens, block_table.size(1), block_size, "block_table");
   check_blocks(block_table, seq_lens, key_pages.size(0), block_size);
-  WINNOW_CHECK(!window || *window >= 1, "window: expected at least 1, got ", window.value_or(0));
-  WINNOW_CHECK(sinks >= 0, "sinks: expected at least 0, got ", sinks);
 }
 
 // A call without values, lists, biases and results.
@@ -40,7 +24,6 @@ inline PagedAttention describe_query_and_keys(const Tensor& query, const Tensor&
                                               const Tensor& block_table, const Tensor& seq_lens,
                                               bool causal, std::optional<int64_t> window,
                                               int64_t sinks, std::optional<double> scale) {
-  constexpr int64_t kUnbounded = int64_t{1} << 40;
   PagedAttention call{};
   call.type = element_type(query);
   call.query = query.data_ptr();
@@ -60,8 +43,7 @@ inline PagedAttention describe_query_and_keys(const Tensor& query, const Tensor&
   call.causal = causal;
   call.window = window ? std::min(*window, kUnbounded) : 0;
   call.sinks = std::min(sinks, kUnbounded);
-  call.scale =
-      scale ? *scale : 1.0 / std::sqrt(static_cast<double>(std::max<int64_t>(1, call.head_dim)));
+  call.scale = score_scale(scale, call.head_dim);
   return call;
 }
 

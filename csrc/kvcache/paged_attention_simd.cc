@@ -59,9 +59,8 @@ void load_queries(const PagedAttention& call, const PagedAttentionTask& task,
     } else if constexpr (ElementsOf<T>::kCodes) {
       dispatch_element(call.type, [&](auto zero) {
         using From = decltype(zero);
-        if constexpr (!std::is_same_v<From, double>) {
-          load_query<PageElement<T>>(static_cast<const From*>(call.query) + offset, call.head_dim,
-                                     to);
+        if constexpr (!std::is_same_v<From, double>) {  // codes lie in the order of floats
+          load_query<float>(static_cast<const From*>(call.query) + offset, call.head_dim, to);
         }
       });
     } else {
@@ -159,10 +158,8 @@ void attend_rows(const PagedAttention& call, const PagedAttentionTask& task, con
     how.scale *= scale_of(call.key_scales, call.key_scale_stride, tile, head);
     how.times = scale_of(call.value_scales, call.value_scale_stride, tile, head);
   }
-  const int64_t length = call.seq_lens[task.batch];
-  const auto span = [&](int r) { return span_of(call, length, task.first_row + first + r); };
-  weigh_rows<NR>(scores, tile, span, how, state.top + first, state.total + first,
-                 state.shrink + first);
+  weigh_rows<NR>(call, call.seq_lens[task.batch], task.first_row + first, tile, how, scores,
+                 state.top + first, state.total + first, state.shrink + first);
   float* sums = rows.sums + first * scratch.sums_stride;
   add_weighted<NR, T>(scores, values, call.value_stride[2], tile.keys, call.value_dim, sums,
                       scratch.sums_stride, state.shrink + first, next_values);
@@ -179,7 +176,6 @@ void sort_columns(const PagedAttention& call, float* sums) {
 }
 
 // Divides by the normaliser and stores a row of the result and its lse.
-template <typename T>
 void finish_row(const PagedAttention& call, const PagedAttentionTask& task, int64_t row,
                 float* sums, float top, float total) {
   const float factor = total == 0.0f ? 0.0f : 1.0f / total;
@@ -187,17 +183,12 @@ void finish_row(const PagedAttention& call, const PagedAttentionTask& task, int6
   const int64_t heads = call.key_heads * call.group;
   const int64_t head = task.key_head * call.group + row % call.group;
   const int64_t index = (task.batch * heads + head) * call.queries + row / call.group;
-  const auto store = [&](auto zero) {
+  dispatch_element(call.type, [&](auto zero) {
     using Out = decltype(zero);
     if constexpr (!std::is_same_v<Out, double>) {
       store_row(static_cast<Out*>(call.out) + index * call.value_dim, sums, call.value_dim);
     }
-  };
-  if constexpr (ElementsOf<T>::kCodes) {
-    dispatch_element(call.type, store);
-  } else {
-    store(T{});
-  }
+  });
   static_cast<float*>(call.lse)[index] = total == 0.0f ? kNone : top + __builtin_logf(total);
 }
 
@@ -268,7 +259,7 @@ void finish_task(const PagedAttention& call, const Progress<T>& progress, int64_
     float* sums = progress.rows.sums + r * sums_stride;
     sort_columns<PageElement<T>>(call, sums);
     if (task.partial < 0) {
-      finish_row<T>(call, task, task.first_row + r, sums, state.top[r], state.total[r]);
+      finish_row(call, task, task.first_row + r, sums, state.top[r], state.total[r]);
     } else {
       float* to = partial + (task.partial + r) * (call.value_dim + 2);
       std::memcpy(to, sums, static_cast<size_t>(call.value_dim) * sizeof(float));
@@ -314,7 +305,6 @@ void run_tasks(const PagedAttention& call, const PagedAttentionTask* tasks, int6
   for (int64_t i = 0; i < count; ++i) finish_task(call, all[i], scratch.sums_stride, partial);
 }
 
-template <typename T>
 void merge_task(const PagedAttention& call, const PagedAttentionTask& task, int64_t splits,
                 int64_t stride, float* sums, const float* partial) {
   const int64_t dim = call.value_dim;
@@ -336,7 +326,7 @@ void merge_task(const PagedAttention& call, const PagedAttentionTask& task, int6
       for (int64_t d = 0; d < dim; ++d) sums[d] += row[d] * factor;
       total += row[dim + 1] * factor;
     }
-    finish_row<T>(call, task, task.first_row + r, sums, top, total);
+    finish_row(call, task, task.first_row + r, sums, top, total);
   }
 }
 
@@ -379,13 +369,8 @@ void paged_attention_tasks(const PagedAttention& call, const PagedAttentionTask*
 
 void paged_attention_merge(const PagedAttention& call, const PagedAttentionTask& task,
                            int64_t splits, int64_t stride, void* scratch, const void* partial) {
-  dispatch_pages(call, [&](auto zero) {
-    using T = decltype(zero);
-    if constexpr (!std::is_same_v<T, double>) {
-      merge_task<T>(call, task, splits, stride, static_cast<float*>(scratch),
-                    static_cast<const float*>(partial));
-    }
-  });
+  merge_task(call, task, splits, stride, static_cast<float*>(scratch),
+             static_cast<const float*>(partial));
 }
 
 }  // namespace winnow::CPU_CAPABILITY

@@ -2,12 +2,12 @@
 // holds, so a task is what one row stores in one block, of one head; the loop is in
 // paged_quantise_simd.cc.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <vector>
 
 #include "common/checks.h"
+#include "common/parallel.h"
 #include "common/tensors.h"
 #include "kvcache/paged_quantise_simd.h"
 #include "kvcache/paged_write_arguments.h"
@@ -107,7 +107,7 @@ void paged_quantise_(Tensor key_pages, Tensor value_pages, Tensor key_scales, Te
   const NewTokens keys = tokens_of("key", key);
   const NewTokens values = tokens_of("value", value);
   const int64_t block_size = key_pages.size(2);
-  check_positions(block_table, positions, key_pages.size(0), block_size);
+  check_places(block_table, positions, key_pages.size(0), block_size);
   if (positions.numel() == 0) return;
   std::vector<SlotToken> memory;
   const std::vector<BlockWrite> writes = make_writes(block_table, positions, block_size, &memory);
@@ -116,15 +116,14 @@ void paged_quantise_(Tensor key_pages, Tensor value_pages, Tensor key_scales, Te
   const int64_t heads = key.size(1);
   const auto quantise = WINNOW_SIMD(quantise_block);
   const int64_t numbers = std::min(block_size, key.size(2)) * (keys.dim + values.dim);
-  torch::stable::parallel_for(0, static_cast<int64_t>(writes.size()) * heads,
-                              1 + kGrainNumbers / std::max<int64_t>(1, numbers),
-                              [&](int64_t begin, int64_t end) {
-                                for (int64_t i = begin; i < end; ++i) {
-                                  const BlockWrite& write = writes[static_cast<size_t>(i / heads)];
-                                  quantise(key_codes, keys, write, i % heads);
-                                  quantise(value_codes, values, write, i % heads);
-                                }
-                              });
+  parallel_for(0, static_cast<int64_t>(writes.size()) * heads,
+               1 + kGrainNumbers / std::max<int64_t>(1, numbers), [&](int64_t begin, int64_t end) {
+                 for (int64_t i = begin; i < end; ++i) {
+                   const BlockWrite& write = writes[static_cast<size_t>(i / heads)];
+                   quantise(key_codes, keys, write, i % heads);
+                   quantise(value_codes, values, write, i % heads);
+                 }
+               });
 }
 
 }  // namespace

@@ -197,11 +197,7 @@ void paged_quantise_cuda(Tensor key_pages, Tensor value_pages, Tensor key_scales
            kThreads, stream, pages_of<Code>(key_pages, key_scales),
            pages_of<Code>(value_pages, value_scales), keys, values, where);
   };
-  if (type == CodeType::kInt8) {
-    run(int8_t{});
-  } else {
-    run(Float8{});
-  }
+  dispatch_codes(type, run);
 }
 
 }  // namespace

@@ -1,12 +1,12 @@
 // winnow::paged_write_ stores new tokens in their pages; winnow::copy_blocks_ copies whole blocks,
 // of all layers, before one of their owners writes. Both move bytes and nothing else.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <cstring>
 
 #include "common/checks.h"
+#include "common/parallel.h"
 #include "common/tensors.h"
 #include "kvcache/paged_write_arguments.h"
 
@@ -67,7 +67,7 @@ void paged_write_(Tensor key_pages, Tensor value_pages, const Tensor& key, const
   check_write(key_pages, value_pages, key, value, block_table, positions, check_cpu);
   check_dtype("key", key, key_pages.scalar_type());
   check_dtype("value", value, value_pages.scalar_type());
-  check_positions(block_table, positions, key_pages.size(0), key_pages.size(2));
+  check_places(block_table, positions, key_pages.size(0), key_pages.size(2));
 
   const auto* table = static_cast<const int32_t*>(block_table.data_ptr());
   const auto* where = static_cast<const int64_t*>(positions.data_ptr());
@@ -92,8 +92,7 @@ void paged_write_(Tensor key_pages, Tensor value_pages, const Tensor& key, const
       }
     }
   };
-  torch::stable::parallel_for(0, rows * heads, grain_for(tokens * (keys.bytes + values.bytes)),
-                              store);
+  parallel_for(0, rows * heads, grain_for(tokens * (keys.bytes + values.bytes)), store);
 }
 
 // Copies blocks of (num_layers, num_blocks, Hkv, block_size, D) pages, one (layer, copy) at a time.
@@ -120,14 +119,10 @@ void copy_pages(const Tensor& pages, const int64_t* source, const int64_t* targe
       }
     }
   };
-  torch::stable::parallel_for(0, pages.size(0) * copies, grain_for(heads * slots * bytes), copy);
+  parallel_for(0, pages.size(0) * copies, grain_for(heads * slots * bytes), copy);
 }
 
-void check_blocks(const char* name, const Tensor& blocks, int64_t num_blocks) {
-  check_cpu(name, blocks);
-  check_dtype(name, blocks, ScalarType::Long);
-  check_dim(name, blocks, 1, "(copies,)");
-  check_last_contiguous(name, blocks);
+void check_inside(const char* name, const Tensor& blocks, int64_t num_blocks) {
   const auto* p = static_cast<const int64_t*>(blocks.data_ptr());
   for (int64_t i = 0; i < blocks.size(0); ++i) {
     WINNOW_CHECK(p[i] >= 0 && p[i] < num_blocks, name, ": expected 0 <= block < ", num_blocks,
@@ -137,20 +132,10 @@ void check_blocks(const char* name, const Tensor& blocks, int64_t num_blocks) {
 
 void copy_blocks_(Tensor key_pages, Tensor value_pages, const Tensor& source,
                   const Tensor& target) {
-  const char* layout = "(num_layers, num_blocks, Hkv, block_size, D)";
-  check_cpu("key_pages", key_pages);
-  check_cpu("value_pages", value_pages);
-  check_dim("key_pages", key_pages, 5, layout);
-  check_dim("value_pages", value_pages, 5, layout);
-  check_last_contiguous("key_pages", key_pages);
-  check_last_contiguous("value_pages", value_pages);
-  WINNOW_CHECK(value_pages.size(1) == key_pages.size(1), "value_pages: expected ",
-               key_pages.size(1), " blocks as in key_pages, got ", shape_of(value_pages));
-  check_blocks("source", source, key_pages.size(1));
-  check_blocks("target", target, key_pages.size(1));
+  check_copies(key_pages, value_pages, source, target, check_cpu);
+  check_inside("source", source, key_pages.size(1));
+  check_inside("target", target, key_pages.size(1));
   const int64_t copies = source.size(0);
-  WINNOW_CHECK(target.size(0) == copies, "target: expected (copies,) = (", copies,
-               ",) as in source, got ", shape_of(target));
   if (copies == 0) return;
   const auto* from = static_cast<const int64_t*>(source.data_ptr());
   const auto* to = static_cast<const int64_t*>(target.data_ptr());

@@ -104,7 +104,7 @@ struct Compaction {
   int64_t stride[4];
   int64_t units;
   Global<const int64_t> keep;
-  int64_t keep_stride[3];  // layer, row, head; 0 where shared
+  KeepStrides keep_stride;
   int64_t kept;
   Global<const int32_t> table;
   int64_t table_stride;
@@ -123,8 +123,8 @@ compact(Compaction<Unit> call) {
   const int64_t head = block_index() % call.heads;
   const int64_t row = block_index() / call.heads % call.rows;
   const int64_t layer = block_index() / call.heads / call.rows;
-  const auto list = call.keep + layer * call.keep_stride[0] + row * call.keep_stride[1] +
-                    head * call.keep_stride[2];
+  const auto list = call.keep + layer * call.keep_stride.layer + row * call.keep_stride.row +
+                    head * call.keep_stride.head;
   const auto pages = call.pages + layer * call.stride[0] + head * call.stride[2];
   for (int64_t first = 0; first < call.kept; first += kWarps * kTokens) {
     int64_t from[kTokens];
@@ -238,33 +238,10 @@ void paged_write_cuda(Tensor key_pages, Tensor value_pages, const Tensor& key, c
   });
 }
 
-void check_pool(const char* name, const Tensor& pages) {
-  check_device(name, pages);
-  check_dim(name, pages, 5, "(num_layers, num_blocks, Hkv, block_size, D)");
-  check_last_contiguous(name, pages);
-}
-
-void check_blocks(const char* name, const Tensor& blocks) {
-  check_device(name, blocks);
-  check_dtype(name, blocks, ScalarType::Long);
-  check_dim(name, blocks, 1, "(copies,)");
-  check_last_contiguous(name, blocks);
-}
-
 void copy_blocks_cuda(Tensor key_pages, Tensor value_pages, const Tensor& source,
                       const Tensor& target) {
-  check_pool("key_pages", key_pages);
-  check_pool("value_pages", value_pages);
-  for (int64_t d = 0; d < 4; ++d) {
-    WINNOW_CHECK(value_pages.size(d) == key_pages.size(d), "value_pages: expected shape like ",
-                 "key_pages up to the last dimension, ", shape_of(key_pages), ", got ",
-                 shape_of(value_pages));
-  }
-  check_blocks("source", source);
-  check_blocks("target", target);
+  check_copies(key_pages, value_pages, source, target, check_device);
   const int64_t count = source.size(0);
-  WINNOW_CHECK(target.size(0) == count, "target: expected (copies,) = (", count,
-               ",) as in source, got ", shape_of(target));
   const Stream stream(key_pages);
   const Copies copies = {global<const int64_t>(source),
                          global<const int64_t>(target),
@@ -281,23 +258,10 @@ void copy_blocks_cuda(Tensor key_pages, Tensor value_pages, const Tensor& source
 }
 
 void compact_pages_cuda(Tensor pages, const Tensor& block_table, const Tensor& keep) {
-  check_pool("pages", pages);
+  const KeepStrides strides = check_compaction(pages, block_table, keep, check_device);
   const int64_t layers = pages.size(0);
   const int64_t heads = pages.size(2);
-  WINNOW_CHECK(pages.size(3) > 0, "pages: expected a block_size of at least 1, got ",
-               shape_of(pages));
-  check_device("keep", keep);
-  check_dtype("keep", keep, ScalarType::Long);
-  WINNOW_CHECK(keep.dim() == 4 && (keep.size(0) == layers || keep.size(0) == 1) &&
-                   (keep.size(2) == heads || keep.size(2) == 1),
-               "keep: expected (num_layers or 1, B, Hkv or 1, K) with num_layers=", layers,
-               " and Hkv=", heads, " as in pages, got ", shape_of(keep));
-  check_last_contiguous("keep", keep);
   const int64_t rows = keep.size(1);
-  check_integers("block_table", block_table);
-  WINNOW_CHECK(block_table.dim() == 2 && block_table.size(0) == rows,
-               "block_table: expected (B, max_blocks) with B=", rows, " as in keep, got ",
-               shape_of(block_table));
   const Stream stream(pages);
   dispatch_unit({&pages}, [&](auto zero) {
     using Unit = decltype(zero);
@@ -306,9 +270,7 @@ void compact_pages_cuda(Tensor pages, const Tensor& block_table, const Tensor& k
     for (int64_t d = 0; d < 4; ++d) call.stride[d] = in_units<Unit>(pages, pages.stride(d));
     call.units = in_units<Unit>(pages, pages.size(4));
     call.keep = global<const int64_t>(keep);
-    call.keep_stride[0] = keep.size(0) == 1 ? 0 : keep.stride(0);
-    call.keep_stride[1] = keep.stride(1);
-    call.keep_stride[2] = keep.size(2) == 1 ? 0 : keep.stride(2);
+    call.keep_stride = strides;
     call.kept = keep.size(3);
     call.table = global<const int32_t>(block_table);
     call.table_stride = block_table.stride(0);

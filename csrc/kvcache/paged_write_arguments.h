@@ -1,56 +1,86 @@
-// What the operators that store tokens in pages demand of their arguments, on either device.
+// What the operators that store and move tokens in pages demand of their arguments, on either
+// device.
 #pragma once
 
-#include "common/checks.h"
+#include "kvcache/page_arguments.h"
 
 namespace winnow {
-namespace {
 
-// `check_place(name, tensor)` refuses what lies on another device.
-template <typename CheckPlace>
+template <typename OnDevice>
 void check_write(const Tensor& key_pages, const Tensor& value_pages, const Tensor& key,
                  const Tensor& value, const Tensor& block_table, const Tensor& positions,
-                 const CheckPlace& check_place) {
+                 const OnDevice& check_device) {
   const auto check_tokens = [&](const char* name, const Tensor& tokens, const char* pages_name,
                                 const Tensor& pages) {
-    check_place(name, tokens);
-    check_place(pages_name, pages);
-    check_dim(pages_name, pages, 4, "(num_blocks, Hkv, block_size, D)");
+    check_pages(pages_name, pages, check_device);
+    check_device(name, tokens);
     check_dim(name, tokens, 4, "(B, Hkv, T, D)");
     WINNOW_CHECK(tokens.size(1) == pages.size(1) && tokens.size(3) == pages.size(3), name,
                  ": expected (B, Hkv, T, D) with Hkv=", pages.size(1), " and D=", pages.size(3),
                  " as in ", pages_name, ", got ", shape_of(tokens));
     check_last_contiguous(name, tokens);
-    check_last_contiguous(pages_name, pages);
   };
   check_tokens("key", key, "key_pages", key_pages);
   check_tokens("value", value, "value_pages", value_pages);
+  check_value_pages(value_pages, key_pages);
   for (int64_t d = 0; d < 3; ++d) {
-    WINNOW_CHECK(value_pages.size(d) == key_pages.size(d), "value_pages: expected shape like ",
-                 "key_pages up to the last dimension, ", shape_of(key_pages), ", got ",
-                 shape_of(value_pages));
     WINNOW_CHECK(value.size(d) == key.size(d), "value: expected shape like key up to the last ",
                  "dimension, ", shape_of(key), ", got ", shape_of(value));
   }
-  const int64_t rows = key.size(0);
-  const int64_t tokens = key.size(2);
-  check_place("block_table", block_table);
-  check_dtype("block_table", block_table, ScalarType::Int);
-  WINNOW_CHECK(block_table.dim() == 2 && block_table.size(0) == rows,
-               "block_table: expected (B, max_blocks) with B=", rows, " as in key, got ",
-               shape_of(block_table));
-  check_last_contiguous("block_table", block_table);
-  check_place("positions", positions);
-  check_dtype("positions", positions, ScalarType::Long);
-  WINNOW_CHECK(positions.dim() == 2 && positions.size(0) == rows && positions.size(1) == tokens,
-               "positions: expected (B, T) = (", rows, ", ", tokens, ") as in key, got ",
-               shape_of(positions));
-  check_last_contiguous("positions", positions);
+  check_table(block_table, key.size(0), "key", check_device);
+  check_positions(positions, key.size(0), "key", check_device);
+  WINNOW_CHECK(positions.size(1) == key.size(2), "positions: expected (B, T) with T=", key.size(2),
+               " as in key, got ", shape_of(positions));
+}
+
+template <typename OnDevice>
+void check_copies(const Tensor& key_pages, const Tensor& value_pages, const Tensor& source,
+                  const Tensor& target, const OnDevice& check_device) {
+  check_pool("key_pages", key_pages, check_device);
+  check_pool("value_pages", value_pages, check_device);
+  check_value_pages(value_pages, key_pages);
+  const auto check_list = [&](const char* name, const Tensor& blocks) {
+    check_device(name, blocks);
+    check_dtype(name, blocks, ScalarType::Long);
+    check_dim(name, blocks, 1, "(copies,)");
+    check_last_contiguous(name, blocks);
+  };
+  check_list("source", source);
+  check_list("target", target);
+  WINNOW_CHECK(target.size(0) == source.size(0), "target: expected (copies,) = (", source.size(0),
+               ",) as in source, got ", shape_of(target));
+}
+
+// Strides of `keep` by layer, row and head; 0 where one serves all.
+struct KeepStrides {
+  int64_t layer;
+  int64_t row;
+  int64_t head;
+};
+
+template <typename OnDevice>
+KeepStrides check_compaction(const Tensor& pages, const Tensor& block_table, const Tensor& keep,
+                             const OnDevice& check_device) {
+  check_pool("pages", pages, check_device);
+  const int64_t layers = pages.size(0);
+  const int64_t heads = pages.size(2);
+  WINNOW_CHECK(pages.size(3) > 0, "pages: expected a block_size of at least 1, got ",
+               shape_of(pages));
+  check_device("keep", keep);
+  check_dtype("keep", keep, ScalarType::Long);
+  WINNOW_CHECK(keep.dim() == 4 && (keep.size(0) == layers || keep.size(0) == 1) &&
+                   (keep.size(2) == heads || keep.size(2) == 1),
+               "keep: expected (num_layers or 1, B, Hkv or 1, K) with num_layers=", layers,
+               " and Hkv=", heads, " as in pages, got ", shape_of(keep));
+  check_last_contiguous("keep", keep);
+  check_table(block_table, keep.size(1), "keep", check_device);
+  return {keep.size(0) == 1 ? 0 : keep.stride(0), keep.stride(1),
+          keep.size(2) == 1 ? 0 : keep.stride(2)};
 }
 
 // On the host, where what the indices hold can be read.
-inline void check_positions(const Tensor& block_table, const Tensor& positions, int64_t num_blocks,
-                            int64_t block_size) {
+inline void check_places(const Tensor& block_table, const Tensor& positions, int64_t num_blocks,
+                         int64_t block_size) {
   const auto* table = static_cast<const int32_t*>(block_table.data_ptr());
   const auto* where = static_cast<const int64_t*>(positions.data_ptr());
   const int64_t width = block_table.size(1);
@@ -68,5 +98,4 @@ inline void check_positions(const Tensor& block_table, const Tensor& positions, 
   }
 }
 
-}  // namespace
 }  // namespace winnow

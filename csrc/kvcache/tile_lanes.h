@@ -209,8 +209,9 @@ inline float halving_max(f32x16 v) {
 }
 
 // Rounds to nearest even; NaN stays NaN.
+// No numbers go to no memory: attention_mass asks for weights alone, without values.
 inline void store_row(float* to, const float* from, int64_t n) {
-  std::memcpy(to, from, static_cast<size_t>(n) * sizeof(float));
+  if (n > 0) std::memcpy(to, from, static_cast<size_t>(n) * sizeof(float));
 }
 
 inline void store_row(c10::BFloat16* to, const float* from, int64_t n) {

@@ -205,15 +205,15 @@ inline __attribute__((always_inline)) float weigh_row(float* scores, int64_t pos
 
 // The same for NR rows, and what becomes of their earlier sums: *total joins the new one, *shrink
 // is what the larger top scales them by.
-template <int NR, typename SpanOf>
-void weigh_rows(float* scores, const Tile& tile, const SpanOf& span_of_row, const Weighing& how,
-                float* top, float* total, float* shrink) {
+template <int NR>
+void weigh_rows(const PagedAttention& call, int64_t length, int64_t first_row, const Tile& tile,
+                const Weighing& how, float* scores, float* top, float* total, float* shrink) {
   float sums[NR];
   float factor[kLanes] = {};
   for (int r = 0; r < NR; ++r) {
     const float before = top[r];
     float* row = scores + r * kKeys;
-    const Span span = span_of_row(r);
+    const Span span = span_of(call, length, first_row + r);
     // A whole tile without loops.
     sums[r] = tile.keys == kKeys ? weigh_row(row, tile.position, kKeys, span, how, top + r)
                                  : weigh_row(row, tile.position, tile.keys, span, how, top + r);
@@ -227,21 +227,13 @@ void weigh_rows(float* scores, const Tile& tile, const SpanOf& span_of_row, cons
 }
 
 // strip[r][c] += sum_j weights[r][j] * values[j][c]. `left` < kStep for the last, incomplete
-// columns (with NC = 2). With kCareful what is hidden is left out: a NaN or an infinity there has
-// spoilt the sums.
-template <int NR, int NC, bool kCareful, typename T>
+// columns (with NC = 2).
+template <int NR, int NC, typename T>
 inline void sum_values(const float* weights, const T* values, int64_t stride, int64_t count,
                        int64_t left, FloatPart (&strip)[NR][NC], Ahead* ahead) {
-  const auto hidden = [&](int r, int64_t j) {
-    int32_t bits;
-    std::memcpy(&bits, weights + r * kKeys + j, sizeof bits);
-    return bits == kHidden;
-  };
   constexpr int64_t kBytes = NC * kWide * static_cast<int64_t>(sizeof(T));
   for (int64_t j = 0; j < count; ++j) {
-    if (!kCareful && (kBytes >= 64 || j % 2 == 0)) {
-      ahead->fetch(kBytes >= 64 ? kBytes : 64);
-    }
+    if (kBytes >= 64 || j % 2 == 0) ahead->fetch(kBytes >= 64 ? kBytes : 64);
     const T* row = values + j * stride;
     FloatPart v[NC];
 #pragma GCC unroll 16
@@ -254,11 +246,34 @@ inline void sum_values(const float* weights, const T* values, int64_t stride, in
     }
 #pragma GCC unroll 16
     for (int r = 0; r < NR; ++r) {
-      if (kCareful && hidden(r, j)) continue;
       const FloatPart weight = broadcast_part(weights[r * kKeys + j]);
 #pragma GCC unroll 16
       for (int c = 0; c < NC; ++c) strip[r][c] = fma_part(weight, v[c], strip[r][c]);
     }
+  }
+}
+
+inline bool is_hidden(const float* weight) {
+  int32_t bits;
+  std::memcpy(&bits, weight, sizeof bits);
+  return bits == kHidden;
+}
+
+// The sums of one row and two registers of columns, leaving out what is hidden.
+template <typename T>
+__attribute__((cold, noinline)) void sum_seen_values(const float* weights, const T* values,
+                                                     int64_t stride, int64_t count, int64_t left,
+                                                     FloatPart* sums) {
+  sums[0] = sums[1] = FloatPart{};
+  for (int64_t j = 0; j < count; ++j) {
+    if (is_hidden(weights + j)) continue;
+    FloatPart v[2];
+    if (left >= kStep) {
+      load_two(values + j * stride, v);
+    } else {
+      load_two(values + j * stride, left, v);
+    }
+    for (int c = 0; c < 2; ++c) sums[c] = fma_part(broadcast_part(weights[j]), v[c], sums[c]);
   }
 }
 
@@ -268,7 +283,7 @@ template <int NR, int NC, typename T>
 void add_strip(const float* weights, const T* values, int64_t stride, int64_t count, int64_t left,
                float* sums, int64_t sums_stride, const float* shrink, Ahead* ahead) {
   FloatPart strip[NR][NC] = {};
-  sum_values<NR, NC, false>(weights, values, stride, count, left, strip, ahead);
+  sum_values<NR, NC>(weights, values, stride, count, left, strip, ahead);
   FloatPart all{};
 #pragma GCC unroll 16
   for (int r = 0; r < NR; ++r) {
@@ -276,12 +291,20 @@ void add_strip(const float* weights, const T* values, int64_t stride, int64_t co
     for (int c = 0; c < NC; ++c) all += strip[r][c];
   }
   if (__builtin_expect(any_nan(all), 0)) {
-#pragma GCC unroll 16
+    // A NaN or an infinity that is hidden has spoilt the sums. The second ones are kept in memory,
+    // so that the first ones need not be.
     for (int r = 0; r < NR; ++r) {
-#pragma GCC unroll 16
-      for (int c = 0; c < NC; ++c) strip[r][c] = FloatPart{};
+      float* sum = sums + r * sums_stride;
+      for (int c = 0; c < NC; c += 2) {
+        FloatPart seen[2];
+        sum_seen_values(weights + r * kKeys, values + c * kWide, stride, count, left, seen);
+        for (int i = 0; i < 2; ++i) {
+          float* at = sum + (c + i) * kWide;
+          store_part(at, fma_part(load_part(at), broadcast_part(shrink[r]), seen[i]));
+        }
+      }
     }
-    sum_values<NR, NC, true>(weights, values, stride, count, left, strip, ahead);
+    return;
   }
 #pragma GCC unroll 16
   for (int r = 0; r < NR; ++r) {

@@ -2,6 +2,7 @@
 // sum w^2) of what it has seen, relative to its own largest, and such triples merge exactly. Small
 // populations get a warp each, large ones several blocks whose triples a second launch merges.
 #include "common/device.h"
+#include "resampling/populations.h"
 
 namespace winnow {
 namespace {
@@ -130,9 +131,7 @@ void measure(const Rows& rows, const Tensor& result, const Stream& stream) {
 }
 
 Tensor effective_sample_size_cuda(const Tensor& log_weights) {
-  check_device("log_weights", log_weights);
-  check_floating("log_weights", log_weights);
-  WINNOW_CHECK(log_weights.dim() >= 1, "log_weights: expected (..., K), got a scalar");
+  check_populations("log_weights", log_weights, check_device);
   const Stream stream(log_weights);
   const Rows rows = as_rows(log_weights);
   Tensor result = empty(leading_shape(log_weights), statistics_dtype(log_weights), log_weights);

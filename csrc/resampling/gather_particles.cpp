@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "common/checks.h"
+#include "common/parallel.h"
 #include "common/tensors.h"
 #include "resampling/particle_layout.h"
 
@@ -23,9 +24,9 @@ constexpr int64_t kChunk = 65536;  // bytes; source, target and spare chunk fit 
 
 // The indices, checked and copied: a leaf of the state may be the ancestors themselves.
 std::vector<int64_t> check_ancestors(const Tensor& ancestors, int64_t particles) {
-  const Tensor contiguous = torch::stable::contiguous(ancestors);
-  const auto* first = static_cast<const int64_t*>(contiguous.data_ptr());
-  std::vector<int64_t> index(first, first + contiguous.numel());
+  const Tensor ordered = dense(ancestors);
+  const auto* first = static_cast<const int64_t*>(ordered.data_ptr());
+  std::vector<int64_t> index(first, first + ordered.numel());
   bool valid = true;
   for (const int64_t a : index) valid &= a >= 0 && a < particles;
   if (!valid) {
@@ -62,7 +63,7 @@ void each_chunk(const Layout& layout, int64_t rows, const Work& make_work) {
   if (layout.bytes == 0 || rows == 0) return;
   const int64_t item_bytes = rows * (layout.bytes < kChunk ? layout.bytes : kChunk);
   const int64_t grain = 1 + 131072 / (item_bytes + 64);
-  torch::stable::parallel_for(0, items, grain, [&](int64_t begin, int64_t end) {
+  parallel_for(0, items, grain, [&](int64_t begin, int64_t end) {
     auto work = make_work();
     for (int64_t item = begin; item < end; ++item) {
       const int64_t chunk = item % chunks;
@@ -140,16 +141,8 @@ class MovePlan {
   std::vector<int64_t> waiting_;  // slots that still have to read this row
 };
 
-void check_arguments(const Tensor& state, const Tensor& ancestors) {
-  check_cpu("state", state);
-  check_cpu("ancestors", ancestors);
-  check_dtype("ancestors", ancestors, ScalarType::Long);
-  WINNOW_CHECK(ancestors.dim() >= 1, "ancestors: expected (..., M), got a scalar");
-}
-
 Tensor gather_particles(const Tensor& state, const Tensor& ancestors, int64_t dim) {
-  check_arguments(state, ancestors);
-  const int64_t at = check_dim_index(state, ancestors, dim);
+  const int64_t at = check_gather(state, ancestors, dim, check_cpu);
   const int64_t leading = ancestors.dim() - 1;
   const std::vector<int64_t> index = check_ancestors(ancestors, state.size(at));
   Shape sizes = shape(state);
@@ -172,18 +165,10 @@ Tensor gather_particles(const Tensor& state, const Tensor& ancestors, int64_t di
 }
 
 void gather_particles_(Tensor state, const Tensor& ancestors, int64_t dim) {
-  check_arguments(state, ancestors);
-  const int64_t at = check_dim_index(state, ancestors, dim);
+  const int64_t at = check_gather(state, ancestors, dim, check_cpu);
   const int64_t leading = ancestors.dim() - 1;
   const int64_t particles = state.size(at);
-  WINNOW_CHECK(ancestors.size(leading) == particles, "ancestors: expected one per particle (",
-               particles, ") to gather in place, got shape ", shape_of(ancestors));
-  for (int64_t d = 0; d < state.dim(); ++d) {
-    WINNOW_CHECK(state.size(d) <= 1 || state.stride(d) != 0,
-                 "state: expected memory of its own to gather in place, got a tensor expanded in "
-                 "dimension ",
-                 d);
-  }
+  check_in_place(state, ancestors, particles);
   const std::vector<int64_t> index = check_ancestors(ancestors, particles);
   if (state.numel() == 0) return;
   const Layout layout = layout_of(state, at, leading, state);

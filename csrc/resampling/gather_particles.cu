@@ -198,44 +198,27 @@ void copy(const Tensor& from, const Tensor& to, const Tensor& ancestors, int64_t
   });
 }
 
-void check_arguments(const Tensor& state, const Tensor& ancestors) {
-  check_device("state", state);
-  check_device("ancestors", ancestors);
-  check_dtype("ancestors", ancestors, ScalarType::Long);
-  WINNOW_CHECK(ancestors.dim() >= 1, "ancestors: expected (..., M), got a scalar");
-}
-
 Tensor gather_particles_cuda(const Tensor& state, const Tensor& ancestors, int64_t dim) {
-  check_arguments(state, ancestors);
-  const int64_t at = check_dim_index(state, ancestors, dim);
+  const int64_t at = check_gather(state, ancestors, dim, check_device);
   Shape sizes = shape(state);
   sizes[static_cast<size_t>(at)] = ancestors.size(ancestors.dim() - 1);
   const Stream stream(state);
   Tensor result = empty(sizes, state.scalar_type(), state);
   if (result.numel() == 0) return result;
-  copy(state, result, torch::stable::contiguous(ancestors), at, false, false, stream);
+  copy(state, result, dense(ancestors), at, false, false, stream);
   return result;
 }
 
 void gather_particles_in_place_cuda(Tensor state, const Tensor& ancestors, int64_t dim) {
-  check_arguments(state, ancestors);
-  const int64_t at = check_dim_index(state, ancestors, dim);
+  const int64_t at = check_gather(state, ancestors, dim, check_device);
   const int64_t particles = state.size(at);
-  WINNOW_CHECK(ancestors.size(ancestors.dim() - 1) == particles,
-               "ancestors: expected one per particle (", particles,
-               ") to gather in place, got shape ", shape_of(ancestors));
-  for (int64_t d = 0; d < state.dim(); ++d) {
-    WINNOW_CHECK(state.size(d) <= 1 || state.stride(d) != 0,
-                 "state: expected memory of its own to gather in place, got a tensor expanded in "
-                 "dimension ",
-                 d);
-  }
+  check_in_place(state, ancestors, particles);
   if (state.numel() == 0) return;
   const Stream stream(state);
   // A leaf of the state may be the ancestors themselves.
   const Tensor index = state.data_ptr() == ancestors.data_ptr()
-                           ? torch::stable::contiguous(torch::stable::clone(ancestors))
-                           : torch::stable::contiguous(ancestors);
+                           ? dense(torch::stable::clone(ancestors))
+                           : dense(ancestors);
   const Layout layout = layout_of(state, at, ancestors.dim() - 1, state);
   const int64_t bytes = unit_bytes(layout, state, state);
   if (particles > kTileBytes / std::max<int64_t>(bytes, 2)) {

@@ -7,6 +7,7 @@
 #include <optional>
 
 #include "common/checks.h"
+#include "common/parallel.h"
 #include "common/tensors.h"
 #include "resampling/next_temperature_simd.h"
 #include "resampling/tempering_arguments.h"
@@ -17,7 +18,7 @@ namespace {
 template <typename Loop>
 void over_rows(const TemperingCall& call, int64_t rows, int64_t passes, const Loop& loop) {
   const int64_t grain = 1 + 32768 / passes / (call.particles + 1);  // about 20 µs for a thread
-  torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
+  parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
     const auto bytes = static_cast<size_t>(tempering_scratch(call)) + 63;
     const std::unique_ptr<char[]> memory(new char[bytes]);
     const auto start = (reinterpret_cast<uintptr_t>(memory.get()) + 63) & ~uintptr_t{63};
@@ -37,7 +38,7 @@ Tensor next_temperature(const Tensor& log_likelihood, const Tensor& beta, double
     call.log_weights = weights.tensor.data_ptr();
     call.weights_stride = weights.stride;
   }
-  const Tensor start = torch::stable::contiguous(torch::stable::to(beta, ScalarType::Double));
+  const Tensor start = dense(torch::stable::to(beta, ScalarType::Double));
   Tensor result = empty(shape(beta), dtype, log_likelihood);
   call.log_likelihood = rows.tensor.data_ptr();
   call.type = element_type(log_likelihood);

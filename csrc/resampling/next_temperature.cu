@@ -223,7 +223,7 @@ Tensor next_temperature_cuda(const Tensor& log_likelihood, const Tensor& beta, d
   const Stream stream(log_likelihood);
   const Rows rows = as_rows(log_likelihood);
   const Rows weights = log_weights.has_value() ? as_rows(*log_weights) : rows;
-  const Tensor start = torch::stable::contiguous(beta);
+  const Tensor start = dense(beta);
   Tensor result = empty(shape(beta), beta.scalar_type(), log_likelihood);
   Call call = call_of(rows, weights, log_weights.has_value());
   call.target = target_ess;

@@ -1,5 +1,5 @@
-// How gather_particles sees a state tensor, on the CPU and on the GPU: populations, particles, and
-// pieces of contiguous bytes.
+// What gather_particles accepts and how it sees a state tensor, on the CPU and on the GPU:
+// populations, particles, and pieces of contiguous bytes.
 #pragma once
 
 #include <vector>
@@ -24,7 +24,14 @@ struct Layout {
   int64_t bytes = 1;  // of a piece
 };
 
-inline int64_t check_dim_index(const Tensor& state, const Tensor& ancestors, int64_t dim) {
+// Returns the dimension of the particles.
+template <typename OnDevice>
+int64_t check_gather(const Tensor& state, const Tensor& ancestors, int64_t dim,
+                     const OnDevice& check_device) {
+  check_device("state", state);
+  check_device("ancestors", ancestors);
+  check_dtype("ancestors", ancestors, ScalarType::Long);
+  WINNOW_CHECK(ancestors.dim() >= 1, "ancestors: expected (..., M), got a scalar");
   const int64_t leading = ancestors.dim() - 1;
   const int64_t at = dim < 0 ? dim + state.dim() : dim;
   WINNOW_CHECK(at >= leading && at < state.dim(), "dim: expected a dimension of state ",
@@ -36,6 +43,18 @@ inline int64_t check_dim_index(const Tensor& state, const Tensor& ancestors, int
                  " before the particle dimension ", at, ", got shape ", shape_of(state));
   }
   return at;
+}
+
+inline void check_in_place(const Tensor& state, const Tensor& ancestors, int64_t particles) {
+  WINNOW_CHECK(ancestors.size(ancestors.dim() - 1) == particles,
+               "ancestors: expected one per particle (", particles,
+               ") to gather in place, got shape ", shape_of(ancestors));
+  for (int64_t d = 0; d < state.dim(); ++d) {
+    WINNOW_CHECK(state.size(d) <= 1 || state.stride(d) != 0,
+                 "state: expected memory of its own to gather in place, got a tensor expanded in "
+                 "dimension ",
+                 d);
+  }
 }
 
 inline Layout layout_of(const Tensor& state, int64_t dim, int64_t leading, const Tensor& target) {

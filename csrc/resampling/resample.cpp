@@ -10,8 +10,8 @@
 #include <new>
 #include <optional>
 #include <string>
-#include <utility>
 
+#include "common/parallel.h"
 #include "resampling/resample_arguments.h"
 #include "resampling/resample_simd.h"
 
@@ -20,7 +20,7 @@ namespace {
 
 // Where the indices can be read they are checked.
 Tensor check_indices(const Tensor& pinned, const ResampleArguments& a) {
-  const Tensor result = torch::stable::contiguous(pinned);
+  const Tensor result = dense(pinned);
   const auto* index = static_cast<const int64_t*>(result.data_ptr());
   const int64_t most = a.particles < a.samples ? a.particles : a.samples;
   for (int64_t i = 0; i < result.numel(); ++i) {
@@ -29,15 +29,6 @@ Tensor check_indices(const Tensor& pinned, const ResampleArguments& a) {
                  ", got ", index[i]);
   }
   return result;
-}
-
-uint64_t seed_of(int64_t seed, const std::optional<Tensor>& seed_tensor) {
-  if (!seed_tensor.has_value()) return static_cast<uint64_t>(seed);
-  check_cpu("seed", *seed_tensor);
-  check_dtype("seed", *seed_tensor, ScalarType::Long);
-  WINNOW_CHECK(seed_tensor->numel() == 1 && seed_tensor->dim() == 0,
-               "seed: expected a 0-dim tensor, got shape ", shape_of(*seed_tensor));
-  return static_cast<uint64_t>(*static_cast<const int64_t*>(seed_tensor->data_ptr()));
 }
 
 // Scratch memory of one thread; a small population's lies on the stack. A huge one's is searched at
@@ -70,7 +61,7 @@ void resample_whole_rows(const ResampleCall& call) {
   const int64_t bytes = resample_scratch(call).bytes;
   const int64_t grain =
       1 + 8192 / (call.particles + call.samples + 16);  // about 20 µs for a thread
-  torch::stable::parallel_for(0, call.rows, grain, [&](int64_t begin, int64_t end) {
+  parallel_for(0, call.rows, grain, [&](int64_t begin, int64_t end) {
     ScratchMemory scratch(bytes);
     loop(call, begin, end, scratch.data());
   });
@@ -87,9 +78,8 @@ void resample_in_blocks(ResampleCall call) {
   for (int64_t row = 0; row < call.rows; ++row) {
     start(call, row, memory);
     for (int which = 0; which < kSteps; ++which) {
-      torch::stable::parallel_for(0, population.items, 1, [&](int64_t begin, int64_t end) {
-        step(call, which, begin, end, memory);
-      });
+      parallel_for(0, population.items, 1,
+                   [&](int64_t begin, int64_t end) { step(call, which, begin, end, memory); });
       settle(call, which, memory);
     }
   }
@@ -100,14 +90,9 @@ Resampled resample(const Tensor& log_weights, const std::string& scheme,
                    bool keep_slots, std::optional<Tensor> mask, std::optional<Tensor> uniforms,
                    std::optional<Tensor> pinned, int64_t seed,
                    const std::optional<Tensor>& seed_tensor) {
-  for (const auto& [name, tensor] :
-       {std::make_pair("mask", &mask), std::make_pair("uniforms", &uniforms),
-        std::make_pair("pinned", &pinned)}) {
-    if (tensor->has_value()) check_cpu(name, **tensor);
-  }
   ResampleArguments arguments = {log_weights, scheme, num_samples, ess_threshold,
                                  keep_slots,  mask,   uniforms,    pinned};
-  check_resample(&arguments);
+  check_resample(&arguments, check_cpu);
   const int64_t particles = arguments.particles;
   const Rows rows = as_rows(log_weights);
   ResampleCall call = {};
@@ -121,7 +106,7 @@ Resampled resample(const Tensor& log_weights, const std::string& scheme,
   }
   std::optional<Tensor> uniform_rows;
   if (uniforms.has_value()) {
-    uniform_rows = torch::stable::contiguous(*uniforms);
+    uniform_rows = dense(*uniforms);
     call.uniforms = uniform_rows->data_ptr();
     call.uniforms_type = element_type(*uniform_rows);
     call.uniforms_stride = arguments.uniforms_stride();
@@ -140,7 +125,7 @@ Resampled resample(const Tensor& log_weights, const std::string& scheme,
   call.rows = rows.count;
   call.particles = particles;
   call.samples = arguments.samples;
-  call.seed = seed_of(seed, seed_tensor);
+  call.seed = seed_tensor ? host_seed(*seed_tensor) : static_cast<uint64_t>(seed);
   call.keep_slots = keep_slots;
   call.ancestors = static_cast<int64_t*>(ancestors.data_ptr());
   call.offspring = static_cast<int64_t*>(offspring.data_ptr());

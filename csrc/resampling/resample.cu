@@ -106,18 +106,14 @@ Resampled resample_cuda(const Tensor& log_weights, std::string scheme,
                         bool keep_slots, std::optional<Tensor> mask, std::optional<Tensor> uniforms,
                         std::optional<Tensor> pinned, int64_t seed,
                         std::optional<Tensor> seed_tensor) {
-  check_device("log_weights", log_weights);
-  if (mask) check_device("mask", *mask);
-  if (uniforms) check_device("uniforms", *uniforms);
-  if (pinned) check_device("pinned", *pinned);
   ResampleArguments arguments = {log_weights, scheme, num_samples, ess_threshold,
                                  keep_slots,  mask,   uniforms,    pinned};
-  check_resample(&arguments);
+  check_resample(&arguments, check_device);
   const Stream stream(log_weights);
   const Rows rows = as_rows(log_weights);
   const Rows mask_rows = as_rows(mask.value_or(log_weights));
-  const Tensor uniform_rows = torch::stable::contiguous(uniforms.value_or(log_weights));
-  const Tensor pinned_rows = torch::stable::contiguous(pinned.value_or(log_weights));
+  const Tensor uniform_rows = uniforms ? dense(*uniforms) : log_weights;
+  const Tensor pinned_rows = pinned ? dense(*pinned) : log_weights;
   const Resampled results = empty_resampled(arguments);
   ResampleLaunch call = {};
   call.log_weights = numbers(rows.tensor);

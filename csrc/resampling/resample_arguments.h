@@ -6,8 +6,7 @@
 #include <string>
 #include <tuple>
 
-#include "common/checks.h"
-#include "common/tensors.h"
+#include "resampling/populations.h"
 #include "resampling/scheme.h"
 
 namespace winnow {
@@ -53,7 +52,8 @@ inline void check_uniforms(const ResampleArguments& a) {
   WINNOW_CHECK(one || a.scheme == Scheme::kStratified || a.scheme == Scheme::kMultinomial,
                "uniforms: accepted for systematic, stratified and multinomial, got scheme='",
                a.scheme_name, "'");
-  WINNOW_CHECK(!a.pinned.has_value(), "uniforms: not accepted with pinned, which decides some");
+  WINNOW_CHECK(!a.pinned.has_value(),
+               "uniforms: expected None with pinned, which decides some, got a tensor");
   const ScalarType dtype = uniforms.scalar_type();
   WINNOW_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double,
                "uniforms: expected float32 or float64, got ", name_of(dtype));
@@ -62,10 +62,13 @@ inline void check_uniforms(const ResampleArguments& a) {
                ", got shape ", shape_of(uniforms));
 }
 
-inline void check_resample(ResampleArguments* arguments) {
+template <typename OnDevice>
+void check_resample(ResampleArguments* arguments, const OnDevice& check_device) {
   ResampleArguments& a = *arguments;
-  check_floating("log_weights", a.log_weights);
-  WINNOW_CHECK(a.log_weights.dim() >= 1, "log_weights: expected (..., K), got a scalar");
+  check_populations("log_weights", a.log_weights, check_device);
+  if (a.mask) check_device("mask", *a.mask);
+  if (a.uniforms) check_device("uniforms", *a.uniforms);
+  if (a.pinned) check_device("pinned", *a.pinned);
   const int64_t particles = a.particles = a.log_weights.size(a.log_weights.dim() - 1);
   const int64_t samples = a.samples = a.num_samples.value_or(particles);
   WINNOW_CHECK(particles < int64_t{1} << 31,

@@ -1,15 +1,14 @@
 // winnow::sample_without_replacement and winnow::inclusion_probabilities on the CPU: one population
 // per row, rows spread over threads.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <memory>
 #include <optional>
 #include <string>
 #include <tuple>
 
-#include "common/checks.h"
-#include "common/tensors.h"
+#include "common/parallel.h"
+#include "resampling/populations.h"
 #include "resampling/sample_without_replacement_simd.h"
 
 namespace winnow {
@@ -23,9 +22,7 @@ Design design_of(const std::string& name) {
 }
 
 SampleCall call_of(const Tensor& log_weights, int64_t k, Design design) {
-  check_cpu("log_weights", log_weights);
-  check_floating("log_weights", log_weights);
-  WINNOW_CHECK(log_weights.dim() >= 1, "log_weights: expected (..., K), got a scalar");
+  check_populations("log_weights", log_weights, check_cpu);
   const int64_t particles = log_weights.size(log_weights.dim() - 1);
   WINNOW_CHECK(k >= 0 && k <= particles, "k: expected 0 to K = ", particles, ", got ", k);
   SampleCall call = {};
@@ -43,7 +40,7 @@ void run(SampleCall call, const Tensor& log_weights) {
   const int64_t work = call.design == Design::kConditionalPoisson ? call.k + 16 : 16;
   const int64_t grain = 1 + 32768 / (work * (call.particles + 1));
   const auto loop = WINNOW_SIMD(sample_rows);
-  torch::stable::parallel_for(0, rows.count, grain, [&](int64_t begin, int64_t end) {
+  parallel_for(0, rows.count, grain, [&](int64_t begin, int64_t end) {
     const std::unique_ptr<double[]> memory(
         new double[static_cast<size_t>(sample_scratch(call)) / sizeof(double)]);
     loop(call, begin, end, memory.get());
@@ -55,12 +52,7 @@ std::tuple<Tensor, Tensor, Tensor> sample_without_replacement(
     const std::optional<Tensor>& seed_tensor) {
   SampleCall call = call_of(log_weights, k, design_of(design));
   call.seed = static_cast<uint64_t>(seed);
-  if (seed_tensor.has_value()) {
-    check_cpu("seed", *seed_tensor);
-    check_dtype("seed", *seed_tensor, ScalarType::Long);
-    check_dim("seed", *seed_tensor, 0, "one number");
-    call.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(seed_tensor->data_ptr()));
-  }
+  if (seed_tensor.has_value()) call.seed = host_seed(*seed_tensor);
   Shape sizes = leading_shape(log_weights);
   sizes.push_back(k);
   const Tensor indices = empty(sizes, ScalarType::Long, log_weights);

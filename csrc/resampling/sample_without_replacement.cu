@@ -8,6 +8,7 @@
 #include <tuple>
 
 #include "resampling/conditional_poisson.cuh"
+#include "resampling/populations.h"
 
 namespace winnow {
 namespace {
@@ -157,9 +158,7 @@ SampleLaunch sample_launch(const Tensor& log_weights, const Rows& rows, int64_t 
 }
 
 void check_sample(const Tensor& log_weights, int64_t k) {
-  check_device("log_weights", log_weights);
-  check_floating("log_weights", log_weights);
-  WINNOW_CHECK(log_weights.dim() >= 1, "log_weights: expected (..., K), got a scalar");
+  check_populations("log_weights", log_weights, check_device);
   const int64_t particles = log_weights.size(log_weights.dim() - 1);
   WINNOW_CHECK(k >= 0 && k <= particles, "k: expected 0 to K = ", particles, ", got ", k);
 }

@@ -3,17 +3,9 @@
 
 #include <optional>
 
-#include "common/checks.h"
-#include "common/tensors.h"
+#include "resampling/populations.h"
 
 namespace winnow {
-
-template <typename OnDevice>
-void check_populations(const char* argument, const Tensor& tensor, const OnDevice& check_device) {
-  check_device(argument, tensor);
-  check_floating(argument, tensor);
-  WINNOW_CHECK(tensor.dim() >= 1, argument, ": expected (..., K), got a scalar");
-}
 
 template <typename OnDevice>
 void check_same(const char* argument, const Tensor& tensor, const char* other,

@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include "common/parallel.h"
 #include "resampling/trace_arguments.h"
 
 namespace winnow {
@@ -23,8 +24,8 @@ Tensor trace_ancestors(const Tensor& ancestors, const Tensor& indices) {
   const int64_t rows = call.rows;
   const int64_t particles = call.particles;
   const int64_t paths = call.paths;
-  const Tensor from = torch::stable::contiguous(ancestors);
-  const Tensor last = torch::stable::contiguous(indices);
+  const Tensor from = dense(ancestors);
+  const Tensor last = dense(indices);
   check_indices("ancestors", from, particles);
   check_indices("indices", last, particles);
   const Tensor result = empty(call.result, ScalarType::Long, ancestors);
@@ -32,7 +33,7 @@ Tensor trace_ancestors(const Tensor& ancestors, const Tensor& indices) {
   const auto* end = static_cast<const int64_t*>(last.data_ptr());
   auto* path = static_cast<int64_t*>(result.data_ptr());
   const int64_t grain = 1 + 16384 / ((steps + 1) * (paths + 1));
-  torch::stable::parallel_for(0, rows, grain, [&](int64_t first, int64_t stop) {
+  parallel_for(0, rows, grain, [&](int64_t first, int64_t stop) {
     for (int64_t r = first; r < stop; ++r) {
       for (int64_t j = 0; j < paths; ++j) path[(steps * rows + r) * paths + j] = end[r * paths + j];
       for (int64_t t = steps; t-- > 0;) {

@@ -40,8 +40,8 @@ draw_uniforms(Seed seed, int64_t count, int64_t total, Global<double> result) {
 Tensor trace_ancestors_cuda(const Tensor& ancestors, const Tensor& indices) {
   const TraceArguments call = check_trace(ancestors, indices, check_device);
   const Stream stream(ancestors);
-  const Tensor from = torch::stable::contiguous(ancestors);
-  const Tensor last = torch::stable::contiguous(indices);
+  const Tensor from = dense(ancestors);
+  const Tensor last = dense(indices);
   Tensor result = empty(call.result, ScalarType::Long, ancestors);
   launch("trace_ancestors", trace_paths, {ceil_div<int64_t>(indices.numel(), kThreads)}, kThreads,
          stream, global<const int64_t>(from), global<const int64_t>(last), call.steps, call.rows,
@@ -52,8 +52,7 @@ Tensor trace_ancestors_cuda(const Tensor& ancestors, const Tensor& indices) {
 Tensor uniforms_cuda(const Tensor& seed, int64_t rows, int64_t count) {
   check_device("seed", seed);
   const Stream stream(seed);
-  WINNOW_CHECK(rows >= 0 && count >= 0, "rows, count: expected no negative numbers, got ", rows,
-               " and ", count);
+  check_uniforms(rows, count);
   Tensor result = empty({rows, count}, ScalarType::Double, seed);
   launch("uniforms", draw_uniforms, {ceil_div<int64_t>(rows * count, kThreads)}, kThreads, stream,
          seed_of(seed), count, rows * count, global<double>(result));

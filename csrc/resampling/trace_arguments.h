@@ -1,4 +1,4 @@
-// What trace_ancestors accepts, on the CPU and on the GPU.
+// What trace_ancestors and uniforms accept, on the CPU and on the GPU.
 #pragma once
 
 #include "common/checks.h"
@@ -35,6 +35,14 @@ TraceArguments check_trace(const Tensor& ancestors, const Tensor& indices,
   result.insert(result.begin(), ancestors.size(0) + 1);
   return {ancestors.size(0), product(population), particles, indices.size(indices.dim() - 1),
           result};
+}
+
+inline void check_uniforms(int64_t rows, int64_t count) {
+  WINNOW_CHECK(rows >= 0 && count >= 0, "rows, count: expected no negative numbers, got ", rows,
+               " and ", count);
+  constexpr int64_t kMost = int64_t{1} << 40;
+  WINNOW_CHECK(rows <= kMost && count <= kMost && rows <= kMost / (count + 1),
+               "rows, count: expected at most 2^40 numbers, got ", rows, " times ", count);
 }
 
 }  // namespace winnow

@@ -2,6 +2,7 @@
 // keeps (top, sum w, sum w log w) of what it has seen, relative to its own largest, and such
 // triples merge exactly. A warp or a block has a population of its own.
 #include "common/device.h"
+#include "resampling/populations.h"
 
 namespace winnow {
 namespace {
@@ -75,9 +76,7 @@ weigh_populations(Global<const T> weights, int64_t stride, int64_t rows, int64_t
 
 template <bool kEntropy>
 Tensor weight_statistic_cuda(const Tensor& log_weights) {
-  check_device("log_weights", log_weights);
-  check_floating("log_weights", log_weights);
-  WINNOW_CHECK(log_weights.dim() >= 1, "log_weights: expected (..., K), got a scalar");
+  check_populations("log_weights", log_weights, check_device);
   const Stream stream(log_weights);
   const Rows rows = as_rows(log_weights);
   Tensor result = empty(leading_shape(log_weights), statistics_dtype(log_weights), log_weights);

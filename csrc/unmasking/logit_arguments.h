@@ -90,7 +90,7 @@ std::optional<Tensor> one_per_row(const char* argument, const std::optional<Tens
   WINNOW_CHECK(shape(*tensor) == leading_shape(logits), argument,
                ": expected one for each row of logits, whose shape is ", shape_of(logits), ", got ",
                shape_of(*tensor));
-  return torch::stable::contiguous(*tensor);
+  return dense(*tensor);
 }
 
 template <typename OnDevice>
@@ -148,7 +148,7 @@ LogitArguments check_logit_arguments(const LogitRequest& call, const OnDevice& c
     check_device("suppress_ids", *call.suppress_ids);
     check_dtype("suppress_ids", *call.suppress_ids, ScalarType::Long);
     check_dim("suppress_ids", *call.suppress_ids, 1, "(n,)");
-    checked.suppressed = torch::stable::contiguous(*call.suppress_ids);
+    checked.suppressed = dense(*call.suppress_ids);
   }
   checked.previous = rows_like("previous_logits", call.previous_logits, logits, check_device);
   checked.unconditional =

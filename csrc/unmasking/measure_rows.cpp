@@ -4,6 +4,7 @@
 #include <cmath>
 #include <memory>
 
+#include "common/parallel.h"
 #include "unmasking/logit_stats.h"
 #include "unmasking/logit_stats_simd.h"
 #include "unmasking/logit_truncation_simd.h"
@@ -227,7 +228,7 @@ std::vector<RowStats> measure_floats(const LogitProblem& problem, float* parts) 
   const auto previous_sums = uninitialised<LogitBlockSums>(diverges ? count * blocks : 0);
   const auto cross = uninitialised<float>(diverges ? count * blocks : 0);
   const auto scan = WINNOW_SIMD(scan_logit_blocks);
-  torch::stable::parallel_for(0, count * blocks, kGrain, [&](int64_t begin, int64_t end) {
+  parallel_for(0, count * blocks, kGrain, [&](int64_t begin, int64_t end) {
     scan(view, problem.sources.data(), begin, end - begin, options.temperature,
          options.draw_temperature, sums.get() + begin);
     if (!diverges) return;
@@ -237,7 +238,7 @@ std::vector<RowStats> measure_floats(const LogitProblem& problem, float* parts) 
   std::vector<RowStats> results(problem.active.size());
   const int64_t words = parts == nullptr ? 0 : part_words(problem);
   const int64_t grain = options.truncates() || diverges ? 1 : 4;
-  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+  parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
     Scratch scratch;
     for (int64_t a = begin; a < end; ++a) {
       const auto active = static_cast<size_t>(a);
@@ -289,17 +290,16 @@ void write_double_part(const LogitProblem& problem, size_t active, double* part)
 std::vector<RowStats> measure_doubles(const LogitProblem& problem, double* parts) {
   std::vector<RowStats> results(problem.active.size());
   const int64_t words = parts == nullptr ? 0 : part_words(problem);
-  torch::stable::parallel_for(
-      0, static_cast<int64_t>(results.size()), 1, [&](int64_t begin, int64_t end) {
-        for (int64_t a = begin; a < end; ++a) {
-          const auto active = static_cast<size_t>(a);
-          const int64_t row = problem.active[active];
-          results[active] = double_row_stats(problem.view, problem.previous(), problem.key_of(row),
-                                             problem.sources[active], problem.arguments.options,
-                                             problem.seed, problem.target_of(row));
-          if (parts != nullptr) write_double_part(problem, active, parts + row * words);
-        }
-      });
+  parallel_for(0, static_cast<int64_t>(results.size()), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t a = begin; a < end; ++a) {
+      const auto active = static_cast<size_t>(a);
+      const int64_t row = problem.active[active];
+      results[active] = double_row_stats(problem.view, problem.previous(), problem.key_of(row),
+                                         problem.sources[active], problem.arguments.options,
+                                         problem.seed, problem.target_of(row));
+      if (parts != nullptr) write_double_part(problem, active, parts + row * words);
+    }
+  });
   return results;
 }
 

@@ -7,6 +7,7 @@
 #include <tuple>
 #include <vector>
 
+#include "common/parallel.h"
 #include "unmasking/logit_outputs.h"
 #include "unmasking/logit_stats.h"
 #include "unmasking/logit_stats_simd.h"
@@ -234,8 +235,8 @@ merge_logit_stats(const std::vector<Tensor>& parts, const std::vector<int64_t>& 
   merge.keys = keys ? static_cast<const int64_t*>(keys->data_ptr()) : nullptr;
   const bool is_double = like.scalar_type() == ScalarType::Double;
   for (size_t p = 0; p < parts.size(); ++p) {
-    const Tensor dense = torch::stable::contiguous(parts[p]);
-    merge.parts.push_back({dense, dense.data_ptr(),
+    const Tensor part = dense(parts[p]);
+    merge.parts.push_back({part, part.data_ptr(),
                            part_layout(starts[p], counts[p], has_previous, is_double), starts[p],
                            counts[p]});
     merge.rows.vocab += counts[p];
@@ -244,7 +245,7 @@ merge_logit_stats(const std::vector<Tensor>& parts, const std::vector<int64_t>& 
 
   const Shape leading = leading_shape(like);
   const Outputs out(leading, like, has_target, has_previous);
-  torch::stable::parallel_for(0, product(leading), 4, [&](int64_t begin, int64_t end) {
+  parallel_for(0, product(leading), 4, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       out.put(row, is_double ? double_stats(merge, row) : WholeRow(merge, row).stats());
     }

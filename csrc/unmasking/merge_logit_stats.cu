@@ -165,13 +165,13 @@ merge_logit_stats_cuda(const std::vector<Tensor>& parts, const std::vector<int64
   options.draws = wanted.draws;
   options.raw = wanted.raw;
   if (seed) options.seed = seed_of(*seed);
-  std::vector<Tensor> dense;
-  dense.reserve(parts.size());
-  for (const Tensor& part : parts) dense.push_back(torch::stable::contiguous(part));
+  std::vector<Tensor> dense_parts;
+  dense_parts.reserve(parts.size());
+  for (const Tensor& part : parts) dense_parts.push_back(dense(part));
   const LogitOutputs out(like, has_target, has_previous);
   dispatch_real(like, [&](auto zero) {
     using Real = decltype(zero);
-    merge_rows<Real>(dense, starts, counts, has_previous, keys, options, out.pointers<Real>(),
+    merge_rows<Real>(dense_parts, starts, counts, has_previous, keys, options, out.pointers<Real>(),
                      stream);
   });
   return out.tensors();

@@ -1,12 +1,12 @@
 // winnow::select_positions on the CPU. Rows are spread over threads.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <optional>
 #include <tuple>
 #include <vector>
 
+#include "common/parallel.h"
 #include "unmasking/selection.h"
 #include "unmasking/selection_arguments.h"
 
@@ -35,7 +35,7 @@ std::tuple<Tensor, Tensor> select_positions(const Tensor& score, const Tensor& m
   auto* out = static_cast<bool*>(transfer.data_ptr());
   auto* counts = static_cast<int64_t*>(count.data_ptr());
   const auto run = [&](const auto* values) {
-    torch::stable::parallel_for(0, batch, 1 + 4096 / (length + 1), [&](int64_t begin, int64_t end) {
+    parallel_for(0, batch, 1 + 4096 / (length + 1), [&](int64_t begin, int64_t end) {
       std::vector<Candidate> candidates;
       for (int64_t b = begin; b < end; ++b) {
         const int64_t first = bounds == nullptr ? 0 : std::max<int64_t>(bounds[2 * b], 0);

@@ -31,7 +31,7 @@ std::optional<Tensor> check_integers(const char* argument, const std::optional<T
   WINNOW_CHECK(shape(*tensor) == sizes, argument, ": expected ", layout,
                sizes.empty() ? "" : " with B=", sizes.empty() ? "" : std::to_string(sizes[0]),
                sizes.empty() ? "" : like, ", got ", shape_of(*tensor));
-  return torch::stable::contiguous(*tensor);
+  return dense(*tensor);
 }
 
 template <typename OnDevice>
@@ -62,8 +62,7 @@ SelectionArguments check_selection(const Tensor& score, const Tensor& mask,
   WINNOW_CHECK(shape(mask) == shape(score), "mask: expected the shape of score, ", shape_of(score),
                ", got ", shape_of(mask));
   const int64_t batch = score.size(0);
-  return {torch::stable::contiguous(score), torch::stable::contiguous(mask),
-          check_window(window, batch, " as in score", check_device),
+  return {dense(score), dense(mask), check_window(window, batch, " as in score", check_device),
           check_integers("at_least", at_least, {batch}, "(B,)", " as in score", check_device)};
 }
 

@@ -15,6 +15,7 @@
 #include <optional>
 #include <vector>
 
+#include "common/parallel.h"
 #include "unmasking/logit_distribution.h"
 #include "unmasking/logit_stats_simd.h"
 #include "unmasking/logit_truncation_simd.h"
@@ -98,11 +99,11 @@ void run(const Problem& problem) {
   const int64_t blocks = logit_blocks(problem.logits.start, problem.logits.vocab);
   std::vector<LogitBlockSums> sums(static_cast<size_t>(count * blocks));
   const auto scan = WINNOW_SIMD(scan_logit_blocks);
-  torch::stable::parallel_for(0, count * blocks, 32, [&](int64_t begin, int64_t end) {
+  parallel_for(0, count * blocks, 32, [&](int64_t begin, int64_t end) {
     scan(problem.logits, problem.active.data(), begin, end - begin, problem.temperature,
          problem.temperature, sums.data() + begin);
   });
-  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
     Scratch scratch(problem);
     for (int64_t a = begin; a < end; ++a) {
       embed_row(problem, problem.active[static_cast<size_t>(a)], sums.data() + a * blocks, scratch);
@@ -186,7 +187,7 @@ Tensor soft_embedding(const Tensor& logits, const Tensor& embedding, const Tenso
   problem.most_entropy = std::log(static_cast<double>(rows.length));
   problem.out = static_cast<char*>(out.data_ptr());
 
-  const Tensor counts = mask ? torch::stable::contiguous(*mask) : out;
+  const Tensor counts = mask ? dense(*mask) : out;
   for (int64_t r = 0; r < rows.count; ++r) {
     if (!mask || static_cast<const bool*>(counts.data_ptr())[r]) {
       problem.active.push_back(r);
@@ -199,7 +200,7 @@ Tensor soft_embedding(const Tensor& logits, const Tensor& embedding, const Tenso
     return out;
   }
   const auto count = static_cast<int64_t>(problem.active.size());
-  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
     for (int64_t a = begin; a < end; ++a) {
       embed_double_row(problem, problem.active[static_cast<size_t>(a)]);
     }

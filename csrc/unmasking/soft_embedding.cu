@@ -168,7 +168,7 @@ Tensor soft_embedding_cuda(const Tensor& logits, const Tensor& embedding,
 
   LogitArguments call = {};
   call.rows = rows;
-  if (mask) call.mask = torch::stable::contiguous(*mask);
+  if (mask) call.mask = dense(*mask);
   call.options = logit_options(temperature, false, false);
   call.options.top_k = temperature == 0.0 ? 1 : top_k.value_or(0);
   if (call.options.top_k >= rows.length) call.options.top_k = 0;

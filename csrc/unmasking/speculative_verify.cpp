@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "common/checks.h"
+#include "common/parallel.h"
 #include "common/philox.h"
 #include "common/tensors.h"
 #include "unmasking/logit_draw.h"
@@ -173,13 +174,13 @@ class Verifier {
     const int64_t blocks = logit_blocks(view.start, view.vocab);
     const auto count = static_cast<int64_t>(pending_.size());
     std::vector<double> masses(static_cast<size_t>(count * blocks));
-    torch::stable::parallel_for(0, count * blocks, 32, [&](int64_t begin, int64_t end) {
+    parallel_for(0, count * blocks, 32, [&](int64_t begin, int64_t end) {
       for (int64_t u = begin; u < end; ++u) {
         masses[static_cast<size_t>(u)] =
             rows_.block_mass(pending_[static_cast<size_t>(u / blocks)].place, u % blocks);
       }
     });
-    torch::stable::parallel_for(0, count, 4, [&](int64_t begin, int64_t end) {
+    parallel_for(0, count, 4, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         draw_token(pending_[static_cast<size_t>(i)], masses.data() + i * blocks, blocks);
       }
@@ -251,9 +252,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> speculative_verify(
   Problem problem = {};
   problem.target_rows = as_rows(target_logits);
   if (draft_logits) problem.draft_rows = as_rows(*draft_logits);
-  problem.draft_tokens = torch::stable::contiguous(draft_tokens);
-  if (lengths) problem.lengths = torch::stable::contiguous(*lengths);
-  if (order) problem.order = torch::stable::contiguous(*order);
+  problem.draft_tokens = dense(draft_tokens);
+  if (lengths) problem.lengths = dense(*lengths);
+  if (order) problem.order = dense(*order);
   problem.batch = sizes.batch;
   problem.steps = sizes.steps;
   problem.places = sizes.places;

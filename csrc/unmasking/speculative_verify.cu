@@ -26,11 +26,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> speculative_verify_cuda(
   const bool greedy = temperature == 0.0;
   std::optional<Rows> draft;
   if (draft_logits && !greedy) draft = as_rows(*draft_logits);
-  const Tensor ids = torch::stable::contiguous(draft_tokens);
+  const Tensor ids = dense(draft_tokens);
   std::optional<Tensor> dense_lengths;
   std::optional<Tensor> dense_order;
-  if (lengths) dense_lengths = torch::stable::contiguous(*lengths);
-  if (order) dense_order = torch::stable::contiguous(*order);
+  if (lengths) dense_lengths = dense(*lengths);
+  if (order) dense_order = dense(*order);
 
   Steps steps = {};
   steps.draft_tokens = global<const int64_t>(ids);

@@ -59,7 +59,7 @@ inline VerificationShape check_verification(const Tensor& draft_tokens,
     check_dtype("seed", *seed, ScalarType::Long);
     check_dim("seed", *seed, 0, "one number");
   }
-  WINNOW_CHECK(seed || temperature == 0.0, "seed: expected one where temperature > 0");
+  WINNOW_CHECK(seed || temperature == 0.0, "seed: expected one where temperature > 0, got None");
   const int64_t steps = order ? order->size(1) : places;
   return {batch, steps, places, drafts, order ? steps : drafts};
 }

@@ -60,7 +60,7 @@ StepArguments check_step(const Tensor& tokens, const Tensor& logits,
     WINNOW_CHECK(mask->scalar_type() == ScalarType::Bool && shape(*mask) == shape(tokens),
                  "mask: expected ", shape_of(tokens), " bool as in tokens, got ", shape_of(*mask),
                  " ", name_of(mask->scalar_type()));
-    checked.mask = torch::stable::contiguous(*mask);
+    checked.mask = dense(*mask);
   }
   checked.window = check_window(window, checked.batch, " as in tokens", check_device);
   return checked;

@@ -2,12 +2,11 @@
 // float, bfloat16 and half, which runs the vector loops, and one for double, in scalar arithmetic.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-
 #include <cmath>
 #include <limits>
 #include <vector>
 
+#include "common/parallel.h"
 #include "unmasking/logit_distribution.h"
 #include "unmasking/logit_stats_simd.h"
 #include "unmasking/speculative_verify_simd.h"
@@ -46,7 +45,7 @@ class FloatVerification {
     const auto count = static_cast<int64_t>(rows.size());
     std::vector<LogitBlockSums> sums(static_cast<size_t>(count * blocks));
     const auto scan = WINNOW_SIMD(scan_logit_blocks);
-    torch::stable::parallel_for(0, count * blocks, 32, [&](int64_t begin, int64_t end) {
+    parallel_for(0, count * blocks, 32, [&](int64_t begin, int64_t end) {
       scan(view, rows.data(), begin, end - begin, temperature_, temperature_, sums.data() + begin);
     });
     std::vector<MeasuredRow> measured(rows.size());
@@ -104,7 +103,7 @@ class DoubleVerification {
     std::vector<MeasuredRow> measured(rows.size());
     const int64_t vocab = target_.vocab;
     const auto count = static_cast<int64_t>(rows.size());
-    torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
       for (auto i = static_cast<size_t>(begin); i < static_cast<size_t>(end); ++i) {
         MeasuredRow row = {-std::numeric_limits<double>::infinity(), 0.0, -1, true};
         const double* x = data(of_target, rows[i]);

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from torch_winnow._library import BuildInfo, build_info  # isort: skip  (loads the operators first)
 from torch_winnow import attention, kvcache, resampling, unmasking
+from torch_winnow._slow_path import SlowPathWarning
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BuildInfo",
+    "SlowPathWarning",
     "attention",
     "build_info",
     "kvcache",

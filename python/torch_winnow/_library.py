@@ -141,12 +141,12 @@ def build_info() -> BuildInfo:
         compiler=built["compiler"],
         capabilities=tuple(built["capabilities"].split()),
         cpu_capability=cpu_capability(),
-        cuda_library=not _cuda_reason,
-        cuda_reason=_cuda_reason,
+        cuda_library=not cuda_reason,
+        cuda_reason=cuda_reason,
     )
 
 
 _check_torch()
 cpu = _load_cpu()
-_cuda_reason = _load_cuda()
+cuda_reason = _load_cuda()
 _check_requested_capability()

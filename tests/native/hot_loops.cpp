@@ -202,7 +202,8 @@ AttentionProblem chunks(Numbers& numbers, ElementType type) {
 
 void attention() {
   const int64_t size = kHeads * kRows * kDim;
-  Numbers floats(size), halves(size, ElementType::kBFloat16), out(size), lse(kHeads * kRows);
+  Numbers floats(size), halves(size, ElementType::kBFloat16), out(size);
+  Numbers lse(kHeads * kRows), grad_lse(kHeads * kRows);
   Numbers memory(forward_scratch_bytes(kDim) / 4);
   const auto forward = [&](const char* name, const AttentionProblem& problem) {
     count(name, [&] {
@@ -218,6 +219,7 @@ void attention() {
   backward.forward = problem;
   backward.out = out.data();
   backward.lse = lse.data();
+  backward.grad_lse = grad_lse.data();
   backward.grad_out = problem.query;
   Numbers grad_query(size), grad_key(size), grad_value(size);
   Numbers grad_slot_key(size), grad_slot_value(size);

@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from conftest import TOLERANCE
+from test_resampling_weights import EDGES, INF
 from torch_winnow import reference
 from torch_winnow.resampling import effective_sample_size
-
-INF = float("inf")
 
 
 # A warp per population, one block, and several blocks each.
@@ -25,18 +24,7 @@ def test_matches_definition(gpu, shape, dtype):
 
 
 @pytest.mark.parametrize("padding", [0, 600], ids=["warp", "block"])
-@pytest.mark.parametrize(
-    ("weights", "expected"),
-    [
-        ([0.0] * 7, 7.0),
-        ([1e30, 1e30, -1e30], 2.0),
-        ([-INF] * 3, 0.0),
-        ([float("nan")] * 2, 0.0),
-        ([0.0, float("nan"), 0.0], 2.0),
-        ([INF, 5.0, INF, float("nan")], 2.0),
-        ([-3e38, -INF], 1.0),
-    ],
-)
+@pytest.mark.parametrize(("weights", "expected"), EDGES)
 @pytest.mark.parametrize("wide", [torch.float32, torch.float64])
 def test_edges(gpu, weights, expected, wide, padding):
     log_weights = torch.tensor([*weights, *[-INF] * padding], dtype=wide, device=gpu)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from torch_winnow import _library  # noqa: F401  (registers the operators)
-from torch_winnow._fake import check_same_device
+from torch_winnow._fake import check_same_device, register_fake
 
 
 def _fake_forward(query: Tensor) -> tuple[Tensor, Tensor]:
@@ -24,7 +24,7 @@ def _contiguous_like(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor.new_empty(tensor.shape) for tensor in tensors)
 
 
-@torch.library.register_fake("winnow::cat_attention")
+@register_fake("cat_attention")
 def _(
     query: Tensor, key: Tensor, value: Tensor, block_size: int, scale: float | None
 ) -> tuple[Tensor, Tensor]:
@@ -32,7 +32,7 @@ def _(
     return _fake_forward(query)
 
 
-@torch.library.register_fake("winnow::chunk_attention")
+@register_fake("chunk_attention")
 def _(
     query: Tensor,
     key: Tensor,
@@ -53,7 +53,7 @@ def _(
     return _fake_forward(query)
 
 
-@torch.library.register_fake("winnow::block_diagonal_attention")
+@register_fake("block_diagonal_attention")
 def _(
     query: Tensor, key: Tensor, value: Tensor, block_size: int, causal: bool, scale: float | None
 ) -> tuple[Tensor, Tensor]:
@@ -61,15 +61,15 @@ def _(
     return _fake_forward(query)
 
 
-@torch.library.register_fake("winnow::merge_attention")
+@register_fake("merge_attention")
 def _(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     parts = {f"outs[{i}]": out for i, out in enumerate(outs)}
     check_same_device(**parts, **{f"lses[{i}]": lse for i, lse in enumerate(lses)})
     return _fake_forward(outs[0])
 
 
-@torch.library.register_fake("winnow::cat_attention_backward")
-@torch.library.register_fake("winnow::block_diagonal_attention_backward")
+@register_fake("cat_attention_backward")
+@register_fake("block_diagonal_attention_backward")
 def _(
     grad_out: Tensor,
     grad_lse: Tensor,
@@ -82,7 +82,7 @@ def _(
     return _contiguous_like(query, key, value)
 
 
-@torch.library.register_fake("winnow::chunk_attention_backward")
+@register_fake("chunk_attention_backward")
 def _(
     grad_out: Tensor,
     grad_lse: Tensor,
@@ -97,7 +97,7 @@ def _(
     return _contiguous_like(query, key, value, slot_key, slot_value)
 
 
-@torch.library.register_fake("winnow::merge_attention_backward")
+@register_fake("merge_attention_backward")
 def _(
     grad_out: Tensor,
     grad_lse: Tensor,

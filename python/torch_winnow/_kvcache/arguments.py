@@ -1,14 +1,18 @@
-"""What callers may hand to a cache: tensors without gradients, integers, lists of integers."""
+"""What callers may hand to a cache: tokens, positions, integers, lists of integers."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from torch_winnow._kvcache.storage import PagedKVCache
+
+_TO_QUANTISE = (torch.float32, torch.bfloat16, torch.float16)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _LARGEST = 2**63 - 1  # of the native table
 
@@ -64,3 +68,46 @@ def integers(argument: str, values: Sequence[int] | Tensor) -> list[int]:
     if set(map(type, listed)) == {int} and max(listed) <= _LARGEST and min(listed) >= -_LARGEST:
         return listed
     return [integer(f"{argument}[{i}]", value) for i, value in enumerate(listed)]
+
+
+def token_positions(positions: Tensor, rows: int, tokens: int) -> Tensor:
+    """Positions ``(B, T)`` as int64 on the CPU."""
+    if not isinstance(positions, Tensor):
+        raise ValueError(
+            f"positions: expected a ({rows}, {tokens}) int32 or int64 tensor, got "
+            f"{positions!r} ({type(positions).__name__})"
+        )
+    if positions.shape != (rows, tokens) or positions.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"positions: expected ({rows}, {tokens}) int32 or int64, got "
+            f"{tuple(positions.shape)} of {positions.dtype}"
+        )
+    return positions.to(device="cpu", dtype=torch.int64).contiguous()
+
+
+def check_tokens(cache: PagedKVCache, key: Tensor, value: Tensor) -> None:
+    """Everything that storing them could refuse, before anything is changed."""
+    pool = cache.pool
+    for name, tensor in (("key", key), ("value", value)):
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{name}: expected a tensor, got {tensor!r}")
+    tokens = key.shape[2] if key.dim() == 4 else 0
+    dtypes = _TO_QUANTISE if pool.quantised else (pool.dtype,)
+    device = pool.device
+    for name, tensor, dim in (("key", key, pool.head_dim), ("value", value, pool.value_head_dim)):
+        if tensor.shape != (cache.batch_size, pool.num_kv_heads, tokens, dim):
+            raise ValueError(
+                f"{name}: expected (B, Hkv, T, D) = ({cache.batch_size}, {pool.num_kv_heads}, "
+                f"{tokens if name == 'value' else 'T'}, {dim}), got {tuple(tensor.shape)}"
+            )
+        if tensor.dtype not in dtypes or tensor.device != device:
+            raise ValueError(
+                f"{name}: expected {' or '.join(map(str, dtypes))} on {device} as in the pool, got "
+                f"{tensor.dtype} on {tensor.device}"
+            )
+        if dim > 1 and tensor.stride(3) != 1 and tensor.numel() > 0:
+            raise ValueError(
+                f"{name}: the last dimension must be contiguous (stride 1), got stride "
+                f"{tensor.stride(3)}"
+            )
+    refuse_gradients(key=key, value=value)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torch_winnow import _library  # noqa: F401  (registers the operators)
-from torch_winnow._fake import check_same_device
+from torch_winnow._fake import check_same_device, register_fake
 from torch_winnow._kvcache.arguments import refuse_gradients
 
 # Bound once: a look-up through torch.ops costs as much as a small op.
@@ -142,7 +142,7 @@ def paged_attention(
     return (out, lse) if return_lse else out
 
 
-@torch.library.register_fake("winnow::paged_attention")
+@register_fake("paged_attention")
 def _(
     query: Tensor,
     key_pages: Tensor,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from torch_winnow import _library  # noqa: F401  (registers the operators)
-from torch_winnow._fake import check_same_device
+from torch_winnow._fake import check_same_device, register_fake
 from torch_winnow._kvcache.arguments import refuse_gradients
 from torch_winnow._kvcache.attention import paged_attention
 
@@ -121,7 +121,7 @@ def _dequantised(
     return query.float(), numbers, table, key_bias
 
 
-@torch.library.register_fake("winnow::attention_mass")
+@register_fake("attention_mass")
 def _(
     query: Tensor,
     key_pages: Tensor,

@@ -1,4 +1,7 @@
-"""Dropping tokens from the middle of a cache: what :meth:`PagedKVCache.compact_` does."""
+"""Dropping tokens from the middle of a cache: what :meth:`PagedKVCache.compact_` does.
+
+And what merging shares with it: blocks are claimed first, tokens then find new places in them.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import torch
 from torch import Tensor
 
 from torch_winnow import _library  # noqa: F401  (registers the operators)
-from torch_winnow._fake import check_same_device
+from torch_winnow._fake import check_same_device, register_fake
 from torch_winnow._kvcache import pages
 from torch_winnow._kvcache.mirror import sent
 
@@ -21,6 +24,7 @@ _compact_pages_ = torch.ops.winnow.compact_pages_
 
 def compact(cache: PagedKVCache, keep: Tensor) -> None:
     """Keep the tokens at ``keep``; all checks come first."""
+    check_movable(cache)
     keep = _checked(cache, keep)
     held = keep >= 0
     lengths = held.sum(-1)
@@ -37,7 +41,7 @@ def compact(cache: PagedKVCache, keep: Tensor) -> None:
     pool = cache.pool
     with pool._lock:
         # From here on a row shares no block that any row writes to.
-        cache._claim(targets)
+        claim(cache, targets)
         table = cache.block_table
         keep = sent(keep, pool.device)
         if pool.quantised:
@@ -47,8 +51,49 @@ def compact(cache: PagedKVCache, keep: Tensor) -> None:
                 _compact_pages_(moved, table, keep)
         if pool.key_bias is not None:
             _compact_pages_(pool.key_bias[..., None], table, keep)
-        cache.truncate_(lengths[0, :, 0])
-        cache._written(targets)
+        finish(cache, lengths[0, :, 0], targets)
+
+
+def check_movable(cache: PagedKVCache) -> None:
+    """Raise where somebody counts on each token's position, or some layer has not stored it yet."""
+    if cache._holder is not None:
+        raise RuntimeError(
+            f"PagedKVCache: the tokens of {cache._holder} stay where they are, because it counts "
+            "them itself; drop or merge tokens in a fork of its pages"
+        )
+    if not cache._native.even():
+        raise ValueError(
+            "cache: every layer must have stored the same tokens before some are dropped or "
+            "merged; append to the layers that are behind first"
+        )
+
+
+def claim(cache: PagedKVCache, positions: Tensor) -> None:
+    """Make the blocks of positions, -1 for none, this cache's alone, with all that they hold.
+
+    Called with the pool's lock, which is held until the tokens are stored.
+    """
+    cache._check_not_waiting()
+    arguments = 0, positions.shape[1], positions.data_ptr(), True
+    if cache.pool._with_room(cache, cache._native.write, *arguments):
+        cache._mirror.follow()
+        pages.copy_blocks(cache.pool, *cache._native.copies())
+
+
+def begun(cache: PagedKVCache, positions: Tensor) -> Tensor:
+    """The blocks whose first slot is at one of ``positions``: 0, 1, ... in order, or -1."""
+    table = cache.block_table
+    firsts = positions[:, :: cache.pool.block_size][:, : table.shape[1]] >= 0
+    return table[:, : firsts.shape[1]][sent(firsts, cache.pool.device)]
+
+
+def finish(cache: PagedKVCache, lengths: Tensor, positions: Tensor) -> None:
+    """Give up what lies behind the new lengths; tell autograd and the summaries of all layers."""
+    pool = cache.pool
+    cache.truncate_(lengths)
+    pages.mark_written(*pool._pages().values())
+    for layer in range(pool.num_layers):
+        pages.summarise(pool, layer, cache._mirror, positions)
 
 
 def _requantise(cache: PagedKVCache, keep: Tensor, targets: Tensor) -> None:
@@ -59,7 +104,7 @@ def _requantise(cache: PagedKVCache, keep: Tensor, targets: Tensor) -> None:
     position = keep.clamp(min=0).expand(pool.num_layers, -1, pool.num_kv_heads, -1)
     row = torch.arange(cache.batch_size, device=keep.device)[:, None, None]
     head = torch.arange(pool.num_kv_heads, device=keep.device)[:, None]
-    anew = cache._begun(targets)
+    anew = begun(cache, targets)
     for layer, at in enumerate(position):
         block = table[row, at // pool.block_size].clamp(min=0).long()
         key, value = (
@@ -96,14 +141,9 @@ def _checked(cache: PagedKVCache, keep: Tensor) -> Tensor:
             "keep: expected ascending positions with 0 <= position < seq_len, then -1, got "
             f"{keep[:, row].tolist()} in row {row} of {int(lengths[row])} tokens"
         )
-    if not cache._native.even():
-        raise ValueError(
-            "keep: every layer must have stored the same tokens before some are dropped; append to "
-            "the layers that are behind first"
-        )
     return keep
 
 
-@torch.library.register_fake("winnow::compact_pages_")
+@register_fake("compact_pages_")
 def _(pages: Tensor, block_table: Tensor, keep: Tensor) -> None:
     check_same_device(pages=pages, block_table=block_table, keep=keep)

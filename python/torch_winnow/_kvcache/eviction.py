@@ -92,8 +92,10 @@ def fastkv_positions(
     """The tokens that go on to the layers behind this one: SnapKV's votes, summed over the heads.
 
     FastKV (Jo et al., 2025), token-selective propagation: from one layer on a prompt continues with
-    these tokens' hidden states alone, so all heads share them. Arguments as in
-    :func:`snapkv_positions`.
+    these tokens' hidden states alone, so all heads share them.
+
+    Args:
+        mass, seq_lens, capacity, window, kernel_size, pooling: as in :func:`snapkv_positions`.
 
     Returns:
         ``(B, capacity)`` int64 positions, ascending, padded with -1.

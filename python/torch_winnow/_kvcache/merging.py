@@ -8,6 +8,7 @@ from torch import Tensor
 
 from torch_winnow._kvcache import pages
 from torch_winnow._kvcache.arguments import integer
+from torch_winnow._kvcache.compaction import begun, check_movable, claim, finish
 from torch_winnow._kvcache.storage import PagedKVCache
 
 
@@ -173,6 +174,7 @@ def merge_similar_(
     Raises:
         BlockPoolExhausted: if shared blocks must be copied and the pool has too few; nothing has
             changed then.
+        RuntimeError: on the ``pages`` of a ``WinnowCache``, which counts its tokens itself.
         ValueError: on a pool without biases, a wrong argument, or layers that are behind.
 
     Example:
@@ -191,9 +193,11 @@ def merge_similar_(
         raise ValueError(f"cache: expected a PagedKVCache, got {type(cache).__name__}")
     pool, lengths = cache.pool, cache.seq_lens
     if pool.key_bias is None:
-        raise ValueError("cache: expected a pool made with key_bias=True, which merged tokens need")
-    if not cache._native.even():
-        raise ValueError("cache: every layer must have stored the same tokens before they merge")
+        raise ValueError(
+            "cache: expected a pool made with key_bias=True, which merged tokens need, got one "
+            "without"
+        )
+    check_movable(cache)
     tokens = int(lengths.max()) if cache.batch_size > 0 else 0
     expected = (pool.num_layers, cache.batch_size, pool.num_kv_heads)
     if mass is not None and (mass.shape[:3] != expected or mass.shape[3] < tokens):
@@ -227,8 +231,8 @@ def merge_similar_(
     targets = torch.where(changes & (place < kept[:, None]), place, -1)
     targets = targets[:, : int(kept.max()) if kept.numel() > 0 else 0].cpu().contiguous()
     with pool._lock:
-        cache._claim(targets)
-        anew = cache._begun(targets)
+        claim(cache, targets)
+        anew = begun(cache, targets)
         for layer, (of_blocks, scales) in enumerate(zip(pool._layers, pool._scales, strict=True)):
             key, value = map(stored, of_blocks, scales or (None, None))
             key, value, bias = merge_runs(
@@ -246,5 +250,4 @@ def merge_similar_(
             pages.start_anew(pool, layer, anew)
             pages.store(pool, layer, key, value, cache._mirror, targets)
             pages.store_bias(pool, layer, cache._mirror, targets, bias)
-        cache.truncate_(kept)
-        cache._written(targets)
+        finish(cache, kept, targets)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from torch_winnow import _library  # noqa: F401  (registers the operators)
-from torch_winnow._fake import check_same_device
+from torch_winnow._fake import check_same_device, register_fake
 from torch_winnow._kvcache.mirror import TableMirror, sent
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def summarise(pool: BlockPool, layer: int, mirror: TableMirror, positions: Tenso
     mark_written(pool.summaries)
 
 
-@torch.library.register_fake("winnow::paged_write_")
+@register_fake("paged_write_")
 def _(
     key_pages: Tensor,
     value_pages: Tensor,
@@ -108,7 +108,7 @@ def _(
     check_same_device(key_pages=key_pages, block_table=block_table, positions=positions)
 
 
-@torch.library.register_fake("winnow::paged_quantise_")
+@register_fake("paged_quantise_")
 def _(
     key_pages: Tensor,
     value_pages: Tensor,
@@ -124,6 +124,6 @@ def _(
     check_same_device(key_pages=key_pages, block_table=block_table, positions=positions)
 
 
-@torch.library.register_fake("winnow::copy_blocks_")
+@register_fake("copy_blocks_")
 def _(key_pages: Tensor, value_pages: Tensor, source: Tensor, target: Tensor) -> None:
     check_same_device(key_pages=key_pages, value_pages=value_pages, source=source, target=target)

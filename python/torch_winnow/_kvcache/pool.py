@@ -284,7 +284,11 @@ class BlockPool:
         return self._native.num_evictable
 
     def num_owners(self, block: int) -> int:
-        """How many rows of block tables name ``block``, one more if it is registered; 0: free."""
+        """How many rows of block tables name ``block``, one more if it is registered; 0: free.
+
+        Raises:
+            ValueError: on a block that the pool does not have.
+        """
         return self._native.owners(integer("block", block))
 
     def __repr__(self) -> str:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torch_winnow import _library  # noqa: F401  (registers the operators)
-from torch_winnow._fake import check_same_device
+from torch_winnow._fake import check_same_device, register_fake
 from torch_winnow._kvcache.arguments import refuse_gradients
 
 # Bound once: a look-up through torch.ops costs as much as a small op.
@@ -195,7 +195,7 @@ def _wide(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-@torch.library.register_fake("winnow::block_summaries")
+@register_fake("block_summaries")
 def _(
     key_pages: Tensor,
     block_table: Tensor,
@@ -211,7 +211,7 @@ def _(
     return key_pages.new_empty(sizes, dtype=_wide(key_pages))
 
 
-@torch.library.register_fake("winnow::update_block_summaries_")
+@register_fake("update_block_summaries_")
 def _(
     summaries: Tensor,
     key_pages: Tensor,
@@ -225,14 +225,14 @@ def _(
     check_same_device(summaries=summaries, key_scales=key_scales)
 
 
-@torch.library.register_fake("winnow::score_blocks")
+@register_fake("score_blocks")
 def _(query: Tensor, summaries: Tensor, block_table: Tensor | None = None) -> Tensor:
     check_same_device(query=query, summaries=summaries, block_table=block_table)
     blocks = summaries.shape[2] if block_table is None else block_table.shape[1]
     return summaries.new_empty(query.shape[0], summaries.shape[1], blocks)
 
 
-@torch.library.register_fake("winnow::select_blocks")
+@register_fake("select_blocks")
 def _(
     scores: Tensor,
     k: int,
@@ -245,7 +245,7 @@ def _(
     return scores.new_empty((*scores.shape[:2], k), dtype=torch.int32)
 
 
-@torch.library.register_fake("winnow::score_select_blocks")
+@register_fake("score_select_blocks")
 def _(
     query: Tensor,
     summaries: Tensor,

@@ -10,14 +10,13 @@ from torch import Tensor
 
 from torch_winnow import _core
 from torch_winnow._kvcache import pages
-from torch_winnow._kvcache.arguments import integer, integers, refuse_gradients
+from torch_winnow._kvcache.arguments import check_tokens, integer, integers, token_positions
 from torch_winnow._kvcache.compaction import compact
 from torch_winnow._kvcache.mirror import TableMirror, sent
 from torch_winnow._kvcache.pool import BlockPool
 
 # What CacheTable.append reports.
 _COPIES, _RESHAPED, _FRESH, _MOVED = 1, 2, 4, 8
-_TO_QUANTISE = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class PagedKVCache:
@@ -43,6 +42,13 @@ class PagedKVCache:
     **Copies.** ``copy.copy``, ``copy.deepcopy`` and pickling are refused, since a copy would share
     the table and not know it: ``cache.fork(range(cache.batch_size))`` continues every row.
 
+    Args:
+        pool: where the blocks come from; any number of caches may share it.
+        batch_size: rows, at least 0; they begin empty.
+
+    Raises:
+        ValueError: on another pool, or a batch size that is no integer or below 0.
+
     Attributes:
         pool: the :class:`BlockPool`.
         batch_size: number of rows.
@@ -60,6 +66,16 @@ class PagedKVCache:
         >>> cache.append(0, torch.ones(2, 1, 1, 2), torch.ones(2, 1, 1, 2))
         >>> pool.num_free_blocks, cache.seq_lens
         (2, tensor([4, 4], dtype=torch.int32))
+        >>> draft = cache.fork([0, 0, 1])
+        >>> draft.append(0, torch.ones(3, 1, 2, 2), torch.ones(3, 1, 2, 2), lengths=[2, 1, 0])
+        >>> draft.seq_lens, pool.num_free_blocks
+        (tensor([6, 5, 4], dtype=torch.int32), 0)
+        >>> draft.truncate_([4, 4, 4])
+        >>> draft.free([1, 2])
+        >>> cache.write(0, *torch.zeros(2, 2, 1, 1, 2), torch.tensor([[0], [2]]))
+        >>> pool.key_pages[0, cache.block_table[:, 0], 0, :, 0]
+        tensor([[0., 1., 1., 1.],
+                [1., 1., 0., 1.]])
     """
 
     def __init__(self, pool: BlockPool, batch_size: int) -> None:
@@ -74,14 +90,12 @@ class PagedKVCache:
         self.batch_size = batch_size
         self._native = native
         self._waits = False  # for an eviction hook, which may not change it
+        self._holder: str | None = None  # who counts on each token's position
         self._mirror = TableMirror(native, batch_size, pool.device)
         # What an append has to follow: on the CPU lengths and table are the native table's own.
         self._followed = _RESHAPED | _MOVED if self._mirror.is_apart else _RESHAPED
         self._positions = torch.empty(batch_size, 1, dtype=torch.int64)
         self._positions_address = self._positions.data_ptr()
-        # The shapes and dtype that append meets at every token.
-        self._heads = pool.num_kv_heads
-        self._dims = pool.head_dim, pool.value_head_dim
 
     @property
     def block_table(self) -> Tensor:
@@ -121,7 +135,7 @@ class PagedKVCache:
                 gradient.
         """
         layer = integer("layer", layer)
-        self._check(key, value)
+        check_tokens(self, key, value)
         tokens = key.shape[2]
         if tokens == self._positions.shape[1]:
             positions, address = self._positions, self._positions_address
@@ -160,22 +174,9 @@ class PagedKVCache:
                 gradient.
         """
         layer = integer("layer", layer)
-        self._check(key, value)
+        check_tokens(self, key, value)
         tokens = key.shape[2]
-        if not isinstance(positions, Tensor):
-            raise ValueError(
-                f"positions: expected a ({self.batch_size}, {tokens}) int32 or int64 tensor, got "
-                f"{positions!r} ({type(positions).__name__})"
-            )
-        if positions.shape != (self.batch_size, tokens) or positions.dtype not in (
-            torch.int32,
-            torch.int64,
-        ):
-            raise ValueError(
-                f"positions: expected ({self.batch_size}, {tokens}) int32 or int64, got "
-                f"{tuple(positions.shape)} of {positions.dtype}"
-            )
-        positions = positions.to(device="cpu", dtype=torch.int64).contiguous()
+        positions = token_positions(positions, self.batch_size, tokens)
         self._check_not_waiting()
         pool = self.pool
         with pool._lock:
@@ -236,6 +237,7 @@ class PagedKVCache:
 
         Raises:
             BlockPoolExhausted: if shared blocks must be replaced and the pool has too few.
+            RuntimeError: on the ``pages`` of a ``WinnowCache``, which counts its tokens itself.
             ValueError: on a wrong shape, dtype or position, on different counts within a row,
                 or while some layer has stored less than the others.
 
@@ -335,6 +337,10 @@ class PagedKVCache:
 
         A model needs a token to go on from: pass ``token_ids[:-1]`` where all might be known.
 
+        Args:
+            token_ids: of the text that the row is to hold, from its first token on.
+            row: of this cache, one without tokens.
+
         Returns:
             How many tokens the row holds now, in every layer: a multiple of the block size.
 
@@ -361,61 +367,12 @@ class PagedKVCache:
         pages.store_bias(self.pool, layer, self._mirror, positions)
         pages.summarise(self.pool, layer, self._mirror, positions)
 
-    def _claim(self, positions: Tensor) -> None:
-        """Make the blocks of positions, -1 for none, this cache's, with all that they hold.
-
-        Called with the pool's lock, which is held until the tokens are stored.
-        """
-        self._check_not_waiting()
-        arguments = 0, positions.shape[1], positions.data_ptr(), True
-        if self.pool._with_room(self, self._native.write, *arguments):
-            self._mirror.follow()
-            self._copy()
-
-    def _begun(self, positions: Tensor) -> Tensor:
-        """The blocks whose first slot is at one of ``positions``: 0, 1, ... in order, or -1."""
-        table = self.block_table
-        firsts = positions[:, :: self.pool.block_size][:, : table.shape[1]] >= 0
-        return table[:, : firsts.shape[1]][sent(firsts, self.pool.device)]
-
-    def _written(self, positions: Tensor) -> None:
-        """Tell autograd and the summaries of all layers what has been stored."""
-        pages.mark_written(self.pool.key_pages, self.pool.value_pages)
-        for layer in range(self.pool.num_layers):
-            pages.summarise(self.pool, layer, self._mirror, positions)
-
     def _check_not_waiting(self) -> None:
         if self._waits:
             raise RuntimeError(
                 "PagedKVCache: an eviction hook may not change the cache that waits for blocks; "
                 "let it free rows of other caches, or catch BlockPoolExhausted around the call"
             )
-
-    def _check(self, key: Tensor, value: Tensor) -> None:
-        """Everything that the store could refuse, before anything is changed."""
-        for name, tensor in (("key", key), ("value", value)):
-            if not isinstance(tensor, Tensor):
-                raise ValueError(f"{name}: expected a tensor, got {tensor!r}")
-        tokens = key.shape[2] if key.dim() == 4 else 0
-        for name, tensor, dim in (("key", key, self._dims[0]), ("value", value, self._dims[1])):
-            if tensor.shape != (self.batch_size, self._heads, tokens, dim):
-                raise ValueError(
-                    f"{name}: expected (B, Hkv, T, D) = ({self.batch_size}, {self._heads}, "
-                    f"{tokens if name == 'value' else 'T'}, {dim}), got {tuple(tensor.shape)}"
-                )
-            dtypes = _TO_QUANTISE if self.pool.quantised else (self.pool.dtype,)
-            if tensor.dtype not in dtypes or tensor.device != self.pool.device:
-                expected = " or ".join(map(str, dtypes))
-                raise ValueError(
-                    f"{name}: expected {expected} on {self.pool.device} as in the pool, got "
-                    f"{tensor.dtype} on {tensor.device}"
-                )
-            if dim > 1 and tensor.stride(3) != 1 and tensor.numel() > 0:
-                raise ValueError(
-                    f"{name}: the last dimension must be contiguous (stride 1), got stride "
-                    f"{tensor.stride(3)}"
-                )
-        refuse_gradients(key=key, value=value)
 
     def __repr__(self) -> str:
         return f"PagedKVCache({self.pool!r}, batch_size={self.batch_size})"

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from torch_winnow import _library  # noqa: F401  (registers the operators)
-from torch_winnow._fake import check_same_device
+from torch_winnow._fake import check_same_device, register_fake
 from torch_winnow._resampling.memory import first_overlap, overlaps_itself
 from torch_winnow._resampling.weights import require_tensor, whole_number
 
@@ -195,7 +195,7 @@ torch.library.register_autograd(
 )
 
 
-@torch.library.register_fake("winnow::gather_particles")
+@register_fake("gather_particles")
 def _(state: Tensor, ancestors: Tensor, dim: int) -> Tensor:
     check_same_device(state=state, ancestors=ancestors)
     shape = list(state.shape)
@@ -203,6 +203,6 @@ def _(state: Tensor, ancestors: Tensor, dim: int) -> Tensor:
     return state.new_empty(shape)
 
 
-@torch.library.register_fake("winnow::gather_particles_")
+@register_fake("gather_particles_")
 def _(state: Tensor, ancestors: Tensor, dim: int) -> None:
     check_same_device(state=state, ancestors=ancestors)

@@ -9,7 +9,7 @@ from typing import Any, SupportsIndex
 import torch
 from torch import Tensor
 
-from torch_winnow._fake import check_same_device
+from torch_winnow._fake import check_same_device, register_fake
 from torch_winnow._resampling.gather import gather_particles
 from torch_winnow._resampling.resample import check_seed, resample
 from torch_winnow._resampling.weights import (
@@ -86,6 +86,10 @@ class Genealogy:
     def append(self, ancestors: Tensor, tree: Any = None) -> None:
         """Records a resample, and what the particles of the new generation hold after their move.
 
+        Args:
+            ancestors: ``(..., K)`` int64, as :func:`resample` returns them.
+            tree: of the new generation; None where :meth:`paths` is not asked for.
+
         Raises:
             ValueError: ``ancestors`` that is no int64 tensor of the shape of the earlier ones.
         """
@@ -114,7 +118,11 @@ class Genealogy:
         return trace_ancestors(torch.stack(self.ancestors), indices)
 
     def paths(self, indices: Tensor | None = None) -> list[Any]:
-        """What the ancestors of the surviving particles held: one gathered tree a generation."""
+        """What the ancestors of the surviving particles held: one gathered tree a generation.
+
+        Raises:
+            ValueError: as :meth:`trace`, or for a leaf whose shape does not fit.
+        """
         lines = self.trace(indices)
         return [gather_particles(tree, line) for tree, line in zip(self.trees, lines, strict=True)]
 
@@ -289,12 +297,12 @@ def _accept_reject(
     return parents
 
 
-@torch.library.register_fake("winnow::trace_ancestors")
+@register_fake("trace_ancestors")
 def _(ancestors: Tensor, indices: Tensor) -> Tensor:
     check_same_device(ancestors=ancestors, indices=indices)
     return indices.new_empty((ancestors.shape[0] + 1, *indices.shape))
 
 
-@torch.library.register_fake("winnow::uniforms")
+@register_fake("uniforms")
 def _(seed: Tensor, rows: int, count: int) -> Tensor:
     return seed.new_empty((rows, count), dtype=torch.float64)

@@ -9,7 +9,7 @@ from typing import NamedTuple, SupportsIndex
 import torch
 from torch import Tensor
 
-from torch_winnow._fake import check_same_device
+from torch_winnow._fake import check_same_device, register_fake
 from torch_winnow._resampling import autograd
 from torch_winnow._resampling.weights import detached_weights, require_tensor, statistics_dtype
 
@@ -239,7 +239,7 @@ def resample(
 autograd.without_gradient("resample")
 
 
-@torch.library.register_fake("winnow::resample")
+@register_fake("resample")
 def _(
     log_weights: Tensor,
     scheme: str,

@@ -263,7 +263,7 @@ class FKSteering:
 
     def _require(self, value: Tensor | None) -> Tensor:
         if value is None:
-            raise ValueError("no step has been taken since the run began")
+            raise ValueError("step: no step has been taken since the run began, so call it first")
         return value
 
     @property
@@ -291,11 +291,27 @@ class FKSteering:
         return self._require(self._log_z) + log_w.logsumexp(-1) - math.log(max(log_w.shape[-1], 1))
 
     def best(self) -> Tensor:
-        """``(...)`` int64: the slot with the highest last reward, the paper's final selection."""
+        """``(...)`` int64: the slot with the highest last reward, the paper's final selection.
+
+        Raises:
+            ValueError: before the first step.
+        """
         return self.reward.nan_to_num(nan=-torch.inf).argmax(-1)
 
     def select(self, tree: Tree) -> Tree:
-        """The rows of :meth:`best` of a tree of tensors ``(..., K, *rest)``: ``(..., *rest)``."""
+        """The rows of :meth:`best` of a tree of tensors ``(..., K, *rest)``: ``(..., *rest)``.
+
+        Raises:
+            ValueError: before the first step, or for a leaf whose shape does not fit.
+
+        Example:
+            >>> import torch
+            >>> from torch_winnow.resampling import FKSteering
+            >>> steering = FKSteering(seed=0)
+            >>> result = steering.step(torch.tensor([0.5, 2.0]), terminal=True)
+            >>> steering.select({"image": torch.tensor([[1, 1], [7, 7]])[result.ancestors]})
+            {'image': tensor([7, 7])}
+        """
         best = self.best()
         at = best.dim()
         chosen = gather_particles(tree, best.unsqueeze(-1))

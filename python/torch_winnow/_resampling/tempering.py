@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from torch_winnow._fake import check_same_device
+from torch_winnow._fake import check_same_device, register_fake
 from torch_winnow._resampling import autograd
 from torch_winnow._resampling.weights import is_number, require_tensor, statistics_dtype
 
@@ -91,7 +91,7 @@ def next_temperature(
 autograd.without_gradient("next_temperature")
 
 
-@torch.library.register_fake("winnow::next_temperature")
+@register_fake("next_temperature")
 def _(
     log_likelihood: Tensor,
     beta: Tensor,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torch_winnow import _library  # noqa: F401  (registers the operators)
-from torch_winnow._fake import check_same_device
+from torch_winnow._fake import check_same_device, register_fake
 from torch_winnow._resampling import autograd
 
 # Bound once: a look-up through torch.ops costs as much as a small op.
@@ -82,12 +82,14 @@ def weight_entropy(log_weights: Tensor) -> Tensor:
     """Entropy of each population's normalised weights, ``-sum W log W``, in nats.
 
     Its exponential is another effective size, between 1 (one particle holds all mass) and K (equal
-    weights). Arguments and errors as in :func:`effective_sample_size`, and so are NaN and infinite
-    weights.
+    weights). Arguments as in :func:`effective_sample_size`, and so are NaN and infinite weights.
 
     Returns:
         ``(...)`` float32 (float64 for float64 weights), differentiable where the weights are; 0
         where no particle has any weight.
+
+    Raises:
+        ValueError: as :func:`effective_sample_size`.
 
     Example:
         >>> import torch
@@ -104,12 +106,15 @@ def weight_entropy(log_weights: Tensor) -> Tensor:
 def log_mean_exp(log_weights: Tensor) -> Tensor:
     """Logarithm of each population's mean weight: an estimate of a normalising constant.
 
-    The same number as ``resample(log_weights).log_z``. A NaN counts as weight 0. Arguments and
-    errors as in :func:`effective_sample_size`.
+    The same number as ``resample(log_weights).log_z``. A NaN counts as weight 0. Arguments as in
+    :func:`effective_sample_size`.
 
     Returns:
         ``(...)`` float32 (float64 for float64 weights), differentiable where the weights are; -inf
         where no particle has any weight, or there are no particles, inf where one is infinite.
+
+    Raises:
+        ValueError: as :func:`effective_sample_size`.
 
     Example:
         >>> import torch
@@ -134,6 +139,9 @@ def normalised_weights(log_weights: Tensor) -> Tensor:
 
     Returns:
         ``(..., K)`` float32 (float64 for float64 weights), differentiable where the weights are.
+
+    Raises:
+        ValueError: as :func:`effective_sample_size`.
 
     Example:
         >>> import torch
@@ -195,10 +203,10 @@ autograd.without_gradient(
     "effective_sample_size", "weight_entropy", "log_mean_exp", "conditional_effective_sample_size"
 )
 for _name in ("effective_sample_size", "weight_entropy", "log_mean_exp"):
-    torch.library.register_fake(f"winnow::{_name}", _one_a_population)
+    register_fake(_name)(_one_a_population)
 
 
-@torch.library.register_fake("winnow::conditional_effective_sample_size")
+@register_fake("conditional_effective_sample_size")
 def _(log_weights: Tensor, log_increments: Tensor) -> Tensor:
     check_same_device(log_weights=log_weights, log_increments=log_increments)
     return _one_a_population(log_weights)

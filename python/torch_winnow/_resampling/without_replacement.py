@@ -7,7 +7,7 @@ from typing import NamedTuple, SupportsIndex
 import torch
 from torch import Tensor
 
-from torch_winnow._fake import check_same_device
+from torch_winnow._fake import check_same_device, register_fake
 from torch_winnow._resampling import autograd
 from torch_winnow._resampling.resample import check_seed
 from torch_winnow._resampling.weights import detached_weights, statistics_dtype, whole_number
@@ -129,7 +129,7 @@ def inclusion_probabilities(log_weights: Tensor, k: SupportsIndex) -> Tensor:
 autograd.without_gradient("sample_without_replacement", "inclusion_probabilities")
 
 
-@torch.library.register_fake("winnow::sample_without_replacement")
+@register_fake("sample_without_replacement")
 def _(
     log_weights: Tensor, k: int, design: str, seed: int, seed_tensor: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -143,6 +143,6 @@ def _(
     )
 
 
-@torch.library.register_fake("winnow::inclusion_probabilities")
+@register_fake("inclusion_probabilities")
 def _(log_weights: Tensor, k: int) -> Tensor:
     return log_weights.new_empty(log_weights.shape, dtype=statistics_dtype(log_weights.dtype))

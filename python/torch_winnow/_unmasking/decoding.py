@@ -88,7 +88,10 @@ class Decoding:
             if name in logit_stats_options:
                 raise ValueError(f"{name}: belongs to one step, so generate does not take it")
         if logit_stats_options.get("vocab_start") is not None:
-            raise ValueError("vocab_start: a decode needs the whole vocabulary; merge in the model")
+            raise ValueError(
+                "vocab_start: expected None, as a decode needs the whole vocabulary, got "
+                f"{logit_stats_options['vocab_start']}; merge parts of it in the model"
+            )
         self.mask_id = integer("mask_id", mask_id)
         batch, length = tokens.shape
         longest = max(length, 1)  # what is more would overflow and changes nothing
@@ -96,14 +99,19 @@ class Decoding:
         if self._steps is not None and isinstance(rule, DraftVerify | Remasking | FirstHitting):
             raise ValueError(f"steps: expected None with {rule}, which ends by itself, got {steps}")
         if isinstance(rule, KLStability) and logit_stats_options.get("cfg_scale"):
-            raise ValueError("cfg_scale: KLStability compares unguided logits, so expected 0")
+            raise ValueError(
+                "cfg_scale: expected 0 with KLStability, which compares unguided logits, got "
+                f"{logit_stats_options['cfg_scale']}"
+            )
         if self._steps is not None:
             self._steps = min(self._steps, longest)
         device = tokens.device
         self._block = min(count_or_none("block_length", block_length) or longest, longest)
         self._sliding = sliding
         if sliding and isinstance(rule, DraftVerify | Remasking | FirstHitting):
-            raise ValueError(f"sliding: expected False with {rule}, which needs blocks that stay")
+            raise ValueError(
+                f"sliding: expected False with {rule}, which needs blocks that stay, got {sliding}"
+            )
         if sliding and self._steps is not None:
             raise ValueError(f"steps: expected None with a sliding window, got {steps}")
         self._stop = stop
@@ -201,6 +209,7 @@ class Decoding:
         self._begin()
 
     def result(self, calls: int) -> GenerateResult:
+        """What :func:`generate` returns, after ``calls`` calls of the model."""
         return GenerateResult(self.tokens, self.step_map, calls, self.entropies)
 
     def _begin(self) -> None:

@@ -94,7 +94,9 @@ def generate(
     )
     guided = bool(logit_stats_options.get("cfg_scale"))
     if guided and context:
-        raise ValueError("context: expected False with cfg_scale, which calls on another batch")
+        raise ValueError(
+            f"context: expected False with cfg_scale, which calls on another batch, got {context}"
+        )
     given = tokens != mask_id
     logits = unconditional = None
     calls = 0

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torch_winnow import _library  # noqa: F401  (registers the operators)
-from torch_winnow._fake import check_same_device
+from torch_winnow._fake import check_same_device, register_fake
 from torch_winnow._unmasking.logit_stats import (
     BLOCK,
     LogitStats,
@@ -178,7 +178,10 @@ def _selected(
         keys = counts.nonzero()[:, 0]
         target = None if target is None else target[keys]
     if target is not None and ((target < 0) | (target >= vocab)).any():
-        raise ValueError(f"target_ids: expected ids in [0, {vocab}) where mask is true")
+        wrong = target[(target < 0) | (target >= vocab)][0].item()
+        raise ValueError(
+            f"target_ids: expected ids in [0, {vocab}) where mask is true, got {wrong}"
+        )
     if shift:
         rows = rows[torch.where(keys % shape[-1] > 0, keys - 1, keys)]
     elif mask is not None:
@@ -266,7 +269,7 @@ torch.library.impl("winnow::linear_logit_stats", "CPU", func=_selected)
 torch.library.impl("winnow::linear_logit_stats", "CUDA", func=_all_rows)
 
 
-@torch.library.register_fake("winnow::linear_logit_stats")
+@register_fake("linear_logit_stats")
 def _(
     hidden: Tensor,
     weight: Tensor,

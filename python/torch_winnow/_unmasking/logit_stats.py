@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 
 from torch_winnow import _library  # noqa: F401  (registers the operators)
-from torch_winnow._fake import check_same_device
+from torch_winnow._fake import check_same_device, register_fake
+from torch_winnow._slow_path import warn_slow
 from torch_winnow._unmasking.arguments import integer
 
 _logit_stats = torch.ops.winnow.logit_stats
 
 # As in csrc/unmasking/logit_part.h.
 BLOCK, _HEADER = 1024, 4
+_WORTH_A_WORD = 1 << 22  # logits; a copy of fewer is nothing to warn of
 
 
 class VocabularyPart(NamedTuple):
@@ -75,6 +77,26 @@ class LogitStats(NamedTuple):
 def check_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise ValueError(f"{name}: expected a tensor, got {value!r}")
+
+
+def _warn_of_a_copy(logits: Tensor) -> None:
+    """The kernels read evenly spaced rows in place and copy others (``as_rows``, tensors.h)."""
+    if logits.numel() < _WORTH_A_WORD:
+        return
+    copied, expected = logits.stride(-1) != 1, None
+    for size, stride in reversed(list(zip(logits.shape, logits.stride(), strict=True))[:-1]):
+        if size > 1:
+            copied |= expected not in (None, stride)
+            expected = size * stride
+    if copied:
+        warn_slow(
+            "logits copied",
+            f"logits: {logits.numel() * logits.element_size() >> 20} MB of shape "
+            f"{tuple(logits.shape)} with strides {logits.stride()} are copied first, because their "
+            "rows are not evenly spaced. Slice before the projection that makes them, pass "
+            "shift=True instead of logits[:, :-1], or leave rows out with mask",
+            stacklevel=5,
+        )
 
 
 def seed_tensor(seed: int | Tensor | None, generator: torch.Generator | None) -> Tensor | None:
@@ -271,6 +293,8 @@ def logit_operands(
     ):
         if value is not None:
             check_tensor(name, value)
+    if not torch.compiler.is_compiling() and not logits.is_contiguous():
+        _warn_of_a_copy(logits)
     if unconditional_logits is None and cfg_scale != 0.0:
         raise ValueError(
             f"cfg_scale: expected 0 without unconditional_logits to guide with, got {cfg_scale}"
@@ -312,7 +336,7 @@ def as_stats(statistic: Sequence[Tensor], has_target: bool, has_previous: bool) 
     )
 
 
-@torch.library.register_fake("winnow::logit_stats")
+@register_fake("logit_stats")
 def _(
     logits: Tensor,
     mask: Tensor | None,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torch_winnow import _library  # noqa: F401  (registers the operators)
-from torch_winnow._fake import check_same_device
+from torch_winnow._fake import check_same_device, register_fake
 from torch_winnow._unmasking.logit_stats import LogitStats, as_stats, empty_statistics
 
 _merge_logit_stats = torch.ops.winnow.merge_logit_stats
@@ -100,7 +100,7 @@ def _differ(seed: Tensor | None, other: Tensor | None) -> bool:
     return seed.is_cpu and other.is_cpu and int(seed) != int(other)
 
 
-@torch.library.register_fake("winnow::merge_logit_stats")
+@register_fake("merge_logit_stats")
 def _(
     parts: list[Tensor],
     starts: list[int],

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torch_winnow import _library  # noqa: F401  (registers the operators)
-from torch_winnow._fake import check_same_device
+from torch_winnow._fake import check_same_device, register_fake
 from torch_winnow._unmasking.arguments import choice, count_or_none, integer, number
 
 _select_positions = torch.ops.winnow.select_positions
@@ -286,7 +286,7 @@ def select_positions(
     return select(score, mask, rule, window=window, step=step)
 
 
-@torch.library.register_fake("winnow::select_positions")
+@register_fake("select_positions")
 def _(
     score: Tensor,
     mask: Tensor,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from torch_winnow import _library  # noqa: F401  (registers the operators)
-from torch_winnow._fake import check_same_device
+from torch_winnow._fake import check_same_device, register_fake
 from torch_winnow._unmasking.arguments import integer
 from torch_winnow._unmasking.logit_stats import check_tensor
 
@@ -101,7 +101,7 @@ def soft_embedding(
     )
 
 
-@torch.library.register_fake("winnow::soft_embedding")
+@register_fake("soft_embedding")
 def _(
     logits: Tensor,
     embedding: Tensor,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torch_winnow import _library  # noqa: F401  (registers the operators)
-from torch_winnow._fake import check_same_device
+from torch_winnow._fake import check_same_device, register_fake
 from torch_winnow._unmasking.arguments import integer
 from torch_winnow._unmasking.logit_stats import (
     LogitStats,
@@ -116,8 +116,12 @@ def unmask_step_(
     check_rule(rule)
     mask = logit_stats_options.pop("mask", None)
     shift = logit_stats_options.pop("shift", False)
-    if logit_stats_options.pop("vocab_start", None) is not None:
-        raise ValueError("vocab_start: a step needs the whole vocabulary; merge the parts first")
+    vocab_start = logit_stats_options.pop("vocab_start", None)
+    if vocab_start is not None:
+        raise ValueError(
+            f"vocab_start: expected None, as a step needs the whole vocabulary, got {vocab_start}; "
+            "merge its parts first"
+        )
     for name, value in (("mask", mask), ("window", window)):
         if value is not None:
             check_tensor(name, value)
@@ -140,7 +144,7 @@ def unmask_step_(
     return StepResult(transfer, count, stats)
 
 
-@torch.library.register_fake("winnow::unmask_step_")
+@register_fake("unmask_step_")
 def _(
     tokens: Tensor,
     logits: Tensor,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torch_winnow import _library  # noqa: F401  (registers the operators)
-from torch_winnow._fake import check_same_device
+from torch_winnow._fake import check_same_device, register_fake
 from torch_winnow._unmasking.logit_stats import seed_tensor
 
 _speculative_verify = torch.ops.winnow.speculative_verify
@@ -132,7 +132,7 @@ def speculative_verify(
     )
 
 
-@torch.library.register_fake("winnow::speculative_verify")
+@register_fake("speculative_verify")
 def _(
     draft_tokens: Tensor,
     draft_logits: Tensor | None,

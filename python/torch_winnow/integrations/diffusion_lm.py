@@ -63,7 +63,7 @@ class DiffusionLM:
             if architecture not in ("llada", "dream"):
                 raise ValueError(
                     "architecture: expected 'llada' or 'dream', as config.model_type is "
-                    f"{getattr(config, 'model_type', None)!r}"
+                    f"{getattr(config, 'model_type', None)!r}, got None"
                 )
         choice("architecture", architecture, ("llada", "dream"))
         self.model = model
@@ -131,7 +131,7 @@ def decode(
         if name in generate_options:
             raise ValueError(f"{name}: follows from the model, so decode does not take it")
     if generate_options.get("context"):
-        raise ValueError("context: expected False, as these models take tokens alone")
+        raise ValueError("context: expected False, as these models take tokens alone, got True")
     check_tensor("input_ids", input_ids)
     lm = DiffusionLM(model, architecture=architecture)
     if attention_mask is not None:
@@ -143,7 +143,8 @@ def decode(
             )
         if bool(((attention_mask == 0) & (input_ids == lm.mask_id)).any()):
             raise ValueError(
-                f"input_ids: expected another padding than the mask {lm.mask_id}, which is filled"
+                "input_ids: expected another padding than the mask, which is filled, got "
+                f"{lm.mask_id}"
             )
         attention_mask = F.pad(attention_mask, (0, count), value=1)
         lm = DiffusionLM(model, attention_mask=attention_mask, architecture=architecture)

@@ -346,6 +346,7 @@ class CompressAttendTransformer(nn.Module):
         return rows if self.config.positions == "sequence" else rows % block
 
     def separator(self, chunk_size: int) -> Tensor:
+        """The row ``(width,)`` of an adaptive model between a chunk's vector and its tokens."""
         assert self.separators is not None
         return self.separators[self.config.chunk_sizes.index(chunk_size)]
 

@@ -243,7 +243,8 @@ class Decoding(ABC):
         """Keeps what the last extend appended, and makes sure that ``counts`` more tokens fit."""
         if (self.lengths + counts > self._max_tokens).any():
             raise ValueError(
-                f"tokens: a sequence would hold more than max_tokens={self._max_tokens}"
+                f"tokens: expected at most max_tokens={self._max_tokens} in a sequence, got "
+                f"{int((self.lengths + counts).max())}"
             )
         self._extension = None
 

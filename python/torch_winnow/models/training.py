@@ -53,6 +53,7 @@ def next_token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 def bits_per_token(nats: float) -> float:
+    """A loss in nats as bits."""
     return nats / math.log(2)
 
 

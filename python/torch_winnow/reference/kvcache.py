@@ -6,6 +6,14 @@ import torch
 from torch import Tensor
 
 
+def _sees(i: int, j: Tensor, causal: bool, window: int | None, sinks: int) -> Tensor:
+    """Whether a query at position ``i`` sees the keys at positions ``j``."""
+    seen = j <= i if causal else torch.ones_like(j, dtype=torch.bool)
+    if window is not None:
+        seen = seen & (((i - j).abs() < window) | (j < sinks))
+    return seen
+
+
 def paged_attention(
     query: Tensor,
     key_pages: Tensor,
@@ -48,11 +56,7 @@ def paged_attention(
             key = key_pages[block, h, slot].to(wide)
             value = value_pages[block, h, slot].to(wide)
             for t in range(queries):
-                i = length - queries + t
-                seen = chosen & (j <= i) if causal else chosen.clone()
-                if window is not None:
-                    near = (i - j < window) if causal else ((i - j).abs() < window)
-                    seen &= near | (j < sinks)
+                seen = chosen & _sees(length - queries + t, j, causal, window, sinks)
                 if key_bias is not None:
                     bias = key_bias[block, h, slot]
                     seen &= bias != -torch.inf
@@ -100,11 +104,7 @@ def attention_mass(
             h = head // (heads // key_heads)
             key = key_pages[block, h, slot].to(wide)
             for t in range(queries):
-                i = length - queries + t
-                seen = j <= i if causal else torch.ones_like(j, dtype=torch.bool)
-                if window is not None:
-                    near = (i - j < window) if causal else ((i - j).abs() < window)
-                    seen &= near | (j < sinks)
+                seen = _sees(length - queries + t, j, causal, window, sinks)
                 score = key @ query[b, head, t].to(wide) * scale
                 if key_bias is not None:
                     bias = key_bias[block, h, slot]

@@ -18,17 +18,27 @@ def statistics(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def without_nan(log_w: Tensor) -> Tensor:
+    """NaN is no weight."""
+    return log_w.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+
+
+def relative_weights(log_w: Tensor) -> Tensor:
+    """Weights over the largest; infinite ones share the mass."""
+    top = log_w.amax(-1, keepdim=True)
+    return torch.where(log_w == top, 1.0, torch.exp(log_w - top).nan_to_num(nan=0.0))
+
+
 def effective_sample_size(log_weights: Tensor) -> Tensor:
     """``(sum w)^2 / sum w^2``; NaN is no weight, infinite weights share the mass."""
-    log_w = statistics(log_weights).nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    log_w = without_nan(statistics(log_weights))
     if log_w.shape[-1] == 0:
         return log_w.sum(-1)
-    top = log_w.amax(-1, keepdim=True)
-    w = torch.where(log_w == top, 1.0, torch.exp(log_w - top).nan_to_num(nan=0.0))
-    return torch.where(top.squeeze(-1) == -torch.inf, 0.0, w.sum(-1) ** 2 / (w * w).sum(-1))
+    w = relative_weights(log_w)
+    return torch.where(log_w.amax(-1) == -torch.inf, 0.0, w.sum(-1) ** 2 / (w * w).sum(-1))
 
 
-def _philox_bits(seed: int, row: int, element: int) -> int:
+def philox_bits(seed: int, row: int, element: int) -> int:
     """Philox4x32-10 keyed by the seed, counting elements and rows: 64 bits."""
     low = 0xFFFFFFFF
     c = [element & low, element >> 32, row & low, row >> 32]
@@ -41,15 +51,13 @@ def _philox_bits(seed: int, row: int, element: int) -> int:
 
 
 def _draws(seed: int, row: int, count: int) -> Tensor:
-    bits = [_philox_bits(seed, row, element) >> 11 for element in range(count)]
+    bits = [philox_bits(seed, row, element) >> 11 for element in range(count)]
     return torch.tensor(bits, dtype=torch.float64) * 2.0**-53
 
 
 def normalised(log_w: Tensor) -> Tensor:
     """Shares of the mass, in float64, by the rules of :func:`effective_sample_size`."""
-    log_w = log_w.double().nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
-    top = log_w.amax(-1, keepdim=True)
-    w = torch.where(log_w == top, 1.0, torch.exp(log_w - top).nan_to_num(nan=0.0))
+    w = relative_weights(without_nan(log_w.double()))
     return w / w.sum(-1, keepdim=True)
 
 
@@ -72,7 +80,7 @@ class _Options(NamedTuple):
     row: int
 
     def uniform(self, element: int) -> float:
-        return (_philox_bits(self.seed, self.row, element) >> 11) * 2.0**-53
+        return (philox_bits(self.seed, self.row, element) >> 11) * 2.0**-53
 
     def uniform_numbers(self, count: int) -> Tensor:
         if self.uniforms is not None:
@@ -264,7 +272,7 @@ def _resample_one(log_w: Tensor, options: _Options) -> Resampling:
         status |= Status.NOTHING_LIVE
     if log_w.isnan().any():
         status |= Status.NAN
-    log_w = log_w.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    log_w = without_nan(log_w)
     if k > 0 and log_w.max() == -torch.inf:
         status |= Status.NO_WEIGHT
     if k > 0 and log_w.max() == torch.inf:
@@ -275,7 +283,7 @@ def _resample_one(log_w: Tensor, options: _Options) -> Resampling:
     log_z = torch.zeros((), dtype=torch.float64)
     if resampled:
         top = log_w.max()
-        weights = torch.where(log_w == top, 1.0, torch.exp(log_w - top).nan_to_num(nan=0.0))
+        weights = relative_weights(log_w)
         log_z = weights.mean().log() + top
         log_shares = torch.where(log_w == top, 0.0, log_w - top) - weights.sum().log()
         if options.pinned is not None:  # it survives without weight too
@@ -310,7 +318,7 @@ def _resample_masked(log_w: Tensor, mask: Tensor, options: _Options) -> Resampli
     live = _resample_one(log_w[slot], options._replace(samples=len(slot), pinned=pinned))
     ancestors = torch.arange(len(log_w))
     ancestors[slot] = slot[live.ancestors]
-    lowered = log_w.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf) - live.log_z
+    lowered = without_nan(log_w) - live.log_z
     new_log_w = lowered.nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
     new_log_w[slot] = live.log_weights
     offspring = torch.bincount(ancestors, minlength=len(log_w))

@@ -5,9 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
-def _clean(log_w: Tensor) -> Tensor:
-    return log_w.double().nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+from torch_winnow.reference.resampling import relative_weights, without_nan
 
 
 def _as_statistics(x: Tensor, like: Tensor) -> Tensor:
@@ -16,11 +14,11 @@ def _as_statistics(x: Tensor, like: Tensor) -> Tensor:
 
 def _shares(log_w: Tensor) -> Tensor:
     """Shares of the mass: infinite weights have all of it, NaN none; zeros where there is none."""
-    log_w = _clean(log_w)
+    log_w = without_nan(log_w.double())
     if log_w.shape[-1] == 0:
         return log_w
+    w = relative_weights(log_w)
     top = log_w.amax(-1, keepdim=True)
-    w = torch.where(log_w == top, 1.0, torch.exp(log_w - top).nan_to_num(nan=0.0))
     return torch.where(top == -torch.inf, 0.0, w / w.sum(-1, keepdim=True))
 
 
@@ -37,7 +35,7 @@ def weight_entropy(log_weights: Tensor) -> Tensor:
 
 def log_mean_exp(log_weights: Tensor) -> Tensor:
     """``log(sum w / K)``."""
-    log_w = _clean(log_weights)
+    log_w = without_nan(log_weights.double())
     if log_w.shape[-1] == 0:
         return _as_statistics(log_w.sum(-1) - torch.inf, log_weights)
     total = log_w.logsumexp(-1) - torch.tensor(float(log_w.shape[-1])).double().log()
@@ -46,14 +44,14 @@ def log_mean_exp(log_weights: Tensor) -> Tensor:
 
 def _step_size(log_weights: Tensor, log_increments: Tensor) -> float:
     """Conditional effective sample size of one population."""
-    log_a = _clean(log_weights)
+    log_a = without_nan(log_weights.double())
     k = len(log_a)
     if k == 0 or log_a.max() == -torch.inf:
         return 0.0
     if log_a.max() == torch.inf:
         log_a = torch.where(log_a == torch.inf, 0.0, -torch.inf)
     has_weight = log_a > -torch.inf
-    log_b = _clean(log_increments)[has_weight]
+    log_b = without_nan(log_increments.double())[has_weight]
     log_a = log_a[has_weight].log_softmax(0)
     if log_b.max() == -torch.inf:
         return 0.0
@@ -77,7 +75,7 @@ def conditional_effective_sample_size(log_weights: Tensor, log_increments: Tenso
 
 
 def _next_one(log_l: Tensor, log_w: Tensor, beta: float, target: float, max_beta: float) -> float:
-    log_l = _clean(log_l)
+    log_l = without_nan(log_l.double())
     k = len(log_l)
     if beta >= max_beta:
         return beta

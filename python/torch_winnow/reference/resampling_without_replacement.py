@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from torch_winnow._resampling.without_replacement import WithoutReplacement
-from torch_winnow.reference.resampling import _philox_bits
+from torch_winnow.reference.resampling import philox_bits
 from torch_winnow.reference.resampling_weights import normalised_weights
 
 
 def _uniforms(seed: int, row: int, count: int) -> Tensor:
-    bits = [_philox_bits(seed, row, element) >> 12 for element in range(count)]
+    bits = [philox_bits(seed, row, element) >> 12 for element in range(count)]
     return (torch.tensor(bits, dtype=torch.float64) + 0.5) * 2.0**-52
 
 

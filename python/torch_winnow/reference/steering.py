@@ -11,7 +11,12 @@ from torch.utils._pytree import tree_map_only
 from torch_winnow._resampling.gather import Tree
 from torch_winnow._resampling.resample import Resampling
 from torch_winnow._resampling.steering import PotentialState, _step_key
-from torch_winnow.reference.resampling import gather_particles, resample, statistics
+from torch_winnow.reference.resampling import (
+    gather_particles,
+    resample,
+    statistics,
+    without_nan,
+)
 
 
 def fk_potential(
@@ -23,7 +28,7 @@ def fk_potential(
     terminal: bool = False,
 ) -> tuple[Tensor, PotentialState]:
     """Particle by particle in Python numbers: the paper's potentials, in logarithms."""
-    r = statistics(reward).nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    r = without_nan(statistics(reward))
     past = torch.zeros_like(r) if state is None else state.log_product
     log_potential, statistic = torch.empty_like(r), torch.empty_like(r)
     for at in range(r.numel()):
@@ -44,9 +49,8 @@ def fk_potential(
         if now == -torch.inf:  # a broken constraint ends the particle, whatever came before
             potential = now
         log_potential.view(-1)[at], statistic.view(-1)[at] = potential, value
-    bounds = {"nan": -torch.inf, "posinf": torch.inf, "neginf": -torch.inf}
-    product_ = (past + log_potential).nan_to_num(**bounds)
-    return log_potential, PotentialState(statistic.nan_to_num(**bounds), product_)
+    log_product = without_nan(past + log_potential)
+    return log_potential, PotentialState(without_nan(statistic), log_product)
 
 
 class FKSteering:
@@ -73,9 +77,11 @@ class FKSteering:
         self.reset()
 
     def reset(self) -> None:
+        """Begin a new run."""
         self._path: list[Tensor] = []
 
     def step(self, reward: Tensor, *, terminal: bool = False) -> Resampling:
+        """Take the rewards of a step, decide who follows whom."""
         if not self._path:
             self._counted_from = torch.zeros(reward.shape[:-1], dtype=torch.int64)
             self._divided_out = torch.zeros(reward.shape[:-1])
@@ -120,9 +126,11 @@ class FKSteering:
         return self._divided_out + log_mean
 
     def best(self) -> Tensor:
+        """The slot of each population's highest reward."""
         return self.reward.nan_to_num(nan=-torch.inf).argmax(-1)
 
     def select(self, tree: Tree) -> Tree:
+        """The rows of a tree of tensors that belong to :meth:`best`."""
         best = self.best()
         chosen = gather_particles(tree, best.unsqueeze(-1))
         squeezed: Tree = tree_map_only(Tensor, lambda leaf: leaf.squeeze(best.dim()), chosen)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
+from torch_winnow._slow_path import warn_slow
 from torch_winnow.integrations.transformers.cache import Columns
 from torch_winnow.integrations.transformers.dense import (
     block_mask,
@@ -124,6 +125,19 @@ def winnow_attention(
             window = getattr(attention_mask, "window", None)
             causal = attention_mask is not None or is_causal
             return _attend(query, key, blocks, window, causal, scaling, s_aux), None
+        reasons = {
+            "a softcap of the scores": softcap is not None,
+            "a position bias": kwargs.get("position_bias") is not None,
+            "dropout": dropout > 0,
+            "these block_indices": block_indices is not None and blocks is None,
+        }
+        reason = next((text for text, found in reasons.items() if found), "this attention mask")
+        warn_slow(
+            f"pages and {reason}",
+            f"attention 'winnow': paged attention does not know {reason}, so every layer copies "
+            "its keys and values out of the pages at every step. DynamicCache is faster here; "
+            "pages know causal masks, sliding windows and padding at the left",
+        )
         mask = _dense_mask(query, key, attention_mask, is_causal)
         key, value = (x.source.gather(x.layer, x.part) for x in (key, value))
     else:

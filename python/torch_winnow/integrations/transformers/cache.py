@@ -69,8 +69,8 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
     ) -> tuple[Tensor, Tensor]:
         self.storage.append(self.index, key_states, value_states)
         return (
-            PagedStates.of(self.storage, self.index, 0),
-            PagedStates.of(self.storage, self.index, 1),
+            PagedStates.of(self.storage, self.index, 0, in_step=True),
+            PagedStates.of(self.storage, self.index, 1, in_step=True),
         )
 
     def update_index(self, idx_k: Tensor) -> Tensor:
@@ -298,7 +298,7 @@ class WinnowCache(Cache):  # type: ignore[misc]
             )
         mask = attention_mask.bool()
         if bool((mask[:, :-1] & ~mask[:, 1:]).any()):
-            raise ValueError("attention_mask: expected padding at the left only")
+            raise ValueError("attention_mask: expected padding at the left only, got it elsewhere")
         padding = (~mask).sum(1).tolist()
         rows = input_ids.tolist()
         return [row[pad:] for row, pad in zip(rows, padding, strict=True)], padding

@@ -33,7 +33,9 @@ def dense_attention(
         )[0]
         return out
     if kwargs.get("position_bias") is not None:
-        raise ValueError("position_bias: not supported together with a softcap or sinks")
+        raise ValueError(
+            "position_bias: expected None together with a softcap or sinks, got a bias"
+        )
     tokens, columns = query.shape[2], key.shape[2]
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)

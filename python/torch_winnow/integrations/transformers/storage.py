@@ -63,6 +63,11 @@ class PagedStorage:
         """Rows of the batch, -1 before the first forward pass."""
         return -1 if self._pages is None else self._pages.batch_size
 
+    def _hold(self, pages: PagedKVCache) -> None:
+        """Keep pages whose tokens stay where they are: a position stands for a column."""
+        pages._holder = "a WinnowCache"
+        self._pages = pages
+
     def stamp(self, layer: int) -> tuple[int, int]:
         """What changes with whatever a view of this layer shows."""
         return self._epoch, self.columns[layer]
@@ -162,7 +167,7 @@ class PagedStorage:
                 summaries=self.sparse.summary if self.sparse else None,
             )
         self.dtype = key.dtype if self._pool.quantised else self._pool.dtype
-        self._pages = PagedKVCache(self._pool, rows)
+        self._hold(PagedKVCache(self._pool, rows))
 
     def _limit(self, rows: int) -> int | None:
         if self.max_cache_len is None:
@@ -195,7 +200,7 @@ class PagedStorage:
         if len(rows) == self.rows:
             self._pages.permute_(rows)
         else:
-            self._pages = self._pages.fork(rows)
+            self._hold(self._pages.fork(rows))
         if self.dropped is not None:
             self.dropped = [self.dropped[row] for row in rows]
         self._epoch += 1
@@ -224,7 +229,7 @@ class PagedStorage:
         if columns == 0:
             return 0
         pages.truncate_([max(0, columns - pad) for pad in dropped])
-        self._pages = pages
+        self._hold(pages)
         self.columns = [columns] * len(self.columns)
         self.dropped = [min(pad, columns) for pad in dropped] if any(dropped) else None
         self._epoch += 1
@@ -257,7 +262,7 @@ class PagedStorage:
         twin.__dict__.update(self.__dict__)
         twin.columns = list(self.columns)
         if self._pages is not None:
-            twin._pages = self._pages.fork(range(self.rows))
+            twin._hold(self._pages.fork(range(self.rows)))
         return twin
 
     # Reading.

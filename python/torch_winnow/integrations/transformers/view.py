@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from torch_winnow._slow_path import warn_slow
+
 if TYPE_CHECKING:
     from torch_winnow.integrations.transformers.storage import PagedStorage
 
@@ -24,11 +26,12 @@ class PagedStates(Tensor):
     layer: int
     part: int  # 0: keys, 1: values
     stamp: tuple[int, int]
+    in_step: bool  # handed to the attention of a layer, not looked at from outside
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
-    def of(storage: PagedStorage, layer: int, part: int) -> PagedStates:
+    def of(storage: PagedStorage, layer: int, part: int, in_step: bool = False) -> PagedStates:
         """The view of what layer ``layer`` has stored by now."""
         pages = storage.pool._layers[layer][part]
         shape = (storage.rows, pages.shape[1], storage.columns[layer], pages.shape[3])
@@ -36,7 +39,7 @@ class PagedStates(Tensor):
             PagedStates, shape, dtype=storage.dtype, device=pages.device
         )
         view.source, view.layer, view.part = storage, layer, part
-        view.stamp = storage.stamp(layer)
+        view.stamp, view.in_step = storage.stamp(layer), in_step
         return view
 
     @classmethod
@@ -62,5 +65,12 @@ class PagedStates(Tensor):
                 "WinnowCache: left padding was not stored, because the prompt ran with attention "
                 "'winnow'; go on with attention 'winnow', or run the prompt with the other "
                 "implementation as well"
+            )
+        if self.in_step:
+            warn_slow(
+                "pages read by another attention",
+                "WinnowCache: the model's attention is not 'winnow', so every layer copies its "
+                "keys and values out of the pages at every step. Call "
+                "model.set_attn_implementation('winnow'), or use DynamicCache with this attention",
             )
         return self.source.gather(self.layer, self.part)
