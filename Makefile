@@ -4,7 +4,9 @@
 # make bench-generation   4096 tokens by CAT and by dense decoders; about five minutes
 # make lint    ruff, mypy, clang-format, clang-tidy
 # make coverage   lines of Python and C++ that the tests run; a summary, pages in build/coverage
-# make sanitize   tests of every family under AddressSanitizer and UBSan; slow to compile
+# make sanitize   the tests of the operators under AddressSanitizer and UBSan
+# make sanitize-threads   the same under ThreadSanitizer, with four threads
+# make fuzz    looks for what breaks pools, operators and functions, FUZZ_SECONDS each; needs clang++
 # make docs    the site, warnings as errors, in docs/_build
 # make wheel   a wheel and a source distribution in dist/, checked for what they may link and hold
 # make gpu-check OUT=folder   builds, tests and times the CUDA operators with the torch of PYTHON
@@ -19,8 +21,8 @@ SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc cmake -type f)
 # One instruction set, where all would take four times as long; the one with the most code of its own.
 WIDEST := $(if $(filter x86_64 amd64,$(shell uname -m)),AVX512_BF16,DEFAULT)
 
-.PHONY: demo test bench bench-generation lint tidy sanitize sanitized \
-  coverage covered docs wheel gpu-check clean
+.PHONY: demo test bench bench-generation lint tidy sanitize sanitize-threads \
+  coverage covered fuzz docs wheel gpu-check clean
 
 # torch first: the operators are built against the release that they will run with.
 $(VENV)/.torch:
@@ -67,19 +69,31 @@ tidy: $(VENV)/.built-lint
 	$(TIDY) '/csrc/.*\.cpp$$'
 	$(TIDY) -checks='-clang-analyzer-*' '/csrc/.*\.cc$$'
 
-# One instruction set: the sanitizers take their time to compile. libstdc++ before torch brings its
-# exceptions to them.
-SANITIZED := tests/test_fuzz_ops.py tests/test_attention.py tests/test_kvcache_attention.py \
-  tests/test_kvcache_storage.py tests/test_resampling_resample.py tests/test_unmasking_stats.py
-RUNTIMES := $(foreach library,asan ubsan stdc++,$$(g++ -print-file-name=lib$(library).so))
-sanitize:
-	$(MAKE) VENV=.venv-sanitize sanitized
+# Left out is what watches other things than our libraries: programs that are started, compilers, the
+# CUDA sources (whose emulator has checks of its own), training, and documentation.
+UNSANITIZED := $(foreach part,demo documentation bench build cuda emulated gpu,tests/test_$(part)%)
+SANITIZED := $(filter-out $(UNSANITIZED),$(wildcard tests/test_*.py)) -k 'not cuda and not compile'
+# A sanitizer comes before everything else, libstdc++ before torch to bring it its exceptions. The
+# memory of threads lies at random where ThreadSanitizer wants its own: hence setarch. What pytest
+# captured of a process that a finding ends would be lost: hence --capture=sys.
+runtimes = LD_PRELOAD="$(foreach library,$(1) stdc++,$$(g++ -print-file-name=lib$(library).so))"
+UNDER_address = env $(call runtimes,asan ubsan) ASAN_OPTIONS=detect_leaks=0 \
+  UBSAN_OPTIONS=print_stacktrace=1
+UNDER_thread = setarch -R env $(call runtimes,tsan) OMP_NUM_THREADS=4 \
+  TSAN_OPTIONS=suppressions=tests/native/tsan.supp
 
-sanitized: $(VENV)/.torch
-	$(PIP) --no-build-isolation '.[test]' -C build-dir=build/sanitized \
-	  -C cmake.build-type=RelWithDebInfo -C cmake.define.CMAKE_CXX_FLAGS_RELWITHDEBINFO='-O1 -g1' \
-	  -C cmake.define.WINNOW_SANITIZE=ON -C cmake.define.WINNOW_ONLY_CAPABILITY=AVX2
-	LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -m pytest $(SANITIZED)
+sanitize:
+	$(MAKE) VENV=.venv-sanitize sanitized-address
+
+sanitize-threads:
+	$(MAKE) VENV=.venv-sanitize sanitized-thread
+
+# One instruction set: sanitizers take their time to compile.
+sanitized-%: $(VENV)/.torch
+	$(PIP) --no-build-isolation '.[test]' -C build-dir=build/sanitized-$* \
+	  -C cmake.build-type=RelWithDebInfo -C cmake.define.WINNOW_SANITIZE=$* \
+	  -C cmake.define.WINNOW_ONLY_CAPABILITY=AVX2
+	$(UNDER_$*) $(BIN)/python -m pytest --capture=sys $(SANITIZED)
 
 # One instruction set that every runner has. What compiles the CUDA sources or starts other machines
 # runs nothing of what is counted here.
@@ -105,6 +119,23 @@ covered: $(VENV)/.torch
 	{ echo '# Python'; $(BIN)/python -m coverage report --format=markdown; \
 	  echo; cat build/coverage/cpp.md; } > build/coverage/summary.md
 	cat build/coverage/summary.md
+
+# Coverage leads: of the bookkeeping of pools, and of Python around the operators. What was found
+# lies in build/fuzz/, beside a corpus that the next run goes on from; the lines below run a finding
+# again when it takes the corpus's place.
+FUZZ_SECONDS ?= 600
+FUZZ = -max_len=1024 -len_control=0 -max_total_time=$(FUZZ_SECONDS) -timeout=60 -print_final_stats=1 \
+  -artifact_prefix=build/fuzz/$(1)- build/fuzz/$(1)
+POOL := $(wildcard csrc/kvcache/cache_table*.cpp) $(addprefix csrc/kvcache/,block_pool.cpp prefix_index.cpp) \
+  $(addprefix tests/native/kvcache_,fuzz.cpp world.cpp refusals.cpp)
+fuzz: $(VENV)/.built-test
+	$(PIP) atheris
+	mkdir -p $(addprefix build/fuzz/,pool operators functions)
+	clang++ -std=c++20 -O1 -g1 -Icsrc -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all \
+	  $(POOL) -o build/fuzz/pool.bin
+	build/fuzz/pool.bin -use_value_profile=1 $(call FUZZ,pool)
+	$(BIN)/python tests/fuzz/guided.py operators $(call FUZZ,operators)
+	$(BIN)/python tests/fuzz/guided.py functions $(call FUZZ,functions)
 
 docs: $(VENV)/.built-docs
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going -q docs docs/_build

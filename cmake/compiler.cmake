@@ -15,7 +15,9 @@ if(NOT CMAKE_BUILD_TYPE)
   set(CMAKE_BUILD_TYPE Release CACHE STRING "" FORCE)
 endif()
 
-option(WINNOW_SANITIZE "Build with AddressSanitizer and UndefinedBehaviorSanitizer" OFF)
+set(WINNOW_SANITIZE "" CACHE STRING
+  "Build with sanitizers: address (with undefined), thread, or empty for none")
+set_property(CACHE WINNOW_SANITIZE PROPERTY STRINGS "" address thread)
 
 add_library(winnow_flags INTERFACE)
 target_compile_features(winnow_flags INTERFACE cxx_std_17)
@@ -28,8 +30,21 @@ target_compile_options(winnow_flags INTERFACE
   -fno-math-errno -fno-trapping-math
   "-fmacro-prefix-map=${CMAKE_SOURCE_DIR}/=")   # no build path in error texts
 if(WINNOW_SANITIZE)
+  target_compile_options(winnow_flags INTERFACE -O1 -g1 -fno-omit-frame-pointer)
+endif()
+if(WINNOW_SANITIZE STREQUAL "address")
+  # Checks of accesses that are calls compile in half the time of inlined ones. object-size, which
+  # takes most of the rest, guesses what AddressSanitizer knows.
   target_compile_options(winnow_flags INTERFACE
-    -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g)
+    -fsanitize=address,undefined -fno-sanitize=object-size -fno-sanitize-recover=undefined
+    $<$<CXX_COMPILER_ID:GNU>:--param=asan-instrumentation-with-call-threshold=0>
+    "$<$<CXX_COMPILER_ID:Clang>:SHELL:-mllvm -asan-instrumentation-with-call-threshold=0>")
   target_link_options(winnow_flags INTERFACE -fsanitize=address,undefined)
+elseif(WINNOW_SANITIZE STREQUAL "thread")
+  target_compile_options(winnow_flags INTERFACE -fsanitize=thread)  # see csrc/common/parallel.h
+  target_link_options(winnow_flags INTERFACE -fsanitize=thread)
+elseif(WINNOW_SANITIZE)
+  message(FATAL_ERROR "torch-winnow: WINNOW_SANITIZE: expected address, thread or nothing, "
+    "got ${WINNOW_SANITIZE}")
 endif()
 set(CMAKE_POSITION_INDEPENDENT_CODE ON)

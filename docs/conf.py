@@ -37,6 +37,7 @@ autodoc_member_order = "bysource"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
+napoleon_use_rtype = False  # "Returns: what: for what" is a sentence here, no type
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_static_path = ["_static"]

@@ -61,6 +61,44 @@ def test_the_readme_claims_what_was_measured(report, family, shapes):
     assert high == pytest.approx(max(ratios), rel=0.02)
 
 
+def newest_groups(report):
+    groups = {}
+    for path in RUNS:
+        groups |= report.by_group(json.loads(path.read_text())["benchmarks"])
+    return groups
+
+
+def test_transformers_saves_what_the_page_says(report):
+    groups = newest_groups(report)
+    page = (ROOT / "docs/recipes/transformers.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+), (\w+) \|(.*)\| ([\d, ]+) MiB \|$", page, re.MULTILINE)
+    assert len(rows) == 6
+    for tokens, dtype, times, memory in rows:
+        entries = groups[f"transformers decode 1x{tokens} {dtype}"]
+        names = ("winnow", "winnow, sparse 10%", "DynamicCache + sdpa", "StaticCache + sdpa")
+        for name, time in zip(names, re.findall(r"([\d.]+) ms", times), strict=True):
+            assert float(time) == pytest.approx(1e3 * entries[name]["stats"]["median"], rel=0.05)
+        names = ("winnow", "DynamicCache + sdpa", "StaticCache + sdpa")
+        for name, size in zip(names, memory.split(", "), strict=True):
+            found = entries[name]["extra_info"]["cache_bytes"] / 2**20
+            assert float(size) == pytest.approx(found, abs=0.6)
+
+
+def test_codes_are_as_fast_as_the_page_says(report):
+    groups = newest_groups(report)
+    page = (ROOT / "docs/kvcache/quantised.md").read_text(encoding="utf-8")
+    for group_size, heads in ((1, 8), (4, 32)):
+        (row,) = re.findall(rf"^\| {group_size} \|(.*)\|$", page, re.MULTILINE)
+        for code, cell in zip(("int8", "float8"), row.split("|"), strict=True):
+            ratios = [
+                impls["winnow"]["stats"]["median"] / impls[f"winnow {code}"]["stats"]["median"]
+                for name, impls in groups.items()
+                if name.startswith("paged_attention quantised") and f" {heads} heads" in name
+            ]
+            said = [float(x) for x in cell.split(" to ")]
+            assert [min(said), max(said)] == pytest.approx([min(ratios), max(ratios)], rel=0.05)
+
+
 def test_the_snippets_of_the_readme_run():
     pytest.importorskip("transformers", minversion="5")
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = ("attention", "kvcache", "recipes", "resampling", "unmasking")
 PAGES = [
     ROOT / "docs" / "start.md",
+    ROOT / "docs" / "errors.md",
     *(page for folder in FOLDERS for page in sorted(ROOT.glob(f"docs/{folder}/*.md"))),
 ]
 PAGES.remove(ROOT / "docs" / "recipes" / "index.md")  # a table

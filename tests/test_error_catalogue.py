@@ -28,7 +28,7 @@ NAME = re.compile(r"(\{\}|[A-Za-z_.]+(\[(\{\}|0)\])?)(, \w+)*: ")
 STATES = (
     "module 'torch_winnow' has no attribute",
     "torch-winnow needs torch 2.11",
-    "torch_winnow: the compiled operators are missing",
+    "torch_winnow: the compiled operators",
     "torch_winnow.integrations.transformers: needs transformers 5",
     "linear_logit_stats() got an unexpected keyword argument",
     "training diverged",

@@ -19,6 +19,7 @@ import torch
 
 import abi_gate
 import torch_winnow
+import typed_user
 from torch_winnow import __main__ as self_check
 from torch_winnow import _library
 
@@ -81,9 +82,15 @@ def test_an_old_torch_is_refused():
     assert "pip install" in result.stderr
 
 
-def test_missing_operators_are_named(monkeypatch):
+def test_operators_that_do_not_load_are_told(tmp_path, monkeypatch):
+    (tmp_path / "_cpu.so").write_bytes(b"for another machine")
+    monkeypatch.setattr(_library, "_path_of", lambda module: str(tmp_path / "_cpu.so"))
+    with pytest.raises(
+        ImportError, match=r"do not load beside torch .*Reinstall the wheel for this"
+    ):
+        _library._load_cpu()
     monkeypatch.setattr(_library, "_path_of", lambda module: None)
-    with pytest.raises(ImportError, match="compiled operators are missing.*build them first"):
+    with pytest.raises(ImportError, match="are missing, or are those of another Python"):
         _library._load_cpu()
 
 
@@ -166,9 +173,53 @@ def test_reference_mirrors_the_signatures(family):
         assert list(ours) == list(theirs), name
 
 
+def test_the_stubs_are_those_of_the_extension(tmp_path):
+    pytest.importorskip("mypy")
+    # Classes of pybind11 have a metaclass of their own; what they hold is compared all the same.
+    (tmp_path / "allowed").write_text(
+        "torch_winnow._core.BlockPool\ntorch_winnow._core.CacheTable\n"
+    )
+    (tmp_path / "mypy.ini").write_text("[mypy]\nfollow_imports = skip\n")  # not torch
+    command = [
+        sys.executable,
+        "-m",
+        "mypy.stubtest",
+        "torch_winnow._core",
+        "--allowlist",
+        "allowed",
+    ]
+    where = Path(torch_winnow.__file__).parents[1]
+    result = subprocess.run(
+        [*command, "--mypy-config-file", "mypy.ini"],
+        cwd=tmp_path,
+        # mypy does not follow editable installs.
+        env={**os.environ} | ({} if where.name == "site-packages" else {"MYPYPATH": str(where)}),
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "no issues found in 1 module" in result.stdout
+
+
+def test_the_types_that_users_see_are_what_comes_out():
+    """tests/typed_user.py is checked by mypy --strict in `make lint`; here it runs."""
+    assert (Path(torch_winnow.__file__).parent / "py.typed").exists()
+    keys = torch.randn(1, 2, 9, 8)
+    assert typed_user.attend(keys, keys, keys).shape == keys.shape
+    assert set(typed_user.steer(torch.randn(2, 4), {"x": torch.randn(2, 4, 3)})) == {"x"}
+    assert typed_user.decode(torch.randn(1, 3, 5), torch.full((1, 3), 5), 5).max() < 5
+    assert typed_user.cache(torch.randn(1, 1, 6, 4)).shape == (2, 1, 1, 4)
+    assert typed_user.describe().startswith(torch_winnow.__version__)
+    assert typed_user.model().config.max_tokens > 0
+
+
 def test_the_self_check_passes_and_can_fail(capsys, monkeypatch):
     assert self_check.main() == 0
-    assert "resampling" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert str(torch_winnow.build_info()) in out
+    assert "Python: 3." in out
+    for name in _library.available_cpu_capabilities():
+        assert f"self-check, {name}: attention, resampling, unmasking, kvcache right" in out
     wrong = (torch.tensor(1.0), torch.tensor(2.0))
     monkeypatch.setitem(self_check.CHECKS, "resampling", lambda device: wrong)
     assert self_check.main() == 1

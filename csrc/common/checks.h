@@ -89,13 +89,20 @@ inline bool is_floating(ScalarType dtype) {
          dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
 }
 
+// PyTorch lets None pass for a tensor.
+inline void check_defined(const char* argument, const Tensor& tensor) {
+  WINNOW_CHECK(tensor.defined(), argument, ": expected a tensor, got None");
+}
+
 inline void check_floating(const char* argument, const Tensor& tensor) {
+  check_defined(argument, tensor);
   WINNOW_CHECK(is_floating(tensor.scalar_type()), argument,
                ": expected float32, bfloat16, float16 or float64, got ",
                name_of(tensor.scalar_type()));
 }
 
 inline void check_dtype(const char* argument, const Tensor& tensor, ScalarType expected) {
+  check_defined(argument, tensor);
   WINNOW_CHECK(tensor.scalar_type() == expected, argument, ": expected ", name_of(expected),
                ", got ", name_of(tensor.scalar_type()));
 }
@@ -109,6 +116,7 @@ inline void check_dim(const char* argument, const Tensor& tensor, int64_t dim, c
 // first argument, so each one is checked. (With a meta tensor among them it is the fake kernel,
 // which checks by itself: torch_winnow/_fake.py.)
 inline void check_cpu(const char* argument, const Tensor& tensor) {
+  check_defined(argument, tensor);
   WINNOW_CHECK(tensor.is_cpu(), argument,
                ": expected a CPU tensor like the other arguments, got one on another device");
 }

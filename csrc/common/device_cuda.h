@@ -235,6 +235,7 @@ inline void check_cuda_call(const char* what, cudaError_t status) {
 }
 
 inline void check_device(const char* argument, const Tensor& tensor) {
+  check_defined(argument, tensor);
   WINNOW_CHECK(tensor.is_cuda(), argument,
                ": expected a CUDA tensor like the other arguments, got one on another device");
 }

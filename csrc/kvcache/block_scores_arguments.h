@@ -17,7 +17,8 @@ struct Competition {
 
 inline Competition competition_of(int64_t k, int64_t block_size, int64_t sink_blocks,
                                   int64_t recent_blocks) {
-  WINNOW_CHECK(block_size >= 1, "block_size: expected at least 1, got ", block_size);
+  WINNOW_CHECK(block_size >= 1 && block_size < int64_t{1} << 31,
+               "block_size: expected at least 1 and below 2**31, got ", block_size);
   WINNOW_CHECK(sink_blocks >= 0, "sink_blocks: expected at least 0, got ", sink_blocks);
   WINNOW_CHECK(recent_blocks >= 0, "recent_blocks: expected at least 0, got ", recent_blocks);
   WINNOW_CHECK(k <= INT32_MAX, "k: expected fewer than 2^31 blocks, got ", k);

@@ -67,6 +67,7 @@ CacheTable::CacheTable(std::shared_ptr<BlockPool> pool, int64_t rows, int64_t la
                        int64_t block_size)
     : pool_(std::move(pool)), layers_(layers), block_size_(block_size) {
   if (rows < 0) fail("batch_size: expected at least 0, got ", rows);
+  if (rows > kMaxLength) fail("batch_size: expected fewer than 2**31, got ", rows);
   rows_.resize(static_cast<size_t>(rows));
   filled_.assign(static_cast<size_t>(layers * rows), 0);
 }
@@ -102,20 +103,21 @@ void CacheTable::append(int64_t layer, int64_t tokens, const Integers* lengths,
       fail("lengths: expected 0 <= length <= ", tokens, " (the tokens in key), got ", count,
            " for row ", r);
     }
-    if (start + count > kMaxLength) fail("key: row ", r, " would hold more than 2**31 tokens");
+    if (count > kMaxLength - start) fail("key: row ", r, " would hold more than 2**31 tokens");
     if (count == 0) continue;
     std::vector<int32_t>& blocks = rows_[r].blocks;
     const int64_t held = static_cast<int64_t>(blocks.size());
     const int64_t last = (start + count - 1) / block_size_;
     fresh += std::max<int64_t>(0, last + 1 - held);
-    if (static_cast<size_t>(last) >= blocks.capacity()) {
+    // A row of more blocks than the pool has is refused below: no memory is held for it.
+    if (static_cast<size_t>(last) >= blocks.capacity() && last < pool_->num_blocks()) {
       blocks.reserve(std::max(static_cast<size_t>(last) + 1, 2 * blocks.capacity()));
     }
     for (int64_t i = start / block_size_; i <= std::min(last, held - 1); ++i) {
       claim.unshare(r, static_cast<size_t>(i));
     }
   }
-  fresh_.reserve(static_cast<size_t>(fresh));
+  fresh_.reserve(static_cast<size_t>(std::min(fresh, pool_->num_blocks())));
   claim.take(fresh);
 
   bool grew = false;

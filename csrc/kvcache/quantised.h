@@ -20,6 +20,7 @@ inline CodeType code_type(const char* name, const Tensor& pages) {
 
 // Pages that hold codes come with scales, and no others do. Returns whether they do.
 inline bool check_presence(const char* name, bool present, const Tensor& key_pages) {
+  check_defined("key_pages", key_pages);
   const bool quantised = holds_codes(key_pages);
   WINNOW_CHECK(present == quantised, name, ": ",
                quantised ? "expected those of the quantised pages, got None"

@@ -65,7 +65,8 @@ constexpr int kStep = 2 * kWide;  // elements of a row that are multiplied at on
 template <typename K, typename T, typename Row>
 void load_query(const T* from, int64_t dim, Row* to) {
   if constexpr (std::is_same_v<Row, T>) {
-    std::memcpy(static_cast<void*>(to), from, static_cast<size_t>(dim) * sizeof *to);
+    // Rows of no numbers may have no memory at all.
+    if (dim > 0) std::memcpy(static_cast<void*>(to), from, static_cast<size_t>(dim) * sizeof *to);
   } else if constexpr (std::is_same_v<Row, float>) {
     for (int64_t d = 0; d < dim; d += kStep) {
       float natural[kStep];

@@ -2,11 +2,12 @@
 
 The self-check runs one operator per family against its definition, on every instruction set that
 the machine has and on the GPU where the CUDA operators are loaded. It needs the wheel alone and
-takes a few seconds; the exit status is 1 where a result is wrong.
+takes a few seconds; the exit status is 1 where a result is wrong or the operators do not load.
 """
 
 from __future__ import annotations
 
+import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -91,6 +92,8 @@ def _outcome(check: Check, device: torch.device) -> str:
 
 def main() -> int:
     print(build_info())
+    threads = torch.get_num_threads()
+    print(f"  Python: {platform.python_version()}, {platform.platform()}, {threads} threads")
     start = time.perf_counter()
     wrong = 0
     for place, device in _places():

@@ -65,12 +65,20 @@ def _check_torch() -> None:
 
 def _load_cpu() -> ctypes.CDLL:
     path = _path_of("_cpu")
-    if path is None:
+    if path is None or _path_of("_core") is None:
         raise ImportError(
-            "torch_winnow: the compiled operators are missing (torch_winnow/_cpu.so). From a "
-            "source checkout, build them first: pip install --no-build-isolation -e ."
+            "torch_winnow: the compiled operators are missing, or are those of another Python "
+            "(torch_winnow/_cpu.so and _core). From a source checkout, build them first: "
+            "pip install --no-build-isolation -e ."
         )
-    torch.ops.load_library(path)  # type: ignore[no-untyped-call]
+    try:
+        torch.ops.load_library(path)  # type: ignore[no-untyped-call]
+    except OSError as error:
+        raise ImportError(
+            f"torch_winnow: the compiled operators do not load beside torch {torch.__version__}: "
+            f"{error.__cause__ or error}. Reinstall the wheel for this platform (pip install "
+            "--force-reinstall --no-deps torch-winnow), or build from source"
+        ) from error
     library = ctypes.CDLL(path)
     library.winnow_cpu_capability.restype = ctypes.c_char_p
     library.winnow_best_cpu_capability.restype = ctypes.c_char_p

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SOURCES = [
-    Path(__file__).with_name("kvcache_stress.cpp"),
+    *(Path(__file__).with_name(f"kvcache_{name}.cpp") for name in ("stress", "world", "refusals")),
     *sorted((ROOT / "csrc/kvcache").glob("cache_table*.cpp")),
     *(ROOT / "csrc/kvcache" / f"{name}.cpp" for name in ("block_pool", "prefix_index")),
 ]

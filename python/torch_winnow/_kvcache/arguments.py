@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,6 +31,22 @@ def refuse_gradients(**tensors: Tensor | None) -> None:
             )
 
 
+def check_tensors(**tensors: object) -> None:
+    """Raise where an argument is no tensor."""
+    for argument, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise ValueError(
+                f"{argument}: expected a tensor, got {tensor!r} ({type(tensor).__name__})"
+            )
+
+
+def number(argument: str, value: Any) -> float:
+    """``value`` as a float: any real number, but no bool."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise ValueError(f"{argument}: expected a number, got {value!r} ({type(value).__name__})")
+    return float(value)
+
+
 def integer(argument: str, value: Any) -> int:
     """``value`` as an int of 64 bits: an int, or a scalar of another library that is one."""
     if type(value) is not int:
@@ -54,6 +71,8 @@ def integers(argument: str, values: Sequence[int] | Tensor) -> list[int]:
                 f"{argument}: expected a one-dimensional integer tensor or a list of integers, got "
                 f"shape {tuple(values.shape)} of {values.dtype}"
             )
+        if values.is_meta:
+            raise ValueError(f"{argument}: expected numbers, got a tensor on meta, which has none")
         return values.tolist() if values.numel() > 0 else []
     try:
         listed = list(values)

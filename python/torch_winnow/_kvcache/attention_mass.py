@@ -7,7 +7,7 @@ from torch import Tensor
 
 from torch_winnow import _library  # noqa: F401  (registers the operators)
 from torch_winnow._fake import check_same_device, register_fake
-from torch_winnow._kvcache.arguments import refuse_gradients
+from torch_winnow._kvcache.arguments import check_tensors, refuse_gradients
 from torch_winnow._kvcache.attention import paged_attention
 
 # Bound once: a look-up through torch.ops costs as much as a small op.
@@ -62,6 +62,9 @@ def attention_mass(
         tensor([[[1.6667, 1.6667, 0.6667, 0.0000]]])
     """
     refuse_gradients(query=query, key_pages=key_pages, lse=lse, key_bias=key_bias)
+    optional = {"lse": lse, "key_bias": key_bias, "key_scales": key_scales}
+    optional = {name: tensor for name, tensor in optional.items() if tensor is not None}
+    check_tensors(query=query, key_pages=key_pages, block_table=block_table, **optional)
     quantised = key_pages.dtype in (torch.int8, torch.float8_e4m3fn)
     if (key_scales is not None) != quantised:
         raise ValueError(

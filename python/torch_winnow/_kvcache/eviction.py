@@ -10,6 +10,8 @@ from torch import Tensor
 
 from torch_winnow._kvcache.arguments import integer
 
+_MOST = 2**31 - 1  # tokens of a row
+
 
 def h2o_positions(mass: Tensor, seq_lens: Tensor, *, heavy: int, recent: int) -> Tensor:
     """The ``heavy`` tokens that received most attention and the ``recent`` last ones.
@@ -154,6 +156,10 @@ def _check(mass: Tensor, seq_lens: Tensor) -> None:
 
 def _best(votes: Tensor, seq_lens: Tensor, best: int, recent: int) -> Tensor:
     """Ascending positions of the ``best`` votes and of the ``recent`` last ones; -1 for none."""
+    if best + recent > _MOST:
+        raise ValueError(
+            f"capacity, heavy, recent: expected at most {_MOST} positions, got {best + recent}"
+        )
     positions = votes.shape[2]
     index = torch.arange(positions, device=votes.device)
     lengths = seq_lens.to(votes.device)[:, None, None].clamp(max=positions)

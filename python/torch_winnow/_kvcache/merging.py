@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torch_winnow._kvcache import pages
-from torch_winnow._kvcache.arguments import integer
+from torch_winnow._kvcache.arguments import check_tensors, integer, number
 from torch_winnow._kvcache.compaction import begun, check_movable, claim, finish
 from torch_winnow._kvcache.storage import PagedKVCache
 
@@ -38,6 +38,7 @@ def similar_runs(key: Tensor, lengths: Tensor, *, threshold: float, recent: int 
         >>> similar_runs(key, torch.tensor([5]), threshold=0.9, recent=1)
         tensor([[[0, 0, 1, 1, 2]]])
     """
+    check_tensors(key=key, lengths=lengths)
     if key.dim() != 4 or lengths.shape != key.shape[:1]:
         raise ValueError(
             "key, lengths: expected (B, Hkv, N, D) and (B,), got "
@@ -45,6 +46,12 @@ def similar_runs(key: Tensor, lengths: Tensor, *, threshold: float, recent: int 
         )
     if integer("recent", recent) < 0:
         raise ValueError(f"recent: expected at least 0, got {recent}")
+    threshold = number("threshold", threshold)
+    if not key.is_floating_point() or lengths.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            "key, lengths: expected a floating dtype and int32 or int64, got "
+            f"{key.dtype} and {lengths.dtype}"
+        )
     tokens = key.shape[2]
     index = torch.arange(tokens, device=key.device)
     ends = lengths.to(key.device)[:, None, None]
@@ -95,16 +102,22 @@ def merge_runs(
         >>> key.flatten(), bias.exp()
         (tensor([1., 5.]), tensor([[[2., 1.]]]))
     """
+    optional = {n: x for n, x in (("key_bias", key_bias), ("mass", mass)) if x is not None}
+    check_tensors(key=key, value=value, runs=runs, **optional)
     shapes = {"value": value.shape[:3], "runs": runs.shape}
-    shapes |= {n: x.shape for n, x in (("key_bias", key_bias), ("mass", mass)) if x is not None}
+    shapes |= {n: x.shape for n, x in optional.items()}
     for name, shape in shapes.items():
         if key.dim() != 4 or shape != key.shape[:3]:
             raise ValueError(
                 f"{name}: expected (B, Hkv, N) like key up to its last dimension, "
                 f"{tuple(key.shape)}, got {tuple(shape)}"
             )
+    if runs.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"runs: expected int32 or int64, got {runs.dtype}")
     wide = torch.float64 if key.dtype == torch.float64 else torch.float32
     count = int(runs.max()) + 1 if runs.numel() > 0 else 0
+    if count > key.shape[2]:
+        raise ValueError(f"runs: expected numbers below N={key.shape[2]}, got {count - 1}")
     here = runs >= 0
     into = torch.where(here, runs, count)  # one run more for what belongs to none
 
@@ -200,6 +213,8 @@ def merge_similar_(
     check_movable(cache)
     tokens = int(lengths.max()) if cache.batch_size > 0 else 0
     expected = (pool.num_layers, cache.batch_size, pool.num_kv_heads)
+    if mass is not None:
+        check_tensors(mass=mass)
     if mass is not None and (mass.shape[:3] != expected or mass.shape[3] < tokens):
         raise ValueError(
             f"mass: expected (num_layers, B, Hkv, N) = ({', '.join(map(str, expected))}, N) with N "

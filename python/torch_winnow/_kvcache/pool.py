@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal, TypeVar
@@ -26,6 +27,12 @@ def _size(argument: str, value: int) -> int:
     if value < 1:
         raise ValueError(f"{argument}: expected at least 1, got {value}")
     return value
+
+
+def _check_memory(*sizes: int) -> None:
+    """What no memory can hold, torch would refuse in words of its own."""
+    if math.prod(sizes) >= 2**59:
+        raise ValueError(f"num_blocks: expected pages of fewer than 2**59 numbers, got {sizes}")
 
 
 class BlockPool:
@@ -109,12 +116,18 @@ class BlockPool:
                 "dtype: expected float32, bfloat16, float16, float64, int8 or float8_e4m3fn, got "
                 f"{dtype}"
             )
-        if torch.device(device).type not in ("cpu", "cuda"):
+        try:
+            kind = torch.device(device).type
+        except (RuntimeError, TypeError):
+            kind = ""
+        if kind not in ("cpu", "cuda"):
             raise ValueError(f"device: expected cpu or cuda, got {device}")
-        if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        if kind == "cuda" and not torch.cuda.is_available():
             raise ValueError(f"device: torch finds no GPU here: expected cpu, got {device}")
         if summaries not in ("minmax", "mean", None):
             raise ValueError(f"summaries: expected 'minmax', 'mean' or None, got {summaries!r}")
+        shape = (num_layers, num_blocks, num_kv_heads, block_size)
+        _check_memory(*shape, max(head_dim, value_head_dim))
         self._native = _core.BlockPool(num_blocks)
         # Held from an append's bookkeeping until its tokens are stored: nobody writes to a block
         # that is yet to be copied, nor to pages that move.
@@ -128,7 +141,6 @@ class BlockPool:
         self.block_size = block_size
         self.dtype = dtype
         # Zeros, so that a padded read of an unused slot is harmless in anybody's kernel.
-        shape = (num_layers, num_blocks, num_kv_heads, block_size)
         self.key_pages = torch.zeros(*shape, head_dim, dtype=dtype, device=device)
         self.value_pages = torch.zeros(*shape, value_head_dim, dtype=dtype, device=device)
         self.key_scales: Tensor | None = None
@@ -179,6 +191,8 @@ class BlockPool:
             before = self.num_blocks
             if num_blocks < before:
                 raise ValueError(f"num_blocks: expected at least {before}, got {num_blocks}")
+            _check_memory(num_blocks, *self.key_pages[:, 0].shape)
+            _check_memory(num_blocks, *self.value_pages[:, 0].shape)
             # All memory first, so that a want of it changes nothing; only the copies touch it.
             larger = {
                 name: pages.new_empty(pages.shape[0], num_blocks, *pages.shape[2:])

@@ -294,8 +294,10 @@ class FKSteering:
         """``(...)`` int64: the slot with the highest last reward, the paper's final selection.
 
         Raises:
-            ValueError: before the first step.
+            ValueError: before the first step, or where there is no particle.
         """
+        if self.reward.shape[-1] == 0:
+            raise ValueError("reward: expected at least one particle to choose from, got none")
         return self.reward.nan_to_num(nan=-torch.inf).argmax(-1)
 
     def select(self, tree: Tree) -> Tree:

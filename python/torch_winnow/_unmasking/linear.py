@@ -135,10 +135,16 @@ def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, shift: bool) -> 
 
 def _checked_rows(
     hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
     mask: Tensor | None,
     target_ids: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Hidden states, mask and targets, one row after the other."""
+    check_tensor("hidden", hidden)
+    check_tensor("weight", weight)
+    check_same_device(hidden=hidden, weight=weight, bias=bias, mask=mask)
+    _check(hidden, weight, bias, False)
     shape = hidden.shape[:-1]
     for name, ids, dtype in (("mask", mask, torch.bool), ("target_ids", target_ids, torch.int64)):
         if ids is not None and (ids.shape != shape or ids.dtype != dtype):
@@ -164,8 +170,7 @@ def _selected(
     shift: bool,
 ) -> tuple[Tensor, ...]:
     """Multiplies the rows that count alone."""
-    check_same_device(hidden=hidden, weight=weight, bias=bias, mask=mask)
-    rows, counts, target = _checked_rows(hidden, mask, target_ids)
+    rows, counts, target = _checked_rows(hidden, weight, bias, mask, target_ids)
     shape, vocab = hidden.shape[:-1], weight.shape[0]
     if suppress_ids is not None and len(suppress_ids):
         low, high = int(suppress_ids.min()), int(suppress_ids.max())
@@ -190,7 +195,7 @@ def _selected(
         rows, weight, bias, None, temperature, suppress_ids, target, seed, raw, keys
     )
     if mask is None:
-        return _like_rows(merged, shape)
+        return _like_rows(merged, shape, target is not None)
     empty = empty_statistics(hidden, tuple(shape), target_ids is not None, False)
     for whole, part, skipped in zip(empty, merged, (-1, *[0] * 8), strict=True):
         if whole.shape == shape:
@@ -211,8 +216,7 @@ def _all_rows(
     shift: bool,
 ) -> tuple[Tensor, ...]:
     """Multiplies every row: how many count is not known without synchronising."""
-    check_same_device(hidden=hidden, weight=weight, bias=bias, mask=mask)
-    rows, counts, target = _checked_rows(hidden, mask, target_ids)
+    rows, counts, target = _checked_rows(hidden, weight, bias, mask, target_ids)
     shape = hidden.shape[:-1]
     keys = torch.arange(rows.shape[0], device=hidden.device)
     if shift:
@@ -220,12 +224,15 @@ def _all_rows(
     merged = _merged_tiles(
         rows, weight, bias, counts, temperature, suppress_ids, target, seed, raw, keys
     )
-    return _like_rows(merged, shape)
+    return _like_rows(merged, shape, target is not None)
 
 
-def _like_rows(merged: tuple[Tensor, ...], shape: torch.Size) -> tuple[Tensor, ...]:
-    rows = merged[0].shape
-    return tuple(s.reshape(shape) if s.shape == rows else s for s in merged)
+def _like_rows(
+    merged: tuple[Tensor, ...], shape: torch.Size, has_target: bool
+) -> tuple[Tensor, ...]:
+    """Without a target its statistic, and always the divergence, are absent and stay empty."""
+    present = len(merged) - (1 if has_target else 2)
+    return (*(statistic.reshape(shape) for statistic in merged[:present]), *merged[present:])
 
 
 def _merged_tiles(

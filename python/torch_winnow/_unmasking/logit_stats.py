@@ -211,6 +211,7 @@ def logit_stats(
         >>> stats.token, stats.entropy
         (tensor([1, 0]), tensor([0.5243, 1.0986]))
     """
+    check_tensor("logits", logits)
     if vocab_start is not None and not torch.compiler.is_compiling():
         vocab_start = integer("vocab_start", vocab_start)
         if vocab_start > 2**63 - 1 - logits.shape[-1]:

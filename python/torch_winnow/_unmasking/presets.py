@@ -108,6 +108,8 @@ def dream(
     """
     choice("alg", alg, ("origin", "maskgit_plus", "topk_margin", "entropy"))
     steps, left = integer("steps", steps, 1), integer("gen_length", gen_length, 1)
+    if steps > 2**24:  # as many times as float32 tells apart
+        raise ValueError(f"steps: expected at most 2**24, got {steps}")
     number("eps", eps, 0.0, 1.0)
     options: Options = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
     alg_temp = 0.0 if alg_temp is None else number("alg_temp", alg_temp, 0.0)

@@ -100,6 +100,7 @@ class Template:
     def read(self, tokens: Tensor, name: str) -> Tensor:
         """``(..., length)``, the named span of decoded ``tokens (..., L)``."""
         start, end = self._span(name)
+        check_tensor("tokens", tokens)
         if tokens.shape[-1:] != self.tokens.shape:
             raise ValueError(
                 f"tokens: expected (..., {len(self.tokens)}), got {tuple(tokens.shape)}"
@@ -107,7 +108,7 @@ class Template:
         return tokens[..., start:end]
 
     def _span(self, name: str) -> tuple[int, int]:
-        if name not in self.spans:
+        if not isinstance(name, str) or name not in self.spans:
             raise ValueError(f"name: expected one of {', '.join(self.spans)}, got {name!r}")
         return self.spans[name]
 

@@ -242,6 +242,7 @@ inline float fast_exp2(float x) {
 // ---- launchers ----
 
 inline void check_device(const char* argument, const Tensor& tensor) {
+  check_defined(argument, tensor);
   WINNOW_CHECK(tensor.is_cpu(), argument, ": the emulator takes CPU tensors");
 }
 

@@ -1,0 +1,1 @@
+"""What nobody should pass, for every operator and every public function."""
