@@ -22,7 +22,7 @@ SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc cmake -type f)
 WIDEST := $(if $(filter x86_64 amd64,$(shell uname -m)),AVX512_BF16,DEFAULT)
 
 .PHONY: demo test bench bench-generation lint tidy sanitize sanitize-threads \
-  coverage covered fuzz docs wheel gpu-check clean
+  coverage covered fuzz fuzzed docs wheel gpu-check clean
 
 # torch first: the operators are built against the release that they will run with.
 $(VENV)/.torch:
@@ -120,22 +120,30 @@ covered: $(VENV)/.torch
 	  echo; cat build/coverage/cpp.md; } > build/coverage/summary.md
 	cat build/coverage/summary.md
 
-# Coverage leads: of the bookkeeping of pools, and of Python around the operators. What was found
-# lies in build/fuzz/, beside a corpus that the next run goes on from; the lines below run a finding
-# again when it takes the corpus's place.
+# Coverage leads: of the bookkeeping of pools, of the operators and of Python around them, all under
+# AddressSanitizer. What was found lies in build/fuzz/, beside a corpus that the next run goes on from.
 FUZZ_SECONDS ?= 600
-FUZZ = -max_len=1024 -len_control=0 -max_total_time=$(FUZZ_SECONDS) -timeout=60 -print_final_stats=1 \
-  -artifact_prefix=build/fuzz/$(1)- build/fuzz/$(1)
+FUZZ = -max_len=1024 -len_control=0 -max_total_time=$(FUZZ_SECONDS) -timeout=100 -rss_limit_mb=6000 \
+  -print_final_stats=1 -artifact_prefix=build/fuzz/$(1)- build/fuzz/$(1)
+FUZZ_PYTHON = LD_PRELOAD=$$($(BIN)/python -c 'import atheris; print(atheris.path())')/asan_with_fuzzer.so \
+  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 $(BIN)/python tests/fuzz/guided.py
 POOL := $(wildcard csrc/kvcache/cache_table*.cpp) $(addprefix csrc/kvcache/,block_pool.cpp prefix_index.cpp) \
   $(addprefix tests/native/kvcache_,fuzz.cpp world.cpp refusals.cpp)
-fuzz: $(VENV)/.built-test
+fuzz:
+	$(MAKE) VENV=.venv-fuzz fuzzed
+
+fuzzed: $(VENV)/.torch
 	$(PIP) atheris
+	CXX=clang++ $(PIP) --no-build-isolation '.[test]' -C build-dir=build/fuzzed \
+	  -C cmake.build-type=RelWithDebInfo -C cmake.define.CMAKE_CXX_FLAGS_RELWITHDEBINFO='-O1 -g1' \
+	  -C cmake.define.CMAKE_CXX_FLAGS=-fsanitize=fuzzer-no-link,address \
+	  -C cmake.define.WINNOW_ONLY_CAPABILITY=AVX2 -C cmake.define.WINNOW_CUDA=OFF
 	mkdir -p $(addprefix build/fuzz/,pool operators functions)
 	clang++ -std=c++20 -O1 -g1 -Icsrc -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all \
 	  $(POOL) -o build/fuzz/pool.bin
 	build/fuzz/pool.bin -use_value_profile=1 $(call FUZZ,pool)
-	$(BIN)/python tests/fuzz/guided.py operators $(call FUZZ,operators)
-	$(BIN)/python tests/fuzz/guided.py functions $(call FUZZ,functions)
+	$(FUZZ_PYTHON) operators $(call FUZZ,operators)
+	$(FUZZ_PYTHON) functions $(call FUZZ,functions)
 
 docs: $(VENV)/.built-docs
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going -q docs docs/_build

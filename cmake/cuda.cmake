@@ -68,7 +68,7 @@ target_compile_options(_cuda PRIVATE
   --fmad=false               # a*b+c rounds as on the CPU; fma() is explicit
   -Xcompiler=-Wall,-Wextra,-fvisibility=hidden,-O1  # what runs on the host only launches
   "-Xcompiler=-fmacro-prefix-map=${CMAKE_SOURCE_DIR}/=,-fmacro-prefix-map=${TORCH_ROOT}/include/=")
-target_link_libraries(_cuda PRIVATE torch_cuda_stub ${TORCH_CPU_LIBRARY})
+target_link_libraries(_cuda PRIVATE torch_cuda_stub ${TORCH_LIBRARIES})
 set_target_properties(_cuda PROPERTIES
   PREFIX "" SUFFIX ".so" SKIP_BUILD_RPATH ON CUDA_RUNTIME_LIBRARY Static)
 # The static runtime's symbols stay inside: torch has a runtime of its own in the process.

@@ -31,6 +31,8 @@ message(STATUS "torch ${TORCH_VERSION} at ${TORCH_ROOT}")
 
 set(TORCH_INCLUDE_DIRS "${TORCH_ROOT}/include" "${TORCH_ROOT}/include/torch/csrc/api/include")
 find_library(TORCH_CPU_LIBRARY torch_cpu PATHS "${TORCH_ROOT}/lib" NO_DEFAULT_PATH REQUIRED)
+# torch 2.11 exports copies of some functions of libstdc++, which the linker must not find first.
+set(TORCH_LIBRARIES $<$<PLATFORM_ID:Linux>:stdc++> "${TORCH_CPU_LIBRARY}")
 
 if(NOT pybind11_DIR)
   execute_process(

@@ -39,6 +39,23 @@ def test_linear_logit_stats_of_no_rows_has_the_shapes_that_its_fake_says():
     assert [x.shape for x in real] == [x.shape for x in fake]
 
 
+def test_linear_logit_stats_refuses_ids_of_another_dtype():
+    options = dict.fromkeys(("bias", "mask", "target_ids", "seed"))
+    options |= {"temperature": 1.0, "raw": False, "shift": False}
+    for ids in (torch.zeros(2, dtype=torch.complex64), torch.tensor(1.5)):
+        with pytest.raises(ValueError, match="^suppress_ids: expected"):
+            torch.ops.winnow.linear_logit_stats(
+                torch.ones(2, 3), torch.ones(5, 3), suppress_ids=ids, **options
+            )
+
+
+def test_fakes_refuse_what_has_no_shape():
+    with pytest.raises(ValueError, match="^outs: expected at least one"):
+        torch.ops.winnow.merge_attention([], [torch.zeros(1, 1, 1, device="meta")])
+    with pytest.raises(ValueError, match="^rows, count: expected at least 0"):
+        torch.ops.winnow.uniforms(torch.tensor(0, device="meta"), -1, 2)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
 def test_keys_of_no_dimensions_have_no_memory(dtype):
     """Undefined behaviour that only a sanitizer sees."""

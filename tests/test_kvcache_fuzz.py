@@ -7,6 +7,8 @@ stored token must agree, and a pool must run out exactly where the model says so
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -248,9 +250,9 @@ class CacheMachine(RuleBasedStateMachine):
 
 TestCacheMachine = CacheMachine.TestCase
 TestCacheMachine.settings = settings(
-    max_examples=100,
+    max_examples=int(os.environ.get("WINNOW_FUZZ_EXAMPLES", "100")),
     stateful_step_count=40,
     deadline=None,
-    derandomize=True,
+    derandomize="WINNOW_FUZZ_EXAMPLES" not in os.environ,
     suppress_health_check=list(HealthCheck),
 )

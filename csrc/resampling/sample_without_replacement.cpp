@@ -5,29 +5,19 @@
 #include <memory>
 #include <optional>
 #include <string>
-#include <tuple>
 
 #include "common/parallel.h"
-#include "resampling/populations.h"
+#include "resampling/sample_arguments.h"
 #include "resampling/sample_without_replacement_simd.h"
 
 namespace winnow {
 namespace {
 
-Design design_of(const std::string& name) {
-  if (name == "gumbel_topk") return Design::kGumbelTopK;
-  if (name == "conditional_poisson") return Design::kConditionalPoisson;
-  if (name == "pareto") return Design::kPareto;
-  fail("design: expected gumbel_topk, conditional_poisson or pareto, got '", name, "'");
-}
-
 SampleCall call_of(const Tensor& log_weights, int64_t k, Design design) {
-  check_populations("log_weights", log_weights, check_cpu);
-  const int64_t particles = log_weights.size(log_weights.dim() - 1);
-  WINNOW_CHECK(k >= 0 && k <= particles, "k: expected 0 to K = ", particles, ", got ", k);
+  check_sample(log_weights, k, check_cpu);
   SampleCall call = {};
   call.type = element_type(log_weights);
-  call.particles = particles;
+  call.particles = log_weights.size(log_weights.dim() - 1);
   call.k = k;
   call.design = design;
   return call;
@@ -47,23 +37,19 @@ void run(SampleCall call, const Tensor& log_weights) {
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor> sample_without_replacement(
-    const Tensor& log_weights, int64_t k, const std::string& design, int64_t seed,
-    const std::optional<Tensor>& seed_tensor) {
+Sample sample_without_replacement(const Tensor& log_weights, int64_t k, const std::string& design,
+                                  int64_t seed, const std::optional<Tensor>& seed_tensor) {
   SampleCall call = call_of(log_weights, k, design_of(design));
   call.seed = static_cast<uint64_t>(seed);
   if (seed_tensor.has_value()) call.seed = host_seed(*seed_tensor);
-  Shape sizes = leading_shape(log_weights);
-  sizes.push_back(k);
-  const Tensor indices = empty(sizes, ScalarType::Long, log_weights);
-  const Tensor inclusion = empty(sizes, statistics_dtype(log_weights), log_weights);
-  const Tensor weights = empty(sizes, statistics_dtype(log_weights), log_weights);
-  if (k == 0) return {indices, inclusion, weights};
+  const Sample sample = empty_sample(log_weights, k);
+  if (k == 0) return sample;
+  const auto& [indices, inclusion, weights] = sample;
   call.indices = static_cast<int64_t*>(indices.data_ptr());
   call.inclusion = inclusion.data_ptr();
   call.weights = weights.data_ptr();
   run(call, log_weights);
-  return {indices, inclusion, weights};
+  return sample;
 }
 
 Tensor inclusion_probabilities(const Tensor& log_weights, int64_t k) {

@@ -8,7 +8,7 @@
 #include <tuple>
 
 #include "resampling/conditional_poisson.cuh"
-#include "resampling/populations.h"
+#include "resampling/sample_arguments.h"
 
 namespace winnow {
 namespace {
@@ -157,12 +157,6 @@ SampleLaunch sample_launch(const Tensor& log_weights, const Rows& rows, int64_t 
   return call;
 }
 
-void check_sample(const Tensor& log_weights, int64_t k) {
-  check_populations("log_weights", log_weights, check_device);
-  const int64_t particles = log_weights.size(log_weights.dim() - 1);
-  WINNOW_CHECK(k >= 0 && k <= particles, "k: expected 0 to K = ", particles, ", got ", k);
-}
-
 // As many populations at a time as there are blocks on the GPU, or as fit a quarter of a gigabyte.
 void run_coins(const SampleLaunch& sample, bool every, const Tensor& like, const Stream& stream) {
   constexpr int64_t kDoubles = int64_t{1} << 25;
@@ -182,43 +176,37 @@ void run_coins(const SampleLaunch& sample, bool every, const Tensor& like, const
   launch(name, conditional_poisson, {call.blocks}, kThreads, stream, call);
 }
 
-std::tuple<Tensor, Tensor, Tensor> sample_without_replacement_cuda(
-    const Tensor& log_weights, int64_t k, std::string design, int64_t seed,
-    std::optional<Tensor> seed_tensor) {
-  check_sample(log_weights, k);
-  const bool poisson = design == "conditional_poisson";
-  WINNOW_CHECK(poisson || design == "gumbel_topk" || design == "pareto",
-               "design: expected gumbel_topk, conditional_poisson or pareto, got '", design, "'");
+Sample sample_without_replacement_cuda(const Tensor& log_weights, int64_t k, std::string design,
+                                       int64_t seed, std::optional<Tensor> seed_tensor) {
+  check_sample(log_weights, k, check_device);
+  const Design kind = design_of(design);
   const Stream stream(log_weights);
   const Rows rows = as_rows(log_weights);
-  Shape sizes = leading_shape(log_weights);
-  sizes.push_back(k);
-  const Tensor indices = empty(sizes, ScalarType::Long, log_weights);
-  const Tensor inclusion = empty(sizes, statistics_dtype(log_weights), log_weights);
-  const Tensor weights = empty(sizes, statistics_dtype(log_weights), log_weights);
-  if (k == 0) return {indices, inclusion, weights};
+  const Sample sample = empty_sample(log_weights, k);
+  if (k == 0) return sample;
+  const auto& [indices, inclusion, weights] = sample;
   SampleLaunch call = sample_launch(log_weights, rows, k);
-  call.gumbel = design == "gumbel_topk";
+  call.gumbel = kind == Design::kGumbelTopK;
   if (seed_tensor.has_value()) call.seed = seed_of(*seed_tensor);
   call.seed_given = seed_tensor.has_value();
   call.seed_number = static_cast<uint64_t>(seed);
   call.indices = global<int64_t>(indices);
   call.inclusion = reals(inclusion);
   call.weights = reals(weights);
-  if (poisson) {
+  if (kind == Design::kConditionalPoisson) {
     run_coins(call, false, log_weights, stream);
-    return {indices, inclusion, weights};
+    return sample;
   }
   const Tensor keys = empty({rows.count, call.particles}, ScalarType::Double, log_weights);
   const Tensor picked = empty({rows.count, k}, ScalarType::Long, log_weights);
   call.keys = global<double>(keys);
   call.picked = global<int64_t>(picked);
   launch("sample_without_replacement", sample_populations, {rows.count}, kThreads, stream, call);
-  return {indices, inclusion, weights};
+  return sample;
 }
 
 Tensor inclusion_probabilities_cuda(const Tensor& log_weights, int64_t k) {
-  check_sample(log_weights, k);
+  check_sample(log_weights, k, check_device);
   const Stream stream(log_weights);
   const Rows rows = as_rows(log_weights);
   const Tensor inclusion = empty(shape(log_weights), statistics_dtype(log_weights), log_weights);

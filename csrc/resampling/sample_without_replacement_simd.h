@@ -4,10 +4,9 @@
 
 #include "common/cpu_capability.h"
 #include "common/element_type.h"
+#include "resampling/design.h"
 
 namespace winnow {
-
-enum class Design : int { kGumbelTopK, kConditionalPoisson, kPareto };
 
 struct SampleCall {
   const void* log_weights;  // row r at r * stride elements
@@ -17,9 +16,8 @@ struct SampleCall {
   int64_t k;
   Design design;
   uint64_t seed;
-  int64_t*
-      indices;  // null: inclusion probabilities of all particles, of conditional Poisson sampling
-  void* inclusion;  // float, or double for double weights, as `weights`
+  int64_t* indices;  // null: inclusion probabilities of all, of conditional Poisson sampling
+  void* inclusion;   // float, or double for double weights, as `weights`
   void* weights;
 };
 

@@ -3,8 +3,8 @@
     python guided.py operators|functions CORPUS [libFuzzer's options]
 
 An input is a sequence of choices (:mod:`fuzz.call`), the first of which picks what is called.
-Python's coverage always leads; that of the compiled operators too where they were built for it
-(``-fsanitize=fuzzer-no-link``) and atheris's library is loaded first.
+Coverage of the operators leads where they were compiled for it (``-fsanitize=fuzzer-no-link``)
+and atheris's library was loaded first, that of the package's Python always.
 """
 
 from __future__ import annotations

@@ -63,6 +63,8 @@ def _(
 
 @register_fake("merge_attention")
 def _(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    if not outs:
+        raise ValueError("outs: expected at least one partial result, got none")
     parts = {f"outs[{i}]": out for i, out in enumerate(outs)}
     check_same_device(**parts, **{f"lses[{i}]": lse for i, lse in enumerate(lses)})
     return _fake_forward(outs[0])

@@ -305,4 +305,6 @@ def _(ancestors: Tensor, indices: Tensor) -> Tensor:
 
 @register_fake("uniforms")
 def _(seed: Tensor, rows: int, count: int) -> Tensor:
+    if rows < 0 or count < 0:
+        raise ValueError(f"rows, count: expected at least 0, got {rows} and {count}")
     return seed.new_empty((rows, count), dtype=torch.float64)

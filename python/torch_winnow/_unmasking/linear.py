@@ -172,7 +172,7 @@ def _selected(
     """Multiplies the rows that count alone."""
     rows, counts, target = _checked_rows(hidden, weight, bias, mask, target_ids)
     shape, vocab = hidden.shape[:-1], weight.shape[0]
-    if suppress_ids is not None and len(suppress_ids):
+    if suppress_ids is not None and suppress_ids.dtype == torch.int64 and suppress_ids.numel() > 0:
         low, high = int(suppress_ids.min()), int(suppress_ids.max())
         if low < 0 or high >= vocab:
             raise ValueError(
