@@ -113,9 +113,10 @@ covered: $(VENV)/.torch
 	$(BIN)/python -m coverage html --quiet
 	$(BIN)/python -m coverage json --quiet
 	mkdir -p build/coverage/cpp
-	$(BIN)/gcovr --filter csrc/ --exclude-throw-branches --html-details build/coverage/cpp/index.html \
+	$(BIN)/gcovr --filter csrc/ --merge-lines --exclude-throw-branches \
 	  --gcov-ignore-parse-errors=negative_hits.warn_once_per_file \
-	  --json-summary build/coverage/cpp.json --markdown build/coverage/cpp.md build/coverage/native
+	  --html-details build/coverage/cpp/index.html --json-summary build/coverage/cpp.json \
+	  --markdown-title 'C++' --markdown build/coverage/cpp.md build/coverage/native
 	{ echo '# Python'; $(BIN)/python -m coverage report --format=markdown; \
 	  echo; cat build/coverage/cpp.md; } > build/coverage/summary.md
 	cat build/coverage/summary.md

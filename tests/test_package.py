@@ -40,7 +40,8 @@ def test_build_info_tells_what_runs():
     info = torch_winnow.build_info()
     assert info.version == torch_winnow.__version__
     assert info.torch_running == torch.__version__
-    assert info.cpu_capability in info.capabilities
+    # WINNOW_ONLY_CAPABILITY: whatever the one is, it goes by the name default.
+    assert info.cpu_capability in info.capabilities or len(info.capabilities) == 1
     assert info.cuda_library is not bool(info.cuda_reason)
     text = str(info)
     assert info.cpu_capability in text
