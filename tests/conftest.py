@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,13 +21,18 @@ import definitions  # noqa: E402
 import host_library  # noqa: E402
 
 try:
-    import hypothesis  # noqa: F401
+    import hypothesis
 except ImportError:  # a bare GPU machine: its property tests are skipped, the others run
     absent = mock.MagicMock()
     absent.given.return_value = pytest.mark.skip(reason="needs hypothesis")
     absent.settings.return_value = lambda test: test
     sys.modules["hypothesis"] = absent
     sys.modules["hypothesis.strategies"] = absent.strategies
+else:  # the same examples in every run, but where somebody looks for more
+    hypothesis.settings.register_profile(
+        "winnow", derandomize="WINNOW_FUZZ_EXAMPLES" not in os.environ
+    )
+    hypothesis.settings.load_profile("winnow")
 
 RAISED: set[str] = set()  # texts of what pytest.raises caught
 

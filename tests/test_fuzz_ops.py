@@ -21,7 +21,6 @@ from fuzz.operators import ARGUMENTS, SCHEMAS, try_operator
 
 EXAMPLES = settings(
     max_examples=int(os.environ.get("WINNOW_FUZZ_EXAMPLES", "30")),
-    derandomize="WINNOW_FUZZ_EXAMPLES" not in os.environ,
     database=None,
     deadline=None,
     phases=[Phase.generate],  # looking for a smaller example takes minutes

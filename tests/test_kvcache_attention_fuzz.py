@@ -49,7 +49,7 @@ def calls(draw):
     return inputs, options
 
 
-@settings(max_examples=50, deadline=None, derandomize=True)
+@settings(max_examples=50, deadline=None)
 @given(calls(), st.sampled_from(_library.available_cpu_capabilities()))
 def test_matches_definition(call, capability):
     inputs, options = call

@@ -253,6 +253,5 @@ TestCacheMachine.settings = settings(
     max_examples=int(os.environ.get("WINNOW_FUZZ_EXAMPLES", "100")),
     stateful_step_count=40,
     deadline=None,
-    derandomize="WINNOW_FUZZ_EXAMPLES" not in os.environ,
     suppress_health_check=list(HealthCheck),
 )

@@ -89,7 +89,7 @@ def writes(draw):
     return pages, calls
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None)
 @given(writes(), st.sampled_from(_library.available_cpu_capabilities()))
 def test_writes_match_definition(case, capability):
     pages, calls = case

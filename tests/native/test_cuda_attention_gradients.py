@@ -88,7 +88,6 @@ def test_packed_sequences(gpu, lengths, per_chunk, initial, lookback):
 @settings(
     max_examples=20,
     deadline=None,
-    derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(data=st.data())
