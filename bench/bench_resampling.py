@@ -76,7 +76,7 @@ def inputs_for(impl, shape):
     if impl == "particles":
         pytest.importorskip("particles")
         if shape[0] > 1:
-            pytest.skip("particles resamples one population")
+            pytest.skip("particles takes one population at a time")
         return [(np.random.default_rng(i).standard_normal(shape[1]),) for i in range(4)]
     if impl == "blackjax":
         jax = pytest.importorskip("jax")
@@ -120,7 +120,7 @@ def test_systematic(measure, shape, impl):
 @pytest.mark.parametrize("shape", [(1, 4096), (4096, 4), (4096, 64), (1, 1_000_000)], ids=str)
 def test_schemes(measure, shape, scheme, impl):
     if scheme not in RIVALS.get(impl, SCHEMES):
-        pytest.skip("no such scheme, or none without a loop over populations")
+        pytest.skip(f"{impl} has no {scheme} scheme, or takes one population at a time")
     slow = impl == "torch" and scheme == "multinomial" and shape[1] > 2**17  # half a second a call
     measure(
         f"resample {scheme} {shape[0]}x{shape[1]} float32",

@@ -51,7 +51,7 @@ def test_next_temperature(measure, shape, impl):
     if impl == "particles":
         pytest.importorskip("particles")
         if shape[0] > 1:
-            pytest.skip("particles tempers one population")
+            pytest.skip("particles takes one population at a time")
     log_likelihood = 30 * torch.randn(shape)
     few = log_likelihood[:2, :5000]
     numpy.testing.assert_allclose(

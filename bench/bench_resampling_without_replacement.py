@@ -56,7 +56,7 @@ IMPLS = {
 )
 def test_sample_without_replacement(measure, shape, k, design, impl):
     if design == "conditional_poisson" and impl == "torch" and shape[0] * shape[1] > 1000:
-        pytest.skip("seconds a call, and gigabytes of table")
+        pytest.skip("torch: seconds a call, and gigabytes for its table")
     few = torch.randn(2, 30)
     torch.testing.assert_close(
         inclusion_probabilities(few, 7), reference.inclusion_probabilities(few, 7)

@@ -182,7 +182,7 @@ def test_rows_that_attend_nothing_have_no_gradient(gpu):
 @pytest.mark.parametrize(("slots", "expected"), [(0, 1 + 3), (5, 1 + 5)])
 def test_launches(gpu, slots, expected):
     if gpu.type != "cpu":
-        pytest.skip("counts on the host")
+        pytest.skip("launches are counted where the host executes them")
     inputs = leaves(gpu, 1, 2, 1, 20, 8, slots=slots)
     before = host_library.launches()
     gradients(chunk_attention, inputs, chunk_size=4)
